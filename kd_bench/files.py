@@ -1,0 +1,143 @@
+"""Files that survive a crash: atomic writes, an append-only journal, content digests."""
+
+import hashlib
+import json
+import os
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+__all__ = [
+    "Journal",
+    "atomic_path",
+    "digest_files",
+    "digest_text",
+    "read_json",
+    "write_json",
+    "write_text",
+]
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that replaces it only when the block ends well.
+
+    The content is flushed to disk before the rename, so a reader meets the old file or the
+    new one, never half of either.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented UTF-8 JSON atomically; key order is kept."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is not JSON; the message names the file.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+
+
+def digest_text(*parts: str) -> str:
+    """sha256 over text parts, hexadecimal; the borders between parts count."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def digest_files(paths: Iterable[Path]) -> str:
+    """sha256 over the names and contents of files, in sorted order, hexadecimal."""
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        digest.update(path.name.encode() + b"\0")
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+class Journal:
+    """Append-only records, one checksummed JSON line each.
+
+    A process killed while it appends leaves at most one torn last line; opening the journal
+    cuts it off. A line whose checksum does not fit is skipped and counted in `damaged`, so that
+    its record is made again rather than believed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.damaged = 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """All sound records in the order in which they were written."""
+        self.damaged = 0
+        if not self.path.exists():
+            return []
+        data = self.path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            with self.path.open("r+b") as stream:
+                stream.truncate(whole)
+        records = (self._decode(line) for line in data[:whole].splitlines())
+        return [record for record in records if record is not None]
+
+    def append(self, records: Iterable[dict[str, Any]]) -> None:
+        """Append records and wait until they are on disk."""
+        lines = "".join(self._encode(record) for record in records)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8", newline="\n") as stream:
+            stream.write(lines)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    @staticmethod
+    def _encode(record: dict[str, Any]) -> str:
+        body = json.dumps(record, ensure_ascii=True, separators=(",", ":"))
+        return f'{{"crc32":"{zlib.crc32(body.encode()):08x}","record":{body}}}\n'
+
+    def _decode(self, line: bytes) -> dict[str, Any] | None:
+        try:
+            entry = json.loads(line)
+            record = entry["record"]
+            if self._encode(record).rstrip("\n").encode() == line and isinstance(record, dict):
+                return record
+        except (ValueError, KeyError, TypeError):
+            pass
+        self.damaged += 1
+        return None

@@ -1,0 +1,217 @@
+"""The records that the layers share: one model, evaluated once, as it lies on disk.
+
+    RunManifest   manifest.json               which model, which protocol, where it came from
+    TaskResult    tasks/<task>.json           one benchmark's score; its presence means done
+    Sample        tasks/<task>.samples.parquet, one row a sample
+
+All are plain frozen dataclasses; `from_json` validates what was read from a file.
+"""
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, TypeVar
+
+__all__ = [
+    "ROLES",
+    "SAMPLE_COLUMNS",
+    "STATUSES",
+    "Cost",
+    "Interval",
+    "ModelRef",
+    "Protocol",
+    "RunManifest",
+    "Sample",
+    "TaskResult",
+    "from_json",
+    "to_json",
+]
+
+Role = Literal["teacher", "sft", "kd", "switch", "baseline", "student"]
+ROLES: tuple[str, ...] = ("teacher", "sft", "kd", "switch", "baseline", "student")
+
+RunStatus = Literal["running", "complete", "partial", "unhealthy"]
+
+Status = Literal["ok", "empty", "truncated", "error"]
+STATUSES: tuple[str, ...] = ("ok", "empty", "truncated", "error")
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """The model that was evaluated.
+
+    Attributes:
+        name: what tables show; several seeds of one method share `method`.
+        role: teacher, sft (the floor), kd, switch (student's eyes, teacher's language), ...
+        path: the checkpoint as the user gave it.
+        weights_digest: sha256 of the weights, hexadecimal.
+        method: `sft`, `switch-kd`, ...; rows with equal method and role fold into mean and spread.
+        seed: training seed, when known.
+    """
+
+    name: str
+    role: Role
+    path: str
+    weights_digest: str
+    method: str = ""
+    seed: int | None = None
+    architecture: str = ""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the model costs to run. None is "not measured", never zero.
+
+    Attributes:
+        parameters: number of weights.
+        weight_bytes: size of the weights in memory at the evaluation's dtype.
+        latency_ms: median milliseconds for one answer at batch 1.
+        peak_memory_bytes: peak memory of the evaluation above the idle process.
+    """
+
+    parameters: int | None = None
+    weight_bytes: int | None = None
+    latency_ms: float | None = None
+    peak_memory_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How the answers were made: what two runs must share to be compared, and what is only noted.
+
+    Attributes:
+        suite: `mini`, `ten`, ...
+        profiles: protocol variant by task where it is not the default.
+        limit: documents per task, None for all.
+        dtype, batch_size, engine: noted, not part of a task's fingerprint.
+    """
+
+    suite: str
+    profiles: dict[str, str] = field(default_factory=dict)
+    limit: int | None = None
+    dtype: str = "float32"
+    batch_size: int | None = None
+    engine: str = ""
+
+
+@dataclass(frozen=True)
+class RunManifest:
+    """One evaluation of one model over one suite.
+
+    Attributes:
+        tasks: planned benchmark ids, in order.
+        training: lineage of a checkpoint trained by kd-bench (recipe, digests, method, seed).
+        provenance: versions, git commit and dirty flag, hardware, command line.
+        notes: what a reader must know, e.g. why the run is unhealthy or that it was imported.
+    """
+
+    run_id: str
+    status: RunStatus
+    created: str
+    model: ModelRef
+    protocol: Protocol
+    tasks: list[str]
+    finished: str | None = None
+    cost: Cost = field(default_factory=Cost)
+    training: dict[str, Any] | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    format: int = 1
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A confidence interval in the score's own unit."""
+
+    low: float
+    high: float
+    level: float = 0.95
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One benchmark's outcome.
+
+    Attributes:
+        fingerprint: digest of data, split, prompts, generation settings, scorer version and n;
+            only results with equal fingerprints are comparable.
+        score: the headline number on the paper's 0-100 scale.
+        metrics: every number upstream reported, in upstream's own scale.
+        interval: cluster bootstrap over units of `score`.
+        documents, units: number of rows and of resampling units.
+        rates: shares in [0, 1]: `unparsed`, `empty`, `truncated`, `error`.
+        seconds: wall time of this task; `computed` answers were generated, `resumed` read back.
+    """
+
+    task: str
+    fingerprint: str
+    metric: str
+    score: float
+    metrics: dict[str, float]
+    documents: int
+    units: int
+    rates: dict[str, float]
+    interval: Interval | None = None
+    profile: str = "default"
+    seconds: float = 0.0
+    computed: int = 0
+    resumed: int = 0
+    notes: list[str] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One document's answer and what it was worth.
+
+    Attributes:
+        document_id: stable id of the row inside its benchmark.
+        unit_id: the resampling unit: picture pair (MME), circular group (MMBench),
+            picture (GQA, VQAv2, POPE), document elsewhere.
+        category: subset inside the benchmark; empty when it has none.
+        parsed: the answer as the scorer understood it; empty when it could not.
+        score: what upstream gave this row, in [0, 1].
+        image_digest: digest of the decoded pixels of the first picture.
+        answer_confidence: probability of the first answer token, NaN when not stored.
+    """
+
+    document_id: str
+    unit_id: str
+    category: str
+    question: str
+    target: str
+    answer: str
+    parsed: str
+    score: float
+    status: Status
+    image_digest: str
+    answer_confidence: float = float("nan")
+
+
+SAMPLE_COLUMNS: tuple[str, ...] = tuple(f.name for f in fields(Sample))
+
+T = TypeVar("T")
+
+
+def to_json(record: Any) -> dict[str, Any]:
+    """A record as a JSON-ready mapping."""
+    return asdict(record)
+
+
+def from_json(kind: type[T], mapping: Any, where: str) -> T:
+    """Validate a mapping read from the file `where` into a record.
+
+    Raises:
+        IncompleteRunError: a field is missing or has the wrong type.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    from kd_bench.errors import IncompleteRunError
+
+    try:
+        return TypeAdapter(kind).validate_python(mapping)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field_name = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise IncompleteRunError(
+            f"{where} is damaged: {field_name}: {first['msg']}.",
+            "Delete that file (or its run folder) and run the same eval command again.",
+        ) from None
