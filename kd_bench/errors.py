@@ -81,8 +81,9 @@ class TrainingError(KdBenchError):
 
 
 def one_line(error: BaseException) -> str:
-    """The error's message on one line, as the command line shows it."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """The error's message on one line without control characters, as the command line shows it."""
+    line = " ".join(str(error).split()) or type(error).__name__
+    return "".join(character if character.isprintable() else "�" for character in line)
 
 
 def closest(word: str, known: list[str]) -> str:

@@ -1,0 +1,49 @@
+# make demo   installs once, then trains, evaluates, reports: the whole product on the embedded world
+# make test   the same set-up, then ruff, mypy and all tests
+# make quick  the tests of a few seconds
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# Tiny models are many times slower with several threads a process.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test quick lint format constraints clean
+
+demo: $(INSTALLED)
+	$(BIN)/kd-bench demo
+
+test: $(INSTALLED) lint
+	$(BIN)/pytest
+
+quick: $(INSTALLED) lint
+	$(BIN)/pytest -m "not slow and not browser"
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "kd-bench needs Python 3.11 or newer: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	@echo "Installing into $(VENV): about 7 GB, two to five minutes, only this once."
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+# Renew the pins from a fresh environment.
+constraints:
+	rm -rf build/constraints && $(PYTHON) -m venv build/constraints
+	build/constraints/bin/pip install --quiet --upgrade pip
+	build/constraints/bin/pip install --quiet ".[dev]"
+	build/constraints/bin/pip freeze --exclude kd-bench > constraints.txt
+
+clean:
+	rm -rf $(VENV) build dist results checkpoints .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,5 @@
+"""`python -m kd_bench` is `kd-bench`."""
+
+from kd_bench.cli import main
+
+main()

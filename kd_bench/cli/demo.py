@@ -1,0 +1,5 @@
+"""`kd-bench demo`."""
+
+
+def demo() -> None:
+    """Train, evaluate and report on the embedded world."""
