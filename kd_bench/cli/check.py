@@ -10,9 +10,7 @@ from kd_bench.cli.options import RESULTS, Results
 
 def check(
     candidate: Annotated[str, typer.Argument(help="Run or model name.")],
-    against: Annotated[
-        str | None, typer.Option(help="Baseline run or model; default: the suite's baseline.")
-    ] = None,
+    against: Annotated[str | None, typer.Option(help="Baseline run or model.")] = None,
     policy: Annotated[
         Path | None, typer.Option(help="Policy YAML; default: the shipped one.")
     ] = None,

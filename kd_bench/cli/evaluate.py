@@ -12,9 +12,7 @@ def evaluate(
     checkpoints: Annotated[
         list[str], typer.Argument(help="Checkpoint folders.", metavar="CHECKPOINT...")
     ],
-    suite: Annotated[
-        str, typer.Option(help="mini (embedded data) or ten (the real ones).")
-    ] = "mini",
+    suite: Annotated[str, typer.Option(help="mini (embedded) or ten (the real ones).")] = "mini",
     tasks: Annotated[str | None, typer.Option(help="Only these benchmarks: mme,gqa.")] = None,
     data: Data = None,
     limit: Annotated[int | None, typer.Option(help="Documents a benchmark.", min=1)] = None,

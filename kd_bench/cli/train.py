@@ -13,7 +13,7 @@ def train(
     ] = "mini",
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="Settings to change: key=value ...", metavar="KEY=VALUE"),
+        typer.Argument(help="Settings to change.", metavar="KEY=VALUE"),
     ] = None,
     method: Annotated[
         str | None, typer.Option(help="One method, several (a,b), or all: a sweep.")
