@@ -1,0 +1,287 @@
+"""A recipe: which student, which teacher, which data, and the stages of the training.
+
+Stages run in order (pretrain the projector -> distil -> ...). `load_recipe` takes a shipped name
+or a path and `key=value` overrides; a key that belongs to a stage (`method`, `learning_rate`, ...)
+and stands without a stage applies to the last stage, the one that distils.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from kd_bench.config import StrictModel, apply_overrides, read_yaml, validate
+from kd_bench.distill.methods import METHODS, Term
+from kd_bench.errors import UsageError, closest
+
+__all__ = [
+    "DataSource",
+    "LoraSettings",
+    "Recipe",
+    "Stage",
+    "StudentParts",
+    "list_recipes",
+    "load_recipe",
+    "recipe_yaml",
+]
+
+RECIPES = Path(__file__).parent / "recipes"
+PARTS = ("vision_tower", "projector", "language_model")
+
+
+class DataSource(StrictModel):
+    """Conversations and their pictures.
+
+    Attributes:
+        path: LLaVA JSON, JSONL, or a folder written by `datasets.save_to_disk`; one or several.
+        images: folder that picture names are relative to; by default the file's own folder.
+        limit: only the first so many conversations, after `skip`.
+        skip: leave out the first so many.
+        unreadable_limit: samples that may be skipped before the training stops with their list.
+    """
+
+    path: str | list[str]
+    images: str | None = None
+    limit: int | None = Field(default=None, ge=1)
+    skip: int = Field(default=0, ge=0)
+    unreadable_limit: int = Field(default=10, ge=0)
+
+
+class StudentParts(StrictModel):
+    """A student put together from pretrained parts, with a fresh projector.
+
+    Attributes:
+        vision_tower, language_model: checkpoints; the tower may be a whole vision-language model.
+        projector_act: activation between the projector's two layers.
+        vision_feature_layer, vision_feature_select_strategy: as in transformers' LlavaConfig.
+        chat_template: Jinja file; by default the language model's own template.
+    """
+
+    vision_tower: str
+    language_model: str
+    projector_act: str = "gelu"
+    vision_feature_layer: int = -2
+    vision_feature_select_strategy: Literal["default", "full"] = "full"
+    chat_template: str | None = None
+
+
+class LoraSettings(StrictModel):
+    """Low-rank adapters on the language model through peft, merged into it on export."""
+
+    r: int = Field(default=64, ge=1)
+    alpha: float = Field(default=128, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: list[str] | str = "all-linear"
+
+
+class Stage(StrictModel):
+    """One part of the training with its own trainable set, terms, data and settings.
+
+    Attributes:
+        method: a name in `methods.METHODS`; or give `terms`.
+        trainable: parts that learn; a term on the switch logits needs `vision_tower` among them.
+        steps, epochs: length, one of the two.
+        batch_size: samples per optimizer step, over all devices and accumulation pieces, so that
+            a recipe means the same on any hardware.
+        gradient_accumulation: pieces that a device's share of a batch is computed in.
+        warmup: steps if 1 or more, a share of all steps if below 1.
+        precision: `bfloat16` is mixed precision (weights stay float32).
+        group_by_length: samples of similar length share a batch.
+        max_length: tokens of a sample, image tokens included; longer ones lose their end.
+        save_every: steps between checkpoints that a killed run resumes from; 0 is only at the end.
+        log_every: steps between lines of `train_log.jsonl`.
+        head_chunk: answer positions that go through the LM heads and losses at a time.
+    """
+
+    name: str = "train"
+    method: str | None = None
+    terms: list[Term] | None = None
+    trainable: list[Literal["vision_tower", "projector", "language_model"]] = Field(
+        default=["vision_tower", "projector", "language_model"], min_length=1
+    )
+    lora: LoraSettings | None = None
+    data: DataSource | None = None
+    steps: int | None = Field(default=None, ge=1)
+    epochs: float | None = Field(default=None, gt=0)
+    batch_size: int = Field(default=32, ge=1)
+    gradient_accumulation: int = Field(default=1, ge=1)
+    learning_rate: float = Field(default=2e-5, gt=0)
+    vision_tower_learning_rate: float | None = Field(default=None, gt=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = Field(default=0.03, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    precision: Literal["float32", "bfloat16"] = "float32"
+    gradient_checkpointing: bool = False
+    group_by_length: bool = False
+    max_length: int = Field(default=2048, ge=8)
+    workers: int = Field(default=0, ge=0)
+    save_every: int = Field(default=500, ge=0)
+    log_every: int = Field(default=25, ge=1)
+    head_chunk: int = Field(default=512, ge=1)
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, method: str | None) -> str | None:
+        if method is not None and method not in METHODS:
+            hint = closest(method, list(METHODS))
+            raise ValueError(f"unknown method {method!r}.{hint} Known: {', '.join(METHODS)}")
+        return method
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Stage":
+        if (self.method is None) == (self.terms is None):
+            raise ValueError("give either a method or terms")
+        if self.terms is not None:
+            labels = [term.label for term in self.terms]
+            if not any(term.weight for term in self.terms):
+                raise ValueError("no term has a weight")
+            if len(set(labels)) < len(labels):
+                raise ValueError("two terms have one name; set `name` on them")
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either steps or epochs")
+        if self.batch_size % self.gradient_accumulation:
+            raise ValueError("batch_size is not a multiple of gradient_accumulation")
+        return self
+
+    @property
+    def objective(self) -> tuple[Term, ...]:
+        """The terms, in the order in which they are logged."""
+        return tuple(self.terms) if self.terms is not None else METHODS[self.method or "sft"]
+
+    @property
+    def method_name(self) -> str:
+        """The method's name; `custom` where the terms are spelled out."""
+        return self.method or "custom"
+
+
+class Recipe(StrictModel):
+    """A whole training.
+
+    Attributes:
+        student: a checkpoint to start from, or the parts to build it from.
+        teacher: a checkpoint; not needed where every term is `ce`.
+        data: where a stage names none of its own.
+        output: folder of the result; by default `results/train/<name>-<method>-seed<seed>`.
+        truncate_vocabulary: allow a teacher whose LM head has more (padding) rows than the
+            student's, by ignoring the surplus; the tokenizers must be equal all the same.
+        allow_pickle, trust_remote_code: permit checkpoints that can run code when loaded.
+        teacher_cache: folder for the teacher's hidden states at answer positions.
+        report_to: other loggers, e.g. [tensorboard].
+    """
+
+    name: str
+    student: str | StudentParts
+    teacher: str | None = None
+    data: DataSource | None = None
+    seed: int = 0
+    output: str | None = None
+    truncate_vocabulary: bool = False
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
+    teacher_cache: str | None = None
+    report_to: list[Literal["tensorboard", "trackio", "wandb"]] = []
+    stages: list[Stage] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Recipe":
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) < len(names):
+            raise ValueError("two stages have one name")
+        for stage in self.stages:
+            if stage.data is None and self.data is None:
+                raise ValueError(f"stage {stage.name!r} has no data, and the recipe has none")
+            if self.teacher is None and any(term.loss != "ce" for term in stage.objective):
+                raise ValueError(f"stage {stage.name!r} needs a teacher; set `teacher`")
+        return self
+
+    @property
+    def method(self) -> str:
+        """The method of the last stage, which is the one that names the student."""
+        return self.stages[-1].method_name
+
+    @property
+    def output_folder(self) -> Path:
+        """Where everything of this training is written."""
+        if self.output is not None:
+            return Path(self.output).expanduser()
+        return Path("results") / "train" / f"{self.name}-{self.method}-seed{self.seed}"
+
+    def data_of(self, stage: Stage) -> DataSource:
+        """The stage's own data, or the recipe's."""
+        source = stage.data or self.data
+        assert source is not None  # the validator saw to it
+        return source
+
+
+def list_recipes() -> dict[str, Path]:
+    """Shipped recipes by name."""
+    return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
+
+
+def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a shipped recipe (by name) or a YAML file, apply overrides, validate.
+
+    `method=sft`, `learning_rate=1e-3` and every other key of a stage apply to the last stage;
+    `stages.0.learning_rate=1e-3` or `pretrain.learning_rate=1e-3` (a stage's name) to that one.
+
+    Raises:
+        UsageError: no such recipe, an unknown key, a value that does not fit.
+    """
+    path = _find(name_or_path)
+    mapping = read_yaml(path)
+    stages = mapping.get("stages")
+    names = [_stage_name(stage) for stage in stages] if isinstance(stages, list) else []
+    for override in overrides:
+        addressed = _address(override, names)
+        key = addressed.partition("=")[0]
+        mapping = apply_overrides(mapping, [addressed])
+        if names and key == f"stages.{len(names) - 1}.method":
+            mapping["stages"][-1].pop("terms", None)
+        if names and key in (f"stages.{i}.{other}" for i in range(len(names)) for other in _LENGTH):
+            index = int(key.split(".")[1])
+            mapping["stages"][index].pop(_LENGTH[key.split(".")[2]], None)
+    return validate(Recipe, mapping, str(path))
+
+
+_LENGTH = {"steps": "epochs", "epochs": "steps"}
+
+
+def _stage_name(stage: Any) -> str:
+    return str(stage.get("name", "train")) if isinstance(stage, dict) else ""
+
+
+def _address(override: str, stage_names: list[str]) -> str:
+    """The override with its stage spelled as `stages.<index>`."""
+    key, separator, value = override.partition("=")
+    head, _, rest = key.partition(".")
+    if not stage_names or head in Recipe.model_fields:
+        return override
+    if head in stage_names and rest:
+        return f"stages.{stage_names.index(head)}.{rest}{separator}{value}"
+    if head in Stage.model_fields:
+        return f"stages.{len(stage_names) - 1}.{key}{separator}{value}"
+    return override
+
+
+def _find(name_or_path: str | Path) -> Path:
+    path = Path(name_or_path).expanduser()
+    known = list_recipes()
+    if str(name_or_path) in known:
+        return known[str(name_or_path)]
+    if path.suffix in {".yaml", ".yml"} or path.exists():
+        return path
+    hint = closest(str(name_or_path), list(known))
+    raise UsageError(
+        f"There is no recipe {str(name_or_path)!r}.{hint}",
+        f"Shipped recipes: {', '.join(known) or 'none'}; or give the path of a YAML file.",
+    )
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """The resolved recipe as YAML that `load_recipe` reads back to an equal recipe."""
+    mapping = recipe.model_dump(mode="json", exclude_none=True)
+    return yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True, width=100)
