@@ -1,0 +1,331 @@
+"""Rows of the ten benchmarks about scenes, in the column schemas of the real data sets.
+
+A builder takes one scene and returns the rows about it; a column that holds a picture holds a Scene
+until it is written. Ids (question_id, index, id) are given later, by number_rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from random import Random
+from typing import Any
+
+from kd_bench.world import words
+from kd_bench.world.mme import mme_rows
+from kd_bench.world.questions import Question, ask, plural
+from kd_bench.world.scenes import Scene, sample_scene
+from kd_bench.world.words import chinese
+
+Row = dict[str, Any]
+
+SEEING = ("colour_of", "shape_of", "size_of", "place_of", "shape_at", "colour_at", "count")
+READING = ("word", "number")
+# MMBench: kind of question -> (category, L2-category), upstream's names.
+_MMBENCH = {
+    "colour_of": ("attribute_recognition", "finegrained_perception (instance-level)"),
+    "shape_of": ("attribute_recognition", "finegrained_perception (instance-level)"),
+    "place_of": ("object_localization", "finegrained_perception (instance-level)"),
+    "shape_at": ("object_localization", "finegrained_perception (instance-level)"),
+    "colour_at": ("attribute_recognition", "finegrained_perception (instance-level)"),
+    "count": ("object_localization", "finegrained_perception (instance-level)"),
+    "word": ("ocr", "finegrained_perception (instance-level)"),
+    "number": ("ocr", "finegrained_perception (instance-level)"),
+    "background": ("image_scene", "coarse_perception"),
+}
+
+
+def _options(rng: Random, question: Question, most: int = 4) -> tuple[list[str], int]:
+    """Return shuffled options and the answer's place among them."""
+    options = [question.answer, *question.wrong[: most - 1]]
+    rng.shuffle(options)
+    return options, options.index(question.answer)
+
+
+def _mmbench(scene: Scene, rng: Random, translate: bool) -> list[Row]:
+    question = ask(scene, rng, list(_MMBENCH))
+    assert question is not None  # background always fits
+    options, place = _options(rng, question)
+    if translate:
+        options = [chinese(option) for option in options]
+    category, l2_category = _MMBENCH[question.kind]
+    rows = []
+    for turn in range(len(options)):
+        turned = options[turn:] + options[:turn]
+        row: Row = {
+            "index": turn * 1_000_000,
+            "question": question.chinese if translate else question.english,
+            "hint": None,
+            "answer": "ABCD"[(place - turn) % len(options)],
+            **{letter: None for letter in "ABCD"},
+            "category": category,
+            "image": scene,
+            "source": "kd-bench world",
+            "L2-category": l2_category,
+            "split": "dev",
+        }
+        row.update(zip("ABCD", turned, strict=False))
+        rows.append(row)
+    return rows
+
+
+def mmbench_en_rows(scene: Scene, rng: Random) -> list[Row]:
+    """One multiple-choice question, once for every rotation of its options."""
+    return _mmbench(scene, rng, translate=False)
+
+
+def mmbench_cn_rows(scene: Scene, rng: Random) -> list[Row]:
+    """The same in Chinese."""
+    return _mmbench(scene, rng, translate=True)
+
+
+def _ten(rng: Random, question: Question, agreement: int) -> list[str]:
+    """Ten annotators' answers; at least six give the right one."""
+    right = 10 - sum(rng.randrange(100) >= agreement for _ in range(4))
+    return [question.answer] * right + [rng.choice(question.wrong) for _ in range(10 - right)]
+
+
+def vqav2_rows(scene: Scene, rng: Random) -> list[Row]:
+    """One open or yes/no question with ten annotators' answers."""
+    question = ask(scene, rng, (*SEEING, "same", "background"))
+    assert question is not None
+    answers = _ten(rng, question, agreement=80)
+    rng.shuffle(answers)
+    return [
+        {
+            "question_type": " ".join(question.english.lower().split()[:2]),
+            "multiple_choice_answer": question.answer,
+            "answers": [
+                {"answer": answer, "answer_confidence": "yes", "answer_id": k + 1}
+                for k, answer in enumerate(answers)
+            ],
+            "image_id": 0,
+            "answer_type": _answer_type(question.answer),
+            "question_id": 0,
+            "question": question.english,
+            "image": scene,
+        }
+    ]
+
+
+def _answer_type(answer: str) -> str:
+    return "yes/no" if answer in ("yes", "no") else "number" if answer.isdigit() else "other"
+
+
+def gqa_rows(scene: Scene, rng: Random) -> list[Row]:
+    """One question about relations; the picture is joined by imageId when written."""
+    question = ask(scene, rng, ("beside", "beside", "relation", "same"))
+    question = question or ask(scene, rng, ("shape_at", "colour_at"))
+    assert question is not None
+    full = f"The answer is {question.answer}."
+    row = {"id": "", "imageId": scene, "question": question.english, "answer": question.answer}
+    return [row | {"fullAnswer": full, "isBalanced": True}]
+
+
+def scienceqa_rows(scene: Scene, rng: Random) -> list[Row]:
+    """One question that applies the hint's rules to the picture."""
+    asked, ruled, said = rng.choice(
+        [("name", "colour", "How is the {}?"), ("colour", "name", "How is the {} shape?")]
+    )
+    singles = [
+        shape
+        for shape in scene.shapes
+        if sum(getattr(s, asked) == getattr(shape, asked) for s in scene.shapes) == 1
+    ]
+    shape = rng.choice(singles) if singles else rng.choice(scene.shapes)
+    if not singles:
+        ruled, said = ("colour", "How is the shape at the {}?")
+    subject = getattr(shape, asked) if singles else words.PLACES[shape.cell]
+    pool = words.COLOURS if ruled == "colour" else words.SHAPES
+    fact = getattr(shape, ruled)
+    others = rng.sample([value for value in pool if value != fact], 2)
+    case = rng.randrange(3)  # the rule that applies: first, second or "other"
+    values = [fact, others[0]] if case == 0 else [others[0], fact] if case == 1 else others
+    traits = rng.sample(words.TRAITS, 3)
+    named = [f"{v.capitalize()} shapes" if ruled == "colour" else plural(v).capitalize()
+             for v in values]  # fmt: skip
+    hint = " ".join(
+        f"{who} are {trait}." for who, trait in zip([*named, "Others"], traits, strict=True)
+    )
+    answer = traits[case]
+    choices = rng.sample(traits, 3)
+    return [
+        {
+            "image": scene,
+            "question": said.format(subject),
+            "choices": choices,
+            "answer": choices.index(answer),
+            "hint": hint,
+            "task": "closed choice",
+            "grade": "grade2",
+            "subject": "natural science",
+            "topic": "physics",
+            "category": "Materials",
+            "skill": "Classify by a rule",
+            "lecture": "",
+            "solution": "",
+        }
+    ]
+
+
+def textvqa_rows(scene: Scene, rng: Random) -> list[Row]:
+    """One reading question with ten answers."""
+    question = ask(scene, rng, ("word", "number", "digit"))
+    if question is None:
+        return []
+    answers = _ten(rng, question, agreement=90)
+    tokens = [sign.text.upper() for sign in scene.signs]
+    row = {"image_id": "", "question_id": 0, "question": question.english.lower(), "image": scene}
+    return [row | {"answers": answers, "ocr_tokens": tokens, "set_name": "val"}]
+
+
+def vizwiz_rows(scene: Scene, rng: Random) -> list[Row]:
+    """One question of a photographer who cannot see; a strong blur has no answer."""
+    if scene.signs and rng.randrange(2):
+        question = ask(scene, rng, ("word", "number"))
+    else:
+        question = ask(scene, rng, ("colour_of", "shape_of", "size_of", "place_of", "background"))
+    question = question or ask(scene, rng, ("background",))
+    assert question is not None
+    text, lost = question.english, scene.blur > 2
+    if not scene.signs and rng.randrange(8) == 0:  # the sign that is asked for is not there
+        text, lost = f"What is the {rng.choice(READING)} on the sign?", True
+    if lost:
+        question = Question("lost", text, "", "unanswerable", (question.answer, "unsuitable"))
+    answers = _ten(rng, question, agreement=70)
+    kind = "unanswerable" if lost else "other"
+    row = {"question_id": "", "image": scene, "question": text.lower(), "answers": answers}
+    return [row | {"category": kind}]
+
+
+def pope_rows(scene: Scene, rng: Random) -> list[Row]:
+    """Six questions for a coloured shape: a yes and a no of each way to choose the negative."""
+    there = sorted({(s.colour, s.name) for s in scene.shapes})
+    colours, names = sorted({c for c, _ in there}), sorted({n for _, n in there})
+    every = [(c, n) for c in words.COLOURS for n in words.SHAPES if (c, n) not in there]
+    popular = [(c, n) for c, n in every if c in words.COLOURS[:2] or n in words.SHAPES[:2]]
+    mixed = [(c, n) for c, n in every if c in colours and n in names]
+    near = [(c, n) for c, n in every if c in colours or n in names]
+    rows = []
+    for category, pool in (
+        ("random", every), ("popular", popular), ("adversarial", mixed or near)
+    ):  # fmt: skip
+        for answer, pair in (("yes", rng.choice(there)), ("no", rng.choice(pool))):
+            rows.append(
+                {
+                    "id": "",
+                    "question_id": "",
+                    "question": f"Is there {article(pair[0])} {pair[0]} {pair[1]} in the image?",
+                    "answer": answer,
+                    "image_source": "",
+                    "image": scene,
+                    "category": category,
+                }
+            )
+    return rows
+
+
+def article(word: str) -> str:
+    """Return a or an."""
+    return "an" if word[0] in "aeiou" else "a"
+
+
+_PLACES = ("first", "second", "third")
+
+
+def mmmu_rows(scene: Scene, rng: Random) -> list[Row]:
+    """One question of a subject on one, two or three pictures of the scene's split."""
+    subject = rng.choice(["Art", "Geography", "Literature", "Math", "Computer_Science", "Design"])
+    split, kind = scene.split(), "full"
+    if subject in ("Art", "Geography"):
+        question, pictures = ask(scene, rng, SEEING), [scene]
+    elif subject == "Design":
+        question, pictures = _odd_picture(rng, split)
+    else:
+        kind = "sign" if subject == "Literature" else "full"
+        pictures = [sample_scene(rng, split, kind) for _ in range(2)]
+        place = rng.randrange(2)
+        wanted = READING if subject == "Literature" else ("count",)
+        if subject == "Computer_Science":
+            wanted = ("colour_of", "shape_of", "background")
+        asked = ask(pictures[place], rng, wanted)
+        question = asked or ask(pictures[place], rng, ("background",))
+        assert question is not None
+        text = question.english.replace("?", f" in the {_PLACES[place]} picture?")
+        question = Question(question.kind, text, "", question.answer, question.wrong)
+    assert question is not None
+    marks = " ".join(f"<image {k + 1}>" for k in range(len(pictures)))
+    opened = question.answer.isdigit() and rng.randrange(3) == 0
+    options, place = _options(rng, question)
+    row: Row = {
+        "id": subject,
+        "question": f"{marks} {question.english}",
+        "options": "[]" if opened else repr(options),
+        "explanation": "",
+        "answer": question.answer if opened else "ABCD"[place],
+        "question_type": "open" if opened else "multiple-choice",
+        "topic_difficulty": ("Easy", "Medium", "Hard")[len(pictures) - 1],
+        "img_type": "['Drawings']",
+        "subfield": question.kind,
+    }
+    for k in range(7):
+        row[f"image_{k + 1}"] = pictures[k] if k < len(pictures) else None
+    return [row]
+
+
+def _odd_picture(rng: Random, split: str) -> tuple[Question, list[Scene]]:
+    """Ask which of three pictures has a background or a shape that the other two lack."""
+    by_shape = bool(rng.randrange(2))
+    while True:
+        pictures = [sample_scene(rng, split) for _ in range(3)]
+        place = rng.randrange(3)
+        sought = pictures[place]
+        name = rng.choice(sought.shapes).name
+        others = [p for k, p in enumerate(pictures) if k != place]
+        if by_shape and any(s.name == name for p in others for s in p.shapes):
+            continue
+        if not by_shape and any(p.background == sought.background for p in others):
+            continue
+        thing = f"shows {article(name)} {name}" if by_shape else f"shows the {sought.background}"
+        wrong = tuple(place_name for place_name in _PLACES if place_name != _PLACES[place])
+        question = Question("odd", f"Which picture {thing}?", "", _PLACES[place], wrong)
+        return question, pictures
+
+
+def vizwiz_scene(rng: Random, split: str) -> Scene:
+    """Sample a careless photograph: few things, sharp, slightly blurred or lost."""
+    blur = rng.choice([0, 0, 0, 1, 1, 5, 5])
+    return sample_scene(rng, split, rng.choice(["single", "single", "sign"]), blur)
+
+
+def _full(rng: Random, split: str) -> Scene:
+    return sample_scene(rng, split)
+
+
+def _signed(rng: Random, split: str) -> Scene:
+    return sample_scene(rng, split, "sign")
+
+
+def _either(rng: Random, split: str) -> Scene:
+    return sample_scene(rng, split, "sign" if rng.randrange(4) == 0 else "full")
+
+
+Builder = Callable[[Scene, Random], list[Row]]
+# benchmark id -> (rows of a scene, scenes that suit it)
+BUILDERS: dict[str, tuple[Builder, Callable[[Random, str], Scene]]] = {
+    "mme": (mme_rows, _either),
+    "mmbench_en": (mmbench_en_rows, _either),
+    "mmbench_cn": (mmbench_cn_rows, _either),
+    "vqav2": (vqav2_rows, _full),
+    "gqa": (gqa_rows, _full),
+    "scienceqa_img": (scienceqa_rows, _full),
+    "mmmu": (mmmu_rows, _full),
+    "textvqa": (textvqa_rows, _signed),
+    "vizwiz_vqa": (vizwiz_rows, vizwiz_scene),
+    "pope": (pope_rows, _full),
+}
+BENCHMARKS = tuple(BUILDERS)
+
+
+def scenes_of(row: Row) -> Iterable[Scene]:
+    """Return the scenes in a row's columns."""
+    return [value for value in row.values() if isinstance(value, Scene)]

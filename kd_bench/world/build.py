@@ -1,0 +1,93 @@
+"""Write the world to a folder: training conversations, validation and test sets."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from kd_bench.world.drawing import png
+from kd_bench.world.testsets import write_test_sets
+from kd_bench.world.training import Conversation, conversations
+
+VERSION = "1"  # raise it whenever the same seed would give other pixels or rows
+
+# Training files: folder -> (kind of conversation, how many).
+STUDENT_FILES = {"train": ("mixture", 2000), "captions": ("captions", 1500)}
+TEACHER_FILES = {
+    "teacher/mixture": ("mixture", 16000),
+    "teacher/captions": ("captions", 6000),
+    "teacher/drills": ("drills", 8000),
+}
+
+
+def build_world(folder: Path, seed: int = 0, *, teacher: bool = False) -> None:
+    """Write the world into a folder, once; a complete one is left as it is.
+
+    Several processes may call this at the same time: one writes, the others wait for it.
+    `teacher=True` adds the large training files that only the teacher's own recipe reads.
+    """
+    folder = Path(folder)
+    _once(folder, f"world-{VERSION}-seed-{seed}", lambda: _write_world(folder, seed))
+    if teacher:
+        done = f"teacher-{VERSION}-seed-{seed}"
+        _once(folder, done, lambda: _write_files(folder, TEACHER_FILES, seed))
+
+
+def _once(folder: Path, marker: str, write: Callable[[], None]) -> None:
+    """Run `write` unless the marker, written last, says that it has been run."""
+    done = folder / f".{marker}"
+    if done.exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder / ".lock"):
+        if done.exists():
+            return
+        write()
+        done.touch()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock that the system releases even when the process is killed."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _write_world(folder: Path, seed: int) -> None:
+    _write_files(folder, STUDENT_FILES, seed)
+    for split in ("validation", "test"):
+        write_test_sets(folder / split, split, seed)
+
+
+def _write_files(folder: Path, files: dict[str, tuple[str, int]], seed: int) -> None:
+    for name, (kind, count) in files.items():
+        write_conversations(folder / name, conversations(name, kind, count, seed))
+
+
+def write_conversations(folder: Path, items: list[Conversation]) -> None:
+    """Write `conversations.json` in LLaVA's form, and its pictures under `images/`."""
+    images = folder / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number, (scenes, turns) in enumerate(items):
+        names = []
+        for k, scene in enumerate(scenes):
+            names.append(f"{number:06d}.png" if len(scenes) == 1 else f"{number:06d}-{k}.png")
+            (images / names[-1]).write_bytes(png(scene))
+        said = []
+        for human, answer in turns:
+            said += [{"from": "human", "value": human}, {"from": "gpt", "value": answer}]
+        if len(names) == 1 and "<image>" not in said[0]["value"]:
+            said[0]["value"] = f"<image>\n{said[0]['value']}"
+        picture = {"image": names[0] if len(names) == 1 else names} if names else {}
+        rows.append({"id": f"{number:06d}", **picture, "conversations": said})
+    text = json.dumps(rows, ensure_ascii=False, indent=1)
+    (folder / "conversations.json").write_text(text, encoding="utf-8")

@@ -1,0 +1,123 @@
+"""Draw a scene: integers only, so that pixels are the same on every machine."""
+
+from __future__ import annotations
+
+import io
+from random import Random
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kd_bench.world.scenes import GRID, Scene, Shape, Sign
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+CELL = 16
+SIDE = GRID * CELL
+
+_PAINT = {
+    "red": (214, 40, 40),
+    "orange": (240, 140, 30),
+    "yellow": (236, 220, 60),
+    "green": (50, 170, 70),
+    "blue": (50, 90, 220),
+    "purple": (150, 60, 180),
+    "night": (22, 22, 34),
+    "fog": (140, 142, 146),
+    "snow": (228, 232, 236),
+    "desert": (150, 116, 84),
+    "gold": (204, 164, 40),
+    "silver": (186, 190, 198),
+}
+_RADIUS = {"small": 4, "large": 6}
+_NOISE = 12  # largest change of a channel by the grain
+_TINT = 20  # largest change of a shape's whole colour
+
+# Rows of 3x5 glyphs, three bits a row, from the top.
+_GLYPHS = {
+    "A": 0o25755, "B": 0o65656, "C": 0o34443, "D": 0o65556, "E": 0o74647, "F": 0o74644,
+    "G": 0o34553, "H": 0o55755, "I": 0o72227, "J": 0o11152, "K": 0o55655, "L": 0o44447,
+    "M": 0o57755, "N": 0o65555, "O": 0o25552, "P": 0o65644, "Q": 0o25563, "R": 0o65655,
+    "S": 0o34216, "T": 0o72222, "U": 0o55557, "V": 0o55552, "W": 0o55775, "X": 0o55255,
+    "Y": 0o55222, "Z": 0o71247, "0": 0o75557, "1": 0o26227, "2": 0o71747, "3": 0o71317,
+    "4": 0o55711, "5": 0o74717, "6": 0o74757, "7": 0o71122, "8": 0o75757, "9": 0o75717,
+}  # fmt: skip
+
+
+def _mask(shape: Shape) -> np.ndarray:
+    """Return the shape's pixels inside its cell as a (16, 16) boolean array."""
+    r = _RADIUS[shape.size]
+    y, x = np.mgrid[0:CELL, 0:CELL]
+    x, y = x - CELL // 2 - shape.dx, y - CELL // 2 - shape.dy
+    box = (abs(x) <= r) & (abs(y) <= r)
+    square_distance = x * x + y * y
+    if shape.name == "circle":
+        return square_distance <= r * r + 1
+    if shape.name == "square":
+        return (abs(x) < r) & (abs(y) < r)
+    if shape.name == "triangle":
+        return box & (2 * abs(x) <= y + r)
+    if shape.name == "diamond":
+        return abs(x) + abs(y) <= r
+    if shape.name == "cross":
+        return box & ((abs(x) <= r // 4) | (abs(y) <= r // 4))
+    return (square_distance <= r * r + 1) & (square_distance >= (r - 2) * (r - 2) + 1)
+
+
+def _draw_sign(cell: np.ndarray, sign: Sign) -> None:
+    """Write a sign's text on a white plate into a (16, 16, 3) cell, in place."""
+    cell[4:13] = 245
+    left = (CELL - 4 * len(sign.text) + 1) // 2
+    for place, character in enumerate(sign.text.upper()):
+        bits = _GLYPHS[character]
+        for row in range(5):
+            for column in range(3):
+                if bits >> (14 - 3 * row - column) & 1:
+                    cell[6 + row, left + 4 * place + column] = 10
+
+
+def _box_blur(pixels: np.ndarray, radius: int) -> np.ndarray:
+    """Mean over a square of side 2 * radius + 1, edges repeated, rounded down."""
+    side = 2 * radius + 1
+    for axis in (0, 1):
+        width = [(radius, radius) if axis == k else (0, 0) for k in range(3)]
+        padded = np.pad(pixels, width, mode="edge")
+        length = pixels.shape[axis]
+        pixels = sum(padded.take(range(k, k + length), axis) for k in range(side)) // side
+    return pixels
+
+
+def pixels(scene: Scene) -> np.ndarray:
+    """Draw a scene as a (48, 48, 3) uint8 array."""
+    rng = Random(f"grain {scene.grain}")
+    canvas = np.zeros((SIDE, SIDE, 3), dtype=np.int64)
+    canvas[:] = _PAINT[scene.frame or scene.background]
+    canvas[2:-2, 2:-2] = _PAINT[scene.background]
+    for shape in scene.shapes:
+        y, x = shape.row * CELL, shape.column * CELL
+        tint = [rng.randint(-_TINT, _TINT) for _ in range(3)]
+        canvas[y : y + CELL, x : x + CELL][_mask(shape)] = np.add(_PAINT[shape.colour], tint)
+    for sign in scene.signs:
+        y, x = sign.cell // GRID * CELL, sign.cell % GRID * CELL
+        _draw_sign(canvas[y : y + CELL, x : x + CELL], sign)
+    noise = np.frombuffer(rng.randbytes(SIDE * SIDE * 3), dtype=np.uint8).reshape(canvas.shape)
+    canvas += noise.astype(np.int64) % (2 * _NOISE + 1) - _NOISE
+    canvas = np.clip(canvas, 0, 255)
+    if scene.blur:
+        canvas = _box_blur(_box_blur(canvas, scene.blur), scene.blur)
+    return canvas.astype(np.uint8)
+
+
+def draw(scene: Scene) -> Image:
+    """Draw a scene as a 48x48 RGB picture."""
+    from PIL import Image
+
+    return Image.fromarray(pixels(scene))
+
+
+def png(scene: Scene) -> bytes:
+    """Return a scene's picture as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    draw(scene).save(buffer, format="PNG")
+    return buffer.getvalue()
