@@ -1,5 +1,121 @@
-"""`kd-bench demo`."""
+"""`kd-bench demo`: the whole product on the embedded world, by its own commands."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kd_bench.cli.options import comma_separated
+from kd_bench.errors import IncompleteRunError
+
+if TYPE_CHECKING:
+    from kd_bench.store import Run
+
+RESULTS = Path("results/demo")
+CHECKPOINTS = Path("checkpoints/demo")
+REPORT = Path("reports/demo")
 
 
-def demo() -> None:
-    """Train, evaluate and report on the embedded world."""
+def demo(
+    methods: Annotated[str, typer.Option(help="Training methods to compare.")] = "sft,switch-kd",
+    seeds: Annotated[str, typer.Option(help="Training seeds, three or more.")] = "0,1,2",
+    processes: Annotated[
+        int | None, typer.Option(help="Commands side by side; default: one a core.", min=1)
+    ] = None,
+) -> None:
+    """Train, evaluate and report on the embedded world; a second call continues the first."""
+    from kd_bench.world import embedded
+
+    start = time.monotonic()
+    workers = processes or os.cpu_count() or 1
+    embedded("world")
+    teacher = embedded("teacher")
+    students = [
+        Student(method, int(seed))
+        for method in comma_separated(methods) or []
+        for seed in comma_separated(seeds) or []
+    ]
+    # The slow methods first: nothing long is left over when the cores run out of work.
+    _side_by_side("train", [student.train() for student in reversed(students)], workers)
+    checkpoints = [str(student.folder / "final") for student in students]
+    evaluations = [_evaluate(checkpoints[part::workers]) for part in range(workers)]
+    evaluations[-1:] = [_evaluate([str(teacher)], "--role", "teacher", "--name", "teacher")] + (
+        evaluations[-1:]
+    )
+    _side_by_side("eval", [line for line in evaluations if line], workers)
+    _report(time.monotonic() - start)
+
+
+@dataclass(frozen=True)
+class Student:
+    """One training run of the demo."""
+
+    method: str
+    seed: int
+
+    @property
+    def folder(self) -> Path:
+        return CHECKPOINTS / f"{self.method}-seed{self.seed}"
+
+    def train(self) -> list[str]:
+        settings = [f"method={self.method}", f"seed={self.seed}", f"output={self.folder}"]
+        return ["train", "mini", *settings]
+
+
+def _evaluate(checkpoints: Sequence[str], *options: str) -> list[str]:
+    return ["eval", *checkpoints, *options, "--results", str(RESULTS)] if checkpoints else []
+
+
+def _side_by_side(title: str, commands: list[list[str]], workers: int) -> None:
+    """Run kd-bench commands in processes of one thread each; a failure shows its last lines."""
+    log = CHECKPOINTS / "logs"
+    log.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+    def run(number: int, command: list[str]) -> tuple[list[str], float, int, Path]:
+        begin = time.monotonic()
+        output = log / f"{title}-{number}.log"
+        with output.open("w", encoding="utf-8") as stream:
+            line = [sys.executable, "-m", "kd_bench", *command]
+            done = subprocess.run(line, stdout=stream, stderr=subprocess.STDOUT, env=environment)
+        return command, time.monotonic() - begin, done.returncode, output
+
+    with ThreadPoolExecutor(workers) as pool:
+        jobs = [pool.submit(run, number, command) for number, command in enumerate(commands)]
+        for count, job in enumerate(as_completed(jobs), start=1):
+            command, seconds, code, output = job.result()
+            typer.echo(f"[{count}/{len(jobs)}] {seconds:4.0f} s  kd-bench {' '.join(command)}")
+            if code:
+                pool.shutdown(cancel_futures=True)
+                tail = output.read_text(encoding="utf-8", errors="replace").splitlines()[-12:]
+                typer.echo("\n".join(tail), err=True)
+                raise IncompleteRunError(
+                    f"`kd-bench {command[0]}` ended with exit code {code}; its log is {output}.",
+                    "Mend that and run the demo again: it continues.",
+                )
+
+
+def _report(seconds: float) -> None:
+    from kd_bench.report import render_report
+
+    page = render_report(RESULTS, REPORT)
+    typer.echo(_verdict())
+    typer.echo(f"Report: {page}  ({seconds / 60:.1f} minutes)")
+
+
+def _verdict() -> str:
+    """SFT against Switch-KD over the seeds, with an interval: whatever came out."""
+    from kd_bench.stats import method_difference
+    from kd_bench.store import list_runs
+
+    by_method: dict[str, list[Run]] = {}
+    for run in list_runs(RESULTS):
+        by_method.setdefault(run.manifest.model.method, []).append(run)
+    raise NotImplementedError((by_method, method_difference))
