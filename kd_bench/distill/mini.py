@@ -92,7 +92,7 @@ def _splitter() -> str:
 
 
 def build_tokenizer(texts: Iterable[str], least: int = 2) -> Tokenizer:
-    """Build a byte-level BPE tokenizer: every word met `least` times is one token, other text bytes.
+    """Build a byte-level BPE tokenizer: words met `least` times are whole, the rest is bytes.
 
     Whole words are looked up before merging (`ignore_merges`, as Llama 3 does), so no merge and no
     half word takes a place in the vocabulary.

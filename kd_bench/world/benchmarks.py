@@ -56,7 +56,7 @@ def _mmbench(scene: Scene, rng: Random, translate: bool) -> list[Row]:
             "question": question.chinese if translate else question.english,
             "hint": None,
             "answer": "ABCD"[(place - turn) % len(options)],
-            **{letter: None for letter in "ABCD"},
+            **dict.fromkeys("ABCD"),
             "category": category,
             "image": scene,
             "source": "kd-bench world",
@@ -237,14 +237,14 @@ def mmmu_rows(scene: Scene, rng: Random) -> list[Row]:
     subject = rng.choice(["Art", "Geography", "Literature", "Math", "Computer_Science", "Design"])
     split, kind = scene.split(), "full"
     if subject in ("Art", "Geography"):
-        question, pictures = ask(scene, rng, SEEING), [scene]
+        question, pictures = ask(scene, rng, (*SEEING, "background")), [scene]
     elif subject == "Design":
         question, pictures = _odd_picture(rng, split)
     else:
         kind = "sign" if subject == "Literature" else "full"
         pictures = [sample_scene(rng, split, kind) for _ in range(2)]
         place = rng.randrange(2)
-        wanted = READING if subject == "Literature" else ("count",)
+        wanted: tuple[str, ...] = READING if subject == "Literature" else ("count",)
         if subject == "Computer_Science":
             wanted = ("colour_of", "shape_of", "background")
         asked = ask(pictures[place], rng, wanted)

@@ -74,14 +74,14 @@ def _write_files(folder: Path, files: dict[str, tuple[str, int]], seed: int) -> 
 
 def write_conversations(folder: Path, items: list[Conversation]) -> None:
     """Write `conversations.json` in LLaVA's form, and its pictures under `images/`."""
-    images = folder / "images"
-    images.mkdir(parents=True, exist_ok=True)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
     rows = []
     for number, (scenes, turns) in enumerate(items):
         names = []
         for k, scene in enumerate(scenes):
-            names.append(f"{number:06d}.png" if len(scenes) == 1 else f"{number:06d}-{k}.png")
-            (images / names[-1]).write_bytes(png(scene))
+            mark = "" if len(scenes) == 1 else f"-{k}"
+            names.append(f"images/{number:06d}{mark}.png")
+            (folder / names[-1]).write_bytes(png(scene))
         said = []
         for human, answer in turns:
             said += [{"from": "human", "value": human}, {"from": "gpt", "value": answer}]

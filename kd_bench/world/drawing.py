@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kd_bench.world.scenes import GRID, Scene, Shape, Sign
 
@@ -45,7 +46,7 @@ _GLYPHS = {
 }  # fmt: skip
 
 
-def _mask(shape: Shape) -> np.ndarray:
+def _mask(shape: Shape) -> Any:
     """Return the shape's pixels inside its cell as a (16, 16) boolean array."""
     r = _RADIUS[shape.size]
     y, x = np.mgrid[0:CELL, 0:CELL]
@@ -65,7 +66,7 @@ def _mask(shape: Shape) -> np.ndarray:
     return (square_distance <= r * r + 1) & (square_distance >= (r - 2) * (r - 2) + 1)
 
 
-def _draw_sign(cell: np.ndarray, sign: Sign) -> None:
+def _draw_sign(cell: NDArray[Any], sign: Sign) -> None:
     """Write a sign's text on a white plate into a (16, 16, 3) cell, in place."""
     cell[4:13] = 245
     left = (CELL - 4 * len(sign.text) + 1) // 2
@@ -77,18 +78,19 @@ def _draw_sign(cell: np.ndarray, sign: Sign) -> None:
                     cell[6 + row, left + 4 * place + column] = 10
 
 
-def _box_blur(pixels: np.ndarray, radius: int) -> np.ndarray:
+def _box_blur(pixels: NDArray[Any], radius: int) -> NDArray[Any]:
     """Mean over a square of side 2 * radius + 1, edges repeated, rounded down."""
     side = 2 * radius + 1
     for axis in (0, 1):
         width = [(radius, radius) if axis == k else (0, 0) for k in range(3)]
         padded = np.pad(pixels, width, mode="edge")
         length = pixels.shape[axis]
-        pixels = sum(padded.take(range(k, k + length), axis) for k in range(side)) // side
+        shifted = [padded.take(range(k, k + length), axis) for k in range(side)]
+        pixels = np.sum(shifted, axis=0) // side
     return pixels
 
 
-def pixels(scene: Scene) -> np.ndarray:
+def pixels(scene: Scene) -> NDArray[Any]:
     """Draw a scene as a (48, 48, 3) uint8 array."""
     rng = Random(f"grain {scene.grain}")
     canvas = np.zeros((SIDE, SIDE, 3), dtype=np.int64)

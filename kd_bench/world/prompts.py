@@ -42,6 +42,7 @@ def _mmmu(row: Row) -> str:
 
 def prompt(benchmark: str, row: Row) -> str:
     """Return the text that lmms-eval asks a row's question with (MMMU keeps its <image n>)."""
+    question = str(row["question"])
     if benchmark == "mmbench_en":
         return _mmbench(row) + LETTER
     if benchmark == "mmbench_cn":
@@ -51,10 +52,10 @@ def prompt(benchmark: str, row: Row) -> str:
     if benchmark == "mmmu":
         return _mmmu(row)
     if benchmark == "vizwiz_vqa":
-        return row["question"].capitalize() + UNANSWERABLE + SHORT
+        return question.capitalize() + UNANSWERABLE + SHORT
     if benchmark == "textvqa":
-        return row["question"].capitalize() + SHORT
-    return row["question"] + SHORT
+        return question.capitalize() + SHORT
+    return question.replace(" Please answer yes or no.", "") + SHORT
 
 
 def oracle_answer(benchmark: str, row: Row) -> str:

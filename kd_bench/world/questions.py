@@ -25,7 +25,9 @@ class Question:
 Maker = Callable[[Scene, Random], Question | None]
 
 
-def _others(rng: Random, answer: str, pool: Sequence[str], near: Sequence[str] = ()) -> tuple:
+def _others(
+    rng: Random, answer: str, pool: Sequence[str], near: Sequence[str] = ()
+) -> tuple[str, ...]:
     """Order the wrong answers: those present in the scene first, the rest shuffled."""
     tempting = sorted({word for word in near if word != answer})
     rest = [word for word in pool if word != answer and word not in tempting]
@@ -40,7 +42,7 @@ def _only(scene: Scene, attribute: str) -> list[Shape]:
     return [s for s in scene.shapes if values.count(getattr(s, attribute)) == 1]
 
 
-def _pick(rng: Random, items: Sequence) -> Shape | None:
+def _pick(rng: Random, items: Sequence[Shape]) -> Shape | None:
     return rng.choice(items) if items else None
 
 
@@ -150,7 +152,7 @@ def number(scene: Scene, rng: Random) -> Question | None:
     sign = _sign(scene, rng, number=True)
     if sign is None:
         return None
-    tens, units = sign.text
+    tens, units = sign.text[0], sign.text[1]
     near = [f"{rng.randint(1, 9)}{units}", f"{tens}{rng.randint(0, 9)}", units + tens]
     near = [text for text in near if text[0] != "0"]
     wrong = _others(rng, sign.text, [str(n) for n in rng.sample(range(10, 100), 4)], near)
@@ -215,7 +217,7 @@ def relation(scene: Scene, rng: Random) -> Question | None:
     if len(single) < 2:
         return None
     a, b = rng.sample(single, 2)
-    fitting = SIDES[:2] if a.column != b.column else ()
+    fitting = [*(SIDES[:2] if a.column != b.column else ())]
     fitting += SIDES[2:] if a.row != b.row else ()
     side = rng.choice(fitting)
     return _yes_no("relation", f"Is the {a.name} {side} the {b.name}?", _holds(side, a, b))

@@ -124,7 +124,7 @@ def _features(benchmark: str, row: Row) -> Any:
     }
     types = {}
     for key, value in row.items():
-        if key == "image" or key.startswith("image_") and key[6:].isdigit():
+        if key == "image" or (key.startswith("image_") and key[6:].isdigit()):
             types[key] = Image()
         elif key in special:
             types[key] = special[key]

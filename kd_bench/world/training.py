@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from random import Random
+
 from kd_bench.world.benchmarks import BUILDERS, Row, vizwiz_scene
 from kd_bench.world.prompts import oracle_answer, prompt
 from kd_bench.world.questions import caption
@@ -34,8 +35,7 @@ def _turn(benchmark: str, scene: Scene, rng: Random) -> tuple[Row, Turn] | None:
     if not rows:
         return None
     row = rng.choice(rows)
-    text = prompt(benchmark, row).replace(" Please answer yes or no.", "")
-    return row, (text, oracle_answer(benchmark, row))
+    return row, (prompt(benchmark, row), oracle_answer(benchmark, row))
 
 
 def _turns(scene: Scene, rng: Random, count: int) -> list[Turn]:
