@@ -201,23 +201,19 @@ def two_sided(observed: float, null_draws: Array) -> float:
 
 
 def exact_or_swap(
-    aggregator: str,
-    first: Array,
-    second: Array,
-    resamples: int = RESAMPLES,
-    seed: int | tuple[int, ...] = 0,
+    aggregator: str, first: Array, second: Array, null_draws: Array
 ) -> tuple[float, str]:
-    """Two-sided p of (second - first) and the test's name.
+    """Two-sided p of (second - first), [units, m] each, and the test's name.
 
-    Exact McNemar where each unit is one 0/1 item, else the sign-flip permutation of units.
+    Exact McNemar where each unit is one 0/1 item, else the sign-flip permutation of units with
+    the draws of `swap_draws`.
     """
     combine = get_aggregator(aggregator).combine
     if _is_binary(first) and _is_binary(second):
         change = second[:, 0] - first[:, 0]
         return mcnemar(int((change > 0).sum()), int((change < 0).sum())), "McNemar, exact"
     observed = float(combine(second.sum(0)) - combine(first.sum(0)))
-    draws = swap_draws(aggregator, first, second, resamples, seed)
-    return two_sided(observed, draws), "sign-flip by unit"
+    return two_sided(observed, null_draws), "sign-flip by unit"
 
 
 def _is_binary(values: Array) -> bool:

@@ -8,7 +8,7 @@ samples are written before it.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -85,19 +85,22 @@ class Run:
         """Committed results by task, in the order in which they were planned."""
         return {task: self.result(task) for task in self.manifest.tasks if self.done(task)}
 
-    def samples(self, task: str) -> "pd.DataFrame":
-        """One row a sample; columns are `records.SAMPLE_COLUMNS`."""
+    def samples(self, task: str, columns: Sequence[str] = SAMPLE_COLUMNS) -> "pd.DataFrame":
+        """One row a sample; columns are `records.SAMPLE_COLUMNS`, or the asked ones of them."""
         import pandas as pd
+        from pyarrow.parquet import read_schema
 
         path = self._samples_path(task)
         try:
-            frame = pd.read_parquet(path)
+            stored = read_schema(path).names
+            kept = [column for column in columns if column in stored]
+            frame = pd.read_parquet(path, columns=kept)
         except (OSError, ValueError) as error:
             raise IncompleteRunError(
                 f"{path} cannot be read: {type(error).__name__}.",
                 "Delete the task's .json and run the same eval command again.",
             ) from None
-        missing = [column for column in SAMPLE_COLUMNS if column not in frame]
+        missing = [column for column in columns if column not in stored]
         if missing:
             raise IncompleteRunError(f"{path} has no column {missing[0]}.", "Evaluate it again.")
         return frame
