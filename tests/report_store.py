@@ -1,0 +1,210 @@
+"""A store with known contents for the report's tests: answers drawn from a small skill model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from kd_bench.aggregators import aggregate
+from kd_bench.files import digest_text
+from kd_bench.records import (
+    SAMPLE_COLUMNS,
+    Cost,
+    Interval,
+    ModelRef,
+    Protocol,
+    RunManifest,
+    RunStatus,
+    TaskResult,
+)
+from kd_bench.report.frames import task_aggregator
+from kd_bench.store import Run
+
+TASKS = (
+    "mme",
+    "mmbench_en",
+    "mmbench_cn",
+    "vqav2",
+    "gqa",
+    "scienceqa_img",
+    "mmmu",
+    "textvqa",
+    "vizwiz_vqa",
+    "pope",
+)
+# Rows that form one resampling unit, and the subsets of each benchmark.
+ROWS_PER_UNIT = {"mme": 2, "mmbench_en": 4, "mmbench_cn": 4, "vqav2": 4, "gqa": 8, "pope": 6}
+CATEGORIES = {
+    "mme": ("existence", "count", "color", "position"),
+    "mmbench_en": ("attribute", "relation"),
+    "mmbench_cn": ("attribute", "relation"),
+    "pope": ("adversarial", "popular", "random"),
+    "mmmu": ("Math", "Art"),
+}
+WORDS = ("red", "blue", "circle", "square", "7", "left", "two", "green", "star", "A")
+
+
+@dataclass(frozen=True)
+class Model:
+    """One evaluated model of the synthetic store."""
+
+    name: str
+    role: str
+    method: str
+    skill: float
+    seed: int | None = None
+    parameters: int = 220_000
+    latency_ms: float = 11.0
+
+
+def demo_models(seeds: Sequence[int] = (0, 1, 2)) -> list[Model]:
+    """Teacher, floor, methods with seeds, the hybrid."""
+    models = [Model("teacher", "teacher", "", 1.55, None, 610_000, 24.0)]
+    for method, role, skill in (
+        ("sft", "sft", -0.1),
+        ("kl", "kd", 0.1),
+        ("bild", "kd", 0.2),
+        ("llava-kd", "baseline", 0.3),
+        ("switch-kd", "kd", 0.75),
+        ("switch-kd", "switch", 1.2),
+    ):
+        for seed in seeds:
+            name = f"{method}-seed{seed}" + ("-hybrid" if role == "switch" else "")
+            wobble = (seed - 1) * 0.06
+            size = (460_000, 21.0) if role == "switch" else (220_000, 11.0)
+            models.append(Model(name, role, method, skill + wobble, seed, *size))
+    return models
+
+
+def samples(task: str, model: Model, units: int = 30, seed: int = 0) -> pd.DataFrame:
+    """Samples of one benchmark; every model meets the same documents."""
+    documents = np.random.default_rng([seed, TASKS.index(task)])
+    per_unit = ROWS_PER_UNIT.get(task, 1)
+    rows = units * per_unit
+    difficulty = documents.normal(0, 1, units).repeat(per_unit) * 0.7
+    difficulty += documents.normal(0, 1, rows) * 0.7
+    targets = documents.integers(0, len(WORDS), rows)
+    yes = documents.random(rows) < 0.5
+    own = np.random.default_rng([int(digest_text(model.name)[:8], 16), TASKS.index(task)])
+    right = model.skill + own.normal(0, 0.6, rows) > difficulty
+    wrong = (targets + own.integers(1, len(WORDS), rows)) % len(WORDS)
+    yes_no = task in ("mme", "pope")
+    categories = CATEGORIES.get(task, ("",))
+    frame = []
+    for row in range(rows):
+        unit = row // per_unit
+        if yes_no:
+            target = "yes" if yes[row] else "no"
+            answer = target if right[row] else ("no" if yes[row] else "yes")
+        else:
+            target = WORDS[targets[row]]
+            answer = target if right[row] else WORDS[wrong[row]]
+        frame.append(
+            {
+                "document_id": f"{task}-{row}",
+                "unit_id": f"{task}-u{unit}",
+                "category": categories[unit % len(categories)],
+                "question": f"What is at place {row} of the picture {unit}?",
+                "target": target,
+                "answer": answer,
+                "parsed": answer,
+                "score": float(right[row]),
+                "status": "ok",
+                "image_digest": digest_text(task, str(unit)),
+                "answer_confidence": float(
+                    np.clip(0.55 + 0.2 * right[row] + own.normal(0, 0.12), 0.05, 0.999)
+                )
+                if yes_no
+                else float("nan"),
+            }
+        )
+    return pd.DataFrame(frame, columns=list(SAMPLE_COLUMNS))
+
+
+def result(task: str, frame: pd.DataFrame, fingerprint: str = "") -> TaskResult:
+    """The benchmark's result, scored by its aggregator."""
+    score = aggregate(task_aggregator(task), frame) if len(frame) else float("nan")
+    half = 196 * float(frame["score"].std(ddof=0)) / max(1, len(frame)) ** 0.5
+    return TaskResult(
+        task=task,
+        fingerprint=fingerprint or digest_text("fingerprint", task),
+        metric="exact_match",
+        score=score,
+        metrics={"exact_match": score / 100},
+        documents=len(frame),
+        units=frame["unit_id"].nunique(),
+        rates={"unparsed": 0.0, "empty": 0.0, "truncated": 0.0, "error": 0.0},
+        interval=Interval(score - half, score + half),
+        seconds=1.5,
+        computed=len(frame),
+    )
+
+
+def add_run(
+    results: Path,
+    model: Model,
+    *,
+    tasks: Sequence[str] = TASKS,
+    planned: Sequence[str] | None = None,
+    units: int = 30,
+    status: RunStatus = "complete",
+    suite: str = "mini",
+    created: str = "2026-05-01T10:00:00+00:00",
+    notes: Sequence[str] = (),
+    training: dict[str, object] | None = None,
+    change: dict[str, pd.DataFrame] | None = None,
+) -> Run:
+    """Commit one run; `change` replaces a benchmark's samples."""
+    digest = digest_text(model.name, model.role)
+    run = Run(results / "runs" / f"20260501-{model.name}-{digest[:8]}-mini0000")
+    reference = ModelRef(
+        model.name,
+        model.role,
+        f"checkpoints/{model.name}",
+        digest,
+        model.method,
+        model.seed,  # type: ignore[arg-type]
+    )
+    cost = Cost(model.parameters, model.parameters * 4, model.latency_ms, 90_000_000)
+    run.write_manifest(
+        RunManifest(
+            run.path.name,
+            status,
+            created,
+            reference,
+            Protocol(suite, batch_size=16, engine="shared prefix"),
+            list(planned or tasks),
+            finished=created,
+            cost=cost,
+            training=training,
+            provenance={
+                "command": f"kd-bench eval checkpoints/{model.name} --suite {suite}",
+                "git": {"commit": "0123456789abcdef", "dirty": False},
+                "versions": {"kd-bench": "0.1.0", "torch": "2.9.0", "lmms-eval": "0.7.3"},
+                "hardware": {"cpu": "2 cores", "accelerator": "none"},
+            },
+            notes=list(notes),
+        )
+    )
+    for task in tasks:
+        frame = (change or {}).get(task)
+        frame = samples(task, model, units) if frame is None else frame
+        run.commit(result(task, frame), frame)
+    return run
+
+
+def make_store(
+    results: Path, models: Sequence[Model] | None = None, units: int = 30, suite: str = "mini"
+) -> Path:
+    """A complete store of the demo's models."""
+    for number, model in enumerate(models if models is not None else demo_models()):
+        minute = f"2026-05-01T10:{number:02d}:00+00:00"
+        add_run(results, model, units=units, created=minute, suite=suite)
+    return results
+
+
+def with_status(run: Run, status: RunStatus) -> None:
+    """Change a stored run's status."""
+    run.write_manifest(replace(run.manifest, status=status))
