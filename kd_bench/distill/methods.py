@@ -77,7 +77,7 @@ class Term(StrictModel):
     candidates: Literal["full"] | int | None = None
     k_min: int | None = Field(default=None, ge=2)
     k_max: int | None = Field(default=None, ge=2)
-    pairs: Literal["flat", "rows"] | None = None
+    pairs: Literal["flat", "row-wise"] | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> "Term":

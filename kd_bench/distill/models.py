@@ -171,9 +171,7 @@ def _tensor_digests(file: Path) -> dict[str, str]:
             with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 view = memoryview(content)
                 try:
-                    return {
-                        name: _one_tensor(view, start, entry) for name, entry in header.items()
-                    }
+                    return {name: _one_tensor(view, start, entry) for name, entry in header.items()}
                 finally:
                     view.release()
     except (ValueError, KeyError, TypeError, OSError) as error:

@@ -1,0 +1,290 @@
+"""transformers' Trainer, taught to distil: loss by terms, NaN stop, atomic checkpoints.
+
+Everything else (devices, accumulation, mixed precision, resuming, loggers) is the Trainer's own.
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from kd_bench.distill.batches import BatchOrder, Collator, ConversationDataset
+from kd_bench.distill.distiller import Distiller
+from kd_bench.distill.objective import KneeLog
+from kd_bench.errors import TrainingError
+
+__all__ = ["DistillationTrainer", "last_checkpoint"]
+
+STATE = "student.safetensors"
+STAGING = ".saving"
+
+
+class _Flow(TrainerCallback):
+    """Sets the epoch's order, also on resuming, and logs the last step instead of saving it."""
+
+    def __init__(self, order: BatchOrder) -> None:
+        self.order = order
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.order.set_epoch(state.global_step // self.order.steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+            control.should_save = False  # the stage's own model follows at once
+
+
+class DistillationTrainer(Trainer):
+    """Trains a `Distiller`.
+
+    Args:
+        order: which samples make up which batch.
+        stage: name of the stage, for messages.
+        vision_tower_learning_rate: where the vision tower shall learn at a rate of its own.
+    """
+
+    model: Distiller
+
+    def __init__(
+        self,
+        distiller: Distiller,
+        arguments: TrainingArguments,
+        dataset: ConversationDataset,
+        order: BatchOrder,
+        collator: Collator,
+        *,
+        stage: str = "train",
+        vision_tower_learning_rate: float | None = None,
+        callbacks: list[Any] | None = None,
+    ) -> None:
+        super().__init__(
+            model=distiller,
+            args=arguments,
+            train_dataset=dataset,
+            data_collator=collator,
+            callbacks=[_Flow(order), *(callbacks or [])],
+        )
+        self.stage = stage
+        self.order = order
+        self.dataset = dataset
+        self.vision_tower_learning_rate = vision_tower_learning_rate
+        self._sums: dict[str, Tensor] = {}
+        self._summed_from = 0
+        self._unchecked: list[tuple[int, Tensor, Tensor]] = []
+        self._knee_log: KneeLog | None = None
+        self._watches_knees = any(term.loss == "dbild" for term in distiller.terms)
+        teacher = distiller.teacher
+        if teacher is not None:
+            teacher.model.to(self.args.device)
+
+    # Data
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches in the order of `BatchOrder`; accelerate deals them out to the devices."""
+        workers = self.args.dataloader_num_workers
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=self.order,
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
+
+    # One step
+
+    def training_step(
+        self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """One piece of a batch: forward, backward."""
+        if self._logs_after_this_step():
+            self._knee_log = self._knee_log or KneeLog()
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """The distiller's loss; keeps every term's value for the log."""
+        samples = inputs.pop("sample_index")
+        items = num_items_in_batch
+        if items is None:
+            items = (inputs["labels"][:, 1:] != -100).sum()
+        knee_log = self._knee_log if self._watches_knees else None
+        loss, values = model(inputs, items, knee_log)
+        for name, value in values.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._unchecked.append((self.state.global_step + 1, loss.detach(), samples))
+        if loss.device.type == "cpu":
+            self.check_finite()  # costs nothing here; elsewhere it would wait for the device
+        if self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
+        return (loss, values) if return_outputs else loss
+
+    def _logs_after_this_step(self) -> bool:
+        return (self.state.global_step + 1) % self.args.logging_steps == 0
+
+    def check_finite(self) -> None:
+        """Stop at the first loss that is not finite, naming its step and samples.
+
+        Raises:
+            TrainingError: training cannot go on; the last checkpoint is untouched.
+        """
+        pending, self._unchecked = self._unchecked, []
+        if not pending or bool(torch.isfinite(torch.stack([loss for _, loss, _ in pending])).all()):
+            return
+        for step, loss, samples in pending:
+            if bool(torch.isfinite(loss)):
+                continue
+            names = ", ".join(self.dataset.conversations[i].id for i in samples.tolist())
+            raise TrainingError(
+                f"Stage {self.stage!r}: the loss became {float(loss)} at step {step}, on the "
+                f"samples {names}.",
+                "The last checkpoint is kept. Look at those samples, or lower learning_rate.",
+            )
+
+    # Optimizer
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's, with a learning rate of its own for the vision tower where asked."""
+        if self.optimizer is not None or self.vision_tower_learning_rate is None:
+            return super().create_optimizer(model)
+        tower = {id(p) for p in self.model.pathway.vision_tower.parameters()}
+        decayed = set(self.get_decay_parameter_names(self.model))
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                key = (id(parameter) in tower, name in decayed)
+                groups.setdefault(key, []).append(parameter)
+        kind, settings = self.get_optimizer_cls_and_kwargs(self.args)
+        self.optimizer = kind(
+            [
+                {
+                    "params": parameters,
+                    "weight_decay": self.args.weight_decay if decays else 0.0,
+                    "lr": self.vision_tower_learning_rate if seeing else self.args.learning_rate,
+                }
+                for (seeing, decays), parameters in groups.items()
+            ],
+            **settings,
+        )
+        return self.optimizer
+
+    # Log
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """Add the terms and the knees to what the Trainer logs."""
+        if "loss" in logs:
+            self.check_finite()
+            steps = max(self.state.global_step - self._summed_from, 1)
+            logs["terms"] = self._drain(steps)
+            self._summed_from = self.state.global_step
+            if self._knee_log is not None:
+                logs.update(self._knee_log.summary())
+                self._knee_log = None
+        super().log(logs, start_time)
+
+    def _drain(self, steps: int) -> dict[str, float]:
+        """Mean of every term over the steps since the last log, over all devices."""
+        labels = [term.label for term in self.model.terms]
+        nothing = torch.zeros((), device=self.args.device)
+        stacked = torch.stack([self._sums.get(label, nothing).detach() for label in labels])
+        self._sums = {}
+        stacked = self.accelerator.reduce(stacked, "sum") / steps
+        return dict(zip(labels, stacked.tolist(), strict=True))
+
+    # Checkpoints
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, STAGING) if self._staging else folder  # noqa: PTH118
+
+    _staging = False
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint aside and rename it when it is whole; then drop the one before.
+
+        Raises:
+            TrainingError: the disk is full; the checkpoint before is untouched.
+        """
+        self.check_finite()
+        self._check_weights()
+        folder = Path(self.args.output_dir)
+        staging = folder / STAGING
+        name = f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self._staging = True
+        try:
+            super()._save_checkpoint(model, trial)
+        except OSError as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise TrainingError(
+                f"The checkpoint at step {self.state.global_step} could not be written to "
+                f"{folder}: {error.strerror or error}.",
+                "Make room and run the same command again: it resumes from the checkpoint before.",
+            ) from error
+        finally:
+            self._staging = False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            sync_folder(staging / name)
+            shutil.rmtree(folder / name, ignore_errors=True)
+            (staging / name).rename(folder / name)
+            shutil.rmtree(staging, ignore_errors=True)
+            for old in folder.glob("checkpoint-*"):
+                if old.name != name:
+                    shutil.rmtree(old, ignore_errors=True)
+
+    def _check_weights(self) -> None:
+        """A checkpoint of broken weights would be worse than none."""
+        learning = [p.detach() for p in self.model.parameters() if p.requires_grad]
+        if not all(bool(torch.isfinite(p).all()) for p in learning):
+            raise TrainingError(
+                f"Stage {self.stage!r}: weights are no longer finite at step "
+                f"{self.state.global_step}.",
+                "The last checkpoint is kept. Lower learning_rate or max_grad_norm.",
+            )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The student's weights under the names they have in memory, for exact resuming."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_model(self.model.student, str(folder / STATE))
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        state = Path(resume_from_checkpoint) / STATE
+        if not state.exists():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        load_model(self.model.student, str(state))
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until every file of a folder is on disk, so that its rename means it is whole."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a stage."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()]
+    return max(found, key=lambda path: int(path.name[11:]), default=None)

@@ -1,0 +1,149 @@
+"""What a training says while it runs: a live bar on a terminal, plain lines elsewhere."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from transformers import TrainerCallback
+
+__all__ = ["LogWriter", "ProgressReport", "cut_log", "duration"]
+
+
+def duration(seconds: float) -> str:
+    """`4s`, `3m 20s`, `2h 05m`."""
+    whole = max(round(seconds), 0)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+
+
+class LogWriter(TrainerCallback):
+    """Appends one JSON object a logging step to `train_log.jsonl`.
+
+    Args:
+        samples: samples of one optimizer step.
+    """
+
+    def __init__(self, path: Path, stage: str, samples: int) -> None:
+        self.path = path
+        self.stage = stage
+        self.samples = samples
+        self._clock = 0.0
+        self._step = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._clock = time.perf_counter()
+        self._step = state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        now = time.perf_counter()
+        steps = max(state.global_step - self._step, 1)
+        seconds_a_step = (now - self._clock) / steps
+        self._clock, self._step = now, state.global_step
+        logs["samples_per_second"] = self.samples / seconds_a_step
+        logs["seconds_left"] = (state.max_steps - state.global_step) * seconds_a_step
+        if not state.is_world_process_zero:
+            return
+        record = {"stage": self.stage, "step": state.global_step, "steps": state.max_steps}
+        record |= {key: _short(value) for key, value in logs.items()}
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(record) + "\n")
+
+
+def _short(value: Any) -> Any:
+    """Numbers to seven digits, inside mappings too."""
+    if isinstance(value, dict):
+        return {key: _short(entry) for key, entry in value.items()}
+    return float(f"{value:.7g}") if isinstance(value, float) else value
+
+
+def cut_log(path: Path, stages: list[str], stage: str, step: int) -> None:
+    """Drop what an interrupted run logged after the checkpoint that it resumes from.
+
+    Args:
+        stages: names of the stages before `stage`, whose lines all stay.
+    """
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # a torn last line
+        if record["stage"] in stages or (record["stage"] == stage and record["step"] <= step):
+            kept.append(line + "\n")
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+class ProgressReport(TrainerCallback):
+    """Shows the losses by term, learning rate, samples a second and time left."""
+
+    def __init__(self, stage: str, console: Console, every: float = 10.0) -> None:
+        self.stage = stage
+        self.console = console
+        self.every = every
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._printed = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        if self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.completed}/{task.total}"),
+                TextColumn("{task.fields[note]}"),
+                console=self.console,
+                transient=True,
+            )
+            self._task = self._bar.add_task(
+                self.stage, total=state.max_steps, completed=state.global_step, note=""
+            )
+            self._bar.start()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if not logs or "loss" not in logs or not state.is_world_process_zero:
+            return
+        note = self.note(logs)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=state.global_step, note=note)
+            return
+        now = time.monotonic()
+        last = state.global_step >= state.max_steps
+        if last or now - self._printed >= self.every:
+            self._printed = now
+            self.console.print(
+                f"{self.stage} {state.global_step}/{state.max_steps}  {note}",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the live bar off the terminal."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    @staticmethod
+    def note(logs: dict[str, Any]) -> str:
+        """One line: `loss 2.31 (ce 1.90, align 0.25)  lr 1.0e-03  410 samples/s  2m 05s left`."""
+        terms = ", ".join(f"{name} {value:.3f}" for name, value in logs.get("terms", {}).items())
+        parts = [f"loss {logs['loss']:.3f}" + (f" ({terms})" if terms else "")]
+        parts.append(f"lr {logs['learning_rate']:.1e}")
+        if "samples_per_second" in logs:
+            parts.append(f"{logs['samples_per_second']:.0f} samples/s")
+            parts.append(f"{duration(logs['seconds_left'])} left")
+        return "  ".join(parts)
