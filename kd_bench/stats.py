@@ -45,8 +45,8 @@ __all__ = [
 Array = NDArray[np.float64]
 
 RESAMPLES = 10_000
-# Weights are made for this many (resample, unit) cells at a time: 32 MB.
-CELLS = 4_000_000
+# Weights are made for this many (resample, unit) cells at a time, so that they stay in the cache.
+CELLS = 250_000
 
 
 # --- the bootstrap ---------------------------------------------------------------------------
@@ -76,12 +76,12 @@ def bootstrap_sums(
         return sums
     generator = np.random.default_rng(seed)
     chunk = max(1, min(resamples, CELLS // units))
-    weights = np.empty((chunk, units))
     for start in range(0, resamples, chunk):
-        block = weights[: min(chunk, resamples - start)]
-        for row in block:
-            row[:] = np.bincount(generator.integers(0, units, units), minlength=units)
-        np.matmul(block, values, out=sums[start : start + len(block)])
+        rows = min(chunk, resamples - start)
+        drawn = generator.integers(0, units, (rows, units))
+        drawn += np.arange(rows)[:, None] * units
+        weights = np.bincount(drawn.ravel(), minlength=rows * units).reshape(rows, units)
+        np.matmul(weights.astype(np.float64), values, out=sums[start : start + rows])
     return sums
 
 

@@ -1,0 +1,232 @@
+"""Bring the samples of several runs onto the same documents in the same order."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kd_bench import registry
+from kd_bench.aggregators import get_aggregator, unit_statistics
+from kd_bench.errors import IncompleteRunError, NotComparableError, UsageError, closest
+from kd_bench.records import SAMPLE_COLUMNS, TaskResult
+from kd_bench.stats import RESAMPLES, paired_bootstrap, unit_seed
+from kd_bench.store import Run
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = [
+    "STATISTICS_COLUMNS",
+    "AlignedTask",
+    "aggregator_of",
+    "align",
+    "common_tasks",
+    "label",
+]
+
+Array = NDArray[np.float64]
+
+# What a score needs; texts are read only where somebody wants to see them.
+STATISTICS_COLUMNS = ("document_id", "unit_id", "category", "target", "parsed", "score")
+
+
+@dataclass(frozen=True)
+class AlignedTask:
+    """One benchmark's samples of several runs, the same documents in the same order.
+
+    Attributes:
+        samples: one frame a run.
+        units, statistics: unit ids [units]; sufficient statistics [runs, units, m].
+        comparable: False when the fingerprints differ and that was allowed.
+        notes: what a reader must know about the alignment.
+    """
+
+    task: str
+    aggregator: str
+    samples: tuple["pd.DataFrame", ...]
+    units: NDArray[np.object_]
+    statistics: Array
+    comparable: bool = True
+    notes: tuple[str, ...] = ()
+
+    @property
+    def scores(self) -> Array:
+        """Scores of the aligned documents, [runs], 0-100."""
+        combine = get_aggregator(self.aggregator).combine
+        return combine(self.statistics.sum(axis=1))
+
+    @property
+    def items(self) -> int:
+        """How many things can be right or wrong: documents, or groups scored as a whole."""
+        whole = get_aggregator(self.aggregator).item == "unit"
+        return len(self.units) if whole else len(self.samples[0])
+
+    def draws(self, resamples: int = RESAMPLES, seed: int = 0) -> Array:
+        """Paired bootstrap scores, [runs, resamples]."""
+        seeds = unit_seed(self.units, seed)
+        return paired_bootstrap(self.aggregator, self.statistics, resamples, seeds)
+
+    def changes(self, first: int, second: int) -> tuple[int, int]:
+        """Items that the second run fixed and broke against the first."""
+        if get_aggregator(self.aggregator).item == "unit":
+            change = self.statistics[second, :, 0] - self.statistics[first, :, 0]
+        else:
+            change = _scores(self.samples[second]) - _scores(self.samples[first])
+        return int((change > 1e-9).sum()), int((change < -1e-9).sum())
+
+
+def _scores(samples: "pd.DataFrame") -> Array:
+    return samples["score"].to_numpy(dtype=np.float64)
+
+
+def label(run: Run) -> str:
+    """How messages name a run."""
+    return f"{run.manifest.model.name} ({run.path.name})"
+
+
+def aggregator_of(result: TaskResult) -> str:
+    """The aggregator that the registry gives to a result's benchmark and profile.
+
+    A benchmark that the registry no longer knows is a plain mean of its documents.
+    """
+    if result.task not in registry.task_names():
+        return "mean"
+    spec = registry.load_task(result.task)
+    known = result.profile in (*spec.profiles, "default")
+    return (spec.profile(result.profile).aggregator if known else None) or spec.aggregator
+
+
+def common_tasks(runs: Sequence[Run], chosen: Sequence[str] | None = None) -> list[str]:
+    """Benchmarks that every run has finished, in the first run's order.
+
+    Raises:
+        UsageError: fewer than two runs, the same run twice, or an unknown benchmark was chosen.
+        IncompleteRunError: a run has no finished benchmark.
+        NotComparableError: there is none in common.
+    """
+    if len(runs) < 2:
+        raise UsageError("A comparison needs two runs.", "Name a second one.")
+    if len({run.path.resolve() for run in runs}) < len(runs):
+        raise UsageError(f"{label(runs[0])} was named twice.", "Name two different runs.")
+    done = [[task for task in run.manifest.tasks if run.done(task)] for run in runs]
+    for run, tasks in zip(runs, done, strict=True):
+        if not tasks:
+            raise IncompleteRunError(
+                f"{label(run)} has no finished benchmark.", "Run its eval command again."
+            )
+    common = [task for task in done[0] if all(task in tasks for tasks in done)]
+    for task in chosen or ():
+        if task not in common:
+            raise UsageError(
+                f"Not every run has {task!r}.{closest(task, common)}",
+                f"In common: {', '.join(common) or 'nothing'}.",
+            )
+    if not common:
+        raise NotComparableError(
+            "The runs have no finished benchmark in common.", "Evaluate both on the same suite."
+        )
+    return [task for task in common if chosen is None or task in chosen]
+
+
+def align(
+    runs: Sequence[Run],
+    task: str,
+    *,
+    allow_different: bool = False,
+    columns: Sequence[str] = STATISTICS_COLUMNS,
+) -> AlignedTask:
+    """Read one benchmark's samples of every run and align them by document id.
+
+    Raises:
+        NotComparableError: other protocol or other documents, unless `allow_different`; never
+            allowed when no document is shared.
+        IncompleteRunError: the samples are damaged.
+    """
+    results = [run.result(task) for run in runs]
+    notes: list[str] = []
+    for run, result in zip(runs[1:], results[1:], strict=True):
+        if result.fingerprint != results[0].fingerprint:
+            text = f"{task}: {_what_differs(runs[0], results[0], run, result)}"
+            _refuse_unless(allow_different, text, notes)
+    frames = [_read(run, task, columns) for run in runs]
+    shared = set(frames[0].index).intersection(*(frame.index for frame in frames[1:]))
+    most = max(len(frame) for frame in frames)
+    if not shared:
+        raise NotComparableError(
+            f"{task}: the runs share no document.", "Evaluate both on the same data."
+        )
+    if len(shared) < most:
+        text = f"{task}: the runs share only {len(shared):,} of {most:,} documents"
+        _refuse_unless(allow_different, text, notes)
+    order = sorted(shared)
+    frames = [frame.loc[order].reset_index() for frame in frames]
+    for frame in frames[1:]:
+        if not np.array_equal(frame["unit_id"].to_numpy(), frames[0]["unit_id"].to_numpy()):
+            raise NotComparableError(
+                f"{task}: the runs group the same documents differently.",
+                "Evaluate both with the same version of kd-bench.",
+            )
+        frame["category"] = frames[0]["category"]
+    name = aggregator_of(results[0])
+    statistics = [unit_statistics(name, frame) for frame in frames]
+    return AlignedTask(
+        task=task,
+        aggregator=name,
+        samples=tuple(frames),
+        units=statistics[0].units,
+        statistics=np.stack([each.values for each in statistics]),
+        comparable=not notes,
+        notes=tuple(notes),
+    )
+
+
+def _refuse_unless(allowed: bool, text: str, notes: list[str]) -> None:
+    if not allowed:
+        raise NotComparableError(
+            f"{text}.",
+            "Evaluate both under one protocol, or pass --allow-different to see it marked.",
+        )
+    notes.append(f"{text}: not comparable.")
+
+
+def _read(run: Run, task: str, columns: Sequence[str]) -> "pd.DataFrame":
+    """Checked samples of one run, indexed by document id."""
+    wanted = [column for column in SAMPLE_COLUMNS if column in {*columns, *STATISTICS_COLUMNS}]
+    frame = run.samples(task, wanted).set_index("document_id")
+    scores = frame["score"].to_numpy(dtype=np.float64)
+    problem = ""
+    if not frame.index.is_unique:
+        problem = "two samples of one document"
+    elif not np.all((scores >= 0) & (scores <= 1)):
+        problem = "a score outside 0 to 1"
+    elif frame["unit_id"].isna().any():
+        problem = "a sample without unit"
+    if problem:
+        raise IncompleteRunError(
+            f"{task} of {label(run)} is damaged: {problem}.",
+            "Delete the task's .json in the run folder and run the same eval command again.",
+        )
+    return frame
+
+
+def _what_differs(first: Run, one: TaskResult, second: Run, other: TaskResult) -> str:
+    """Which parts of the protocol differ, as far as the results tell."""
+    pairs = {
+        "suite": (first.manifest.protocol.suite, second.manifest.protocol.suite),
+        "limit": (first.manifest.protocol.limit, second.manifest.protocol.limit),
+        "profile": (one.profile, other.profile),
+        "metric": (one.metric, other.metric),
+        "documents": (one.documents, other.documents),
+    }
+    for key in sorted(one.settings.keys() | other.settings.keys()):
+        pairs[key] = (one.settings.get(key), other.settings.get(key))
+    found = [f"{key} {_short(a)} and {_short(b)}" for key, (a, b) in pairs.items() if a != b]
+    what = "; ".join(found) or "data, prompts or scorer differ"
+    return f"{label(first)} and {label(second)} measured different things ({what})"
+
+
+def _short(value: object) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 40 else text[:37] + "..."
