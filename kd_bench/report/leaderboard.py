@@ -6,7 +6,15 @@ from typing import Literal
 from kd_bench.report.frames import AVERAGE, ROLE_TITLES, Board, Entry, Score
 from kd_bench.report.tables import Cell, Column, Kind, Row, Table
 
-__all__ = ["Mode", "benchmark_table", "leaderboard", "summary"]
+__all__ = [
+    "SUMMARY_COLUMNS",
+    "Mode",
+    "benchmark_table",
+    "emphasis_of",
+    "leaderboard",
+    "summary",
+    "values_of",
+]
 
 Mode = Literal["scores", "differences", "retention"]
 MINI = "embedded mini world: not the real benchmarks"

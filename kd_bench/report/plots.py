@@ -7,13 +7,14 @@ from typing import Any
 from kd_bench.report.frames import AVERAGE, Board, Entry, Score
 from kd_bench.report.style import GRID, INK, MUTED, PAPER, Plot, marker, plotting, series, to_plot
 from kd_bench.report.tables import clean
+from kd_bench.report.uncertainty import Draws
 
 __all__ = ["bars", "board_plots", "colours", "radar"]
 
 WIDTH = 5.6  # inches; the page scales pictures to their column
 
 
-def board_plots(board: Board) -> list[Plot]:
+def board_plots(board: Board, draws: Draws | None = None) -> list[Plot]:
     """Every plot that the board has data for, in the order of the page."""
     with plotting():
         drawn = (draw(board) for draw in (radar, bars))

@@ -43,12 +43,18 @@ JSON_VERSION = 1
 
 @dataclass(frozen=True)
 class Column:
-    """A column; `group` puts neighbours under one heading."""
+    """A column; `group` puts neighbours under one heading, `notes` are indices as in a cell."""
 
     key: str
     title: str
     kind: Kind = "score"
     group: str = ""
+    notes: tuple[int, ...] = ()
+
+    @property
+    def heading(self) -> str:
+        """The title with the numbers of its notes."""
+        return clean(self.title) + _note_numbers(self.notes)
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,10 @@ class Table:
     rows: tuple[Row, ...]
     caption: str = ""
     notes: tuple[str, ...] = ()
+
+
+def _note_numbers(notes: tuple[int, ...]) -> str:
+    return "".join(f" ({note + 1})" for note in notes)
 
 
 def clean(text: str) -> str:
@@ -180,7 +190,7 @@ def _texts(table: Table, index: int, spread: bool) -> list[str]:
     interval = _has_intervals(table, index)
     return [
         format_cell(row.cells[index], column.kind, spread=spread, interval=interval)
-        + "".join(f" ({n + 1})" for n in row.cells[index].notes)
+        + _note_numbers(row.cells[index].notes)
         for row in table.rows
     ]
 
@@ -189,7 +199,7 @@ def _blocks(table: Table, width: int) -> list[list[int]]:
     """Column indices by block: whole groups, as many as fit beside the first column."""
 
     def size(index: int) -> int:
-        texts = [clean(table.columns[index].title), *_texts(table, index, spread=False)]
+        texts = [table.columns[index].heading, *_texts(table, index, spread=False)]
         return max(Text(text).cell_len for text in texts) + 2
 
     first = min(size(0), 32)
@@ -223,7 +233,7 @@ def _rich_block(table: Table, block: list[int]) -> RichTable:
     for index in block:
         column = table.columns[index]
         justify: Literal["left", "right"] = "left" if column.kind == "text" else "right"
-        rich.add_column(Text(clean(column.title)), justify=justify, no_wrap=True)
+        rich.add_column(Text(column.heading), justify=justify, no_wrap=True)
     texts = {index: iter(_texts(table, index, spread=False)) for index in [0, *block]}
     for section, rows in _sections(table):
         if section:
@@ -245,7 +255,7 @@ def to_markdown(table: Table) -> str:
     lines = [f"### {_md(table.title)}", ""]
     if table.caption:
         lines += [_md(table.caption), ""]
-    lines.append("| " + " | ".join(_md(column.title) for column in table.columns) + " |")
+    lines.append("| " + " | ".join(_md(column.heading) for column in table.columns) + " |")
     marks = ("---" if column.kind == "text" else "--:" for column in table.columns)
     lines.append("| " + " | ".join(marks) + " |")
     for section, rows in _sections(table):
@@ -265,7 +275,7 @@ def _markdown_row(table: Table, row: Row) -> str:
         if cell.emphasis:
             sign = "**" if cell.emphasis == "best" else "*"
             text = f"{sign}{text}{sign}"
-        texts.append(text + "".join(f" ({n + 1})" for n in cell.notes))
+        texts.append(text + _note_numbers(cell.notes))
     return "| " + " | ".join(texts) + " |"
 
 
@@ -339,7 +349,7 @@ def to_latex(table: Table) -> str:
     lines = ["% needs \\usepackage{booktabs}", f"\\begin{{tabular}}{{{spec}}}", "\\toprule"]
     if grouped:
         lines += _latex_groups(table)
-    lines.append(" & ".join(_tex(column.title) for column in table.columns) + r" \\")
+    lines.append(" & ".join(_tex(column.heading) for column in table.columns) + r" \\")
     for section, rows in _sections(table):
         lines.append("\\midrule")
         if section:
@@ -394,7 +404,8 @@ def to_html(table: Table) -> str:
     parts.append("<tr>")
     for column in table.columns:
         kind = "" if column.kind == "text" else ' class="n"'
-        parts.append(f'<th scope="col"{kind}>{_h(column.title)}</th>')
+        notes = "".join(f"<sup>{n + 1}</sup>" for n in column.notes)
+        parts.append(f'<th scope="col"{kind}>{_h(column.title)}{notes}</th>')
     parts.append("</tr></thead>")
     for section, rows in _sections(table):
         parts.append("<tbody>")

@@ -1,0 +1,520 @@
+"""The report's folder: a self-contained page, the tables in every format, plots, all samples."""
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from kd_bench import __version__
+from kd_bench.files import write_text
+from kd_bench.report import leaderboard as tables_of
+from kd_bench.report.facts import published_tables, run_facts
+from kd_bench.report.frames import AVERAGE, ROLE_TITLES, Board, Entry, Score
+from kd_bench.report.leaderboard import Mode, emphasis_of, values_of
+from kd_bench.report.plots import board_plots, colours
+from kd_bench.report.samples import Chosen, choose_samples, embed_json, write_samples
+from kd_bench.report.style import DARK, LIGHT, Plot, variables
+from kd_bench.report.tables import (
+    Table,
+    clean,
+    format_number,
+    to_csv,
+    to_html,
+    to_json_text,
+    to_latex,
+    to_markdown,
+)
+from kd_bench.report.uncertainty import Draws
+
+__all__ = ["render"]
+
+TEMPLATES = Path(__file__).parent / "templates"
+CHROME_LIGHT = {
+    "accent": "#0a58a8", "edge": "#8d8b85", "soft": "#f5f4f1", "warn": "#a33b00",
+    "right": "#00785a", "wrong": "#b04a00",
+}  # fmt: skip
+CHROME_DARK = {
+    "accent": "#7cbcf0", "edge": "#6d6b65", "soft": "#1f1f1d", "warn": "#ff9d6b",
+    "right": "#2fc59a", "wrong": "#f0803c",
+}  # fmt: skip
+MODES: tuple[tuple[Mode, str], ...] = (
+    ("scores", "Scores"),
+    ("differences", "Difference from SFT"),
+    ("retention", "Retention"),
+)
+
+
+def render(board: Board, destination: Path, draws: Draws | None = None) -> Path:
+    """Write the whole report of a board; returns the page's path.
+
+    Equal boards give equal bytes: nothing depends on the time or place of rendering.
+    """
+    plots = board_plots(board, draws)
+    chosen = choose_samples(board)
+    downloads = _write_tables(board, destination)
+    for plot in plots:
+        write_text(destination / "plots" / f"{plot.name}.svg", plot.standalone())
+    if plots:
+        downloads.append(("plots/", "every plot as SVG, in light and dark"))
+    if chosen is not None:
+        rows = write_samples(board, destination / "samples.parquet")
+        downloads.append(("samples.parquet", f"all {rows:,} samples of every model"))
+    page = destination / "index.html"
+    write_text(page, _html(board, plots, chosen, downloads))
+    return page
+
+
+def _write_tables(board: Board, destination: Path) -> list[tuple[str, str]]:
+    """The text renderings; returns names and descriptions."""
+    board_table = tables_of.leaderboard(board)
+    every = [
+        board_table,
+        tables_of.leaderboard(board, "differences"),
+        tables_of.leaderboard(board, "retention"),
+    ]
+    texts = {
+        "leaderboard.md": (to_markdown(board_table), "Markdown"),
+        "leaderboard.csv": (to_csv(board_table), "full precision, with intervals and spreads"),
+        "leaderboard.tex": (to_latex(board_table), "LaTeX, booktabs"),
+        "leaderboard.json": (to_json_text(every), "scores, differences and retention for machines"),
+    }
+    for name, (text, _) in texts.items():
+        write_text(destination / name, text)
+    return [(name, text) for name, (_, text) in texts.items()]
+
+
+@lru_cache(maxsize=1)
+def _environment() -> Environment:
+    return Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+
+
+def _css() -> str:
+    light, dark = variables(LIGHT | CHROME_LIGHT), variables(DARK | CHROME_DARK)
+    themes = (
+        f":root{{color-scheme:light;{light}}}"
+        f"@media screen and (prefers-color-scheme:dark){{:root:not([data-theme=light])"
+        f"{{color-scheme:dark;{dark}}}}}"
+        f"@media screen{{:root[data-theme=dark]{{color-scheme:dark;{dark}}}}}\n"
+    )
+    return themes + (TEMPLATES / "style.css").read_text(encoding="utf-8")
+
+
+def _html(
+    board: Board, plots: Sequence[Plot], chosen: Chosen | None, downloads: list[tuple[str, str]]
+) -> str:
+    script = (TEMPLATES / "page.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    numbers = colours(board)
+    notes = _unhealthy(board)
+    context: dict[str, Any] = {
+        "css": Markup(_css()),
+        "script": Markup(script),
+        "script_hash": f"sha256-{digest}",
+        "version": __version__,
+        "mini": board.mini,
+        "title": _title(board),
+        "eyebrow": _eyebrow(board),
+        "lead": _lead(board),
+        "figures": _figures(board),
+        "warnings": notes,
+        "caption": _caption(board),
+        "legend": _legend(board),
+        "modes": MODES if board.floor and board.teacher else MODES[:1],
+        "roles": [(r, ROLE_TITLES.get(r, r)) for r in dict.fromkeys(e.role for e in board.entries)],
+        "columns": _columns(board),
+        "column_groups": _column_groups(board),
+        "row_sections": _sections(board, numbers),
+        "rows": bool(board.entries),
+        "notes": [],
+        "plot_sections": _plot_sections(plots),
+        "samples_json": Markup(embed_json(chosen.data)) if chosen else None,
+        "sample_count": chosen.count if chosen else 0,
+        "published": _published(board),
+        "runs": [r for entry in board.entries for r in _runs(entry, numbers[entry.key])],
+        "left_out": [clean(line) for line in board.left_out],
+        "downloads": downloads,
+    }
+    context["sections"] = _navigation(context)
+    return _environment().get_template("page.html.j2").render(context)
+
+
+def _navigation(context: dict[str, Any]) -> list[tuple[str, str]]:
+    links = [("leaderboard", "Leaderboard")] if context["rows"] else []
+    links += [(section["id"], section["title"]) for section in context["plot_sections"]]
+    links += [("samples", "Samples")] if context["samples_json"] else []
+    links += [("published", "Published")] if context["published"] else []
+    links += [("runs", "Runs")] if context["runs"] else []
+    return links
+
+
+# --- the head of the page ----------------------------------------------------------------------
+
+
+def _title(board: Board) -> str:
+    if not board.entries:
+        return "No runs yet"
+    best = _best_student(board)
+    if best is None or board.floor is None or AVERAGE not in best.differences:
+        return f"{len(board.entries)} models on {len(board.tasks)} benchmarks"
+    difference = best.differences[AVERAGE]
+    gain = format_number(difference.value, "difference").lstrip("+")
+    if difference.interval is not None and difference.interval.low > 0:
+        return f"{clean(best.name)} gains {gain} points over SFT"
+    if difference.interval is not None and difference.interval.high < 0:
+        return f"{clean(best.name)} loses {gain.lstrip('−')} points against SFT"
+    return f"{clean(best.name)} and SFT cannot be told apart"
+
+
+def _best_student(board: Board) -> Entry | None:
+    """The distilled student with the highest average."""
+    students = [e for e in board.students if e.role != "sft" and e.score(AVERAGE).known]
+    return max(students, key=lambda e: e.score(AVERAGE).value, default=None)
+
+
+def _eyebrow(board: Board) -> str:
+    runs = sum(len(entry.runs) for entry in board.entries)
+    if not runs:
+        return "kd-bench report"
+    newest = max(m.finished or m.created for e in board.entries for m in e.manifests)
+    return f"Suite {clean(board.suite)}, {_count(runs, 'run')}, newest of {clean(newest)[:10]}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _lead(board: Board) -> list[str]:
+    if not board.entries:
+        lines = [
+            "Evaluate a checkpoint with `kd-bench eval CHECKPOINT`, then render this page again."
+        ]
+        return lines + [clean(line) for line in board.left_out]
+    teacher, floor, best = board.teacher, board.floor, _best_student(board)
+    parts = []
+    if teacher is not None and teacher.score(AVERAGE).known:
+        parts.append(
+            f"The teacher, {clean(teacher.name)}, reaches {teacher.score(AVERAGE).value:.1f}"
+        )
+    if floor is not None and floor.score(AVERAGE).known:
+        parts.append(f"plain fine-tuning {floor.score(AVERAGE).value:.1f}")
+    if best is not None:
+        parts.append(f"{clean(best.name)} {best.score(AVERAGE).value:.1f}")
+    if not parts:
+        return []
+    return [", ".join(parts) + f" on average over {len(board.tasks)} benchmarks."]
+
+
+def _figures(board: Board) -> list[dict[str, str]]:
+    """The few numbers that the page is about."""
+    best = _best_student(board)
+    if best is None:
+        return []
+    found = [
+        _figure(board.average_title + " of " + clean(best.name), best.score(AVERAGE), "score", ""),
+        _figure("Difference from SFT", best.differences.get(AVERAGE), "difference", "points"),
+        _figure("Of the teacher kept", best.retentions.get(AVERAGE), "percent", "%"),
+        _figure("Gap to the teacher closed", best.gap_closed, "percent", "%"),
+    ]
+    return [figure for figure in found if figure is not None]
+
+
+def _figure(name: str, score: Score | None, kind: Any, unit: str) -> dict[str, str] | None:
+    if score is None or not score.known:
+        return None
+    return {
+        "name": name,
+        "value": format_number(score.value, kind),
+        "unit": unit,
+        "note": _range(score, kind) or "no interval",
+    }
+
+
+def _range(score: Score, kind: Any) -> str:
+    if score.interval is None:
+        return ""
+    low, high = (format_number(v, kind) for v in (score.interval.low, score.interval.high))
+    return f"{score.interval.level:.0%} interval {low} to {high}".replace("%", " %")
+
+
+def _unhealthy(board: Board) -> list[dict[str, str]]:
+    return [
+        {
+            "head": f"{clean(entry.name)}: {_status(entry)}.",
+            "text": "; ".join(map(clean, entry.health)),
+        }
+        for entry in board.entries
+        if entry.health
+    ]
+
+
+def _status(entry: Entry) -> str:
+    order = ("unhealthy", "partial", "running")
+    found = [s for s in order if any(m.status == s for m in entry.manifests)]
+    return found[0] if found else "check"
+
+
+def _caption(board: Board) -> str:
+    lines = [f"All scores on a 0 to 100 scale; {board.average_title} is their mean."]
+    if board.floor is not None:
+        lines.append("Δ SFT: points above plain fine-tuning.")
+    if board.teacher is not None:
+        lines.append(
+            "Retention: share of the teacher's score. Gap closed: share of the way from SFT to the teacher."
+        )
+    return " ".join(lines)
+
+
+def _legend(board: Board) -> str:
+    lines = [
+        "Bold: best student, or not significantly behind it; underlined: next. "
+        "Point at a number for its interval, sample count and protocol."
+    ]
+    if any(len(entry.runs) > 1 for entry in board.entries):
+        lines.append("± is the spread over training seeds, apart from the sampling interval.")
+    return " ".join(lines)
+
+
+# --- the leaderboard ---------------------------------------------------------------------------
+
+
+def _columns(board: Board) -> list[dict[str, Any]]:
+    groups = ""
+    columns = []
+    for task in board.tasks:
+        columns.append({"key": task.id, "short": clean(task.short), "title": clean(task.title), "first": task.group != groups})  # fmt: skip
+        groups = task.group
+    columns.append({"key": AVERAGE, "short": board.average_title, "title": "Mean of all benchmarks", "first": True})  # fmt: skip
+    titles = {"difference": "Points above SFT on the average", "retention": "Average as a share of the teacher's"}  # fmt: skip
+    for column in tables_of.SUMMARY_COLUMNS:
+        first = column.key in ("difference", "parameters")
+        title = titles.get(column.key, column.title)
+        columns.append({"key": column.key, "short": column.title, "title": title, "first": first})
+    return columns
+
+
+def _column_groups(board: Board) -> list[tuple[str, int]]:
+    groups = [(clean(g), len(list(m))) for g, m in groupby(board.tasks, key=lambda t: t.group)]
+    return [*groups, ("overall", 1), ("relation", 3), ("cost", 4)]
+
+
+def _sections(board: Board, numbers: dict[str, int]) -> list[dict[str, Any]]:
+    return [
+        {
+            "role": role,
+            "title": ROLE_TITLES.get(role, clean(role)),
+            "rows": [_row(board, entry, numbers[entry.key]) for entry in members],
+        }
+        for role, members in groupby(board.entries, key=lambda e: e.role)
+    ]
+
+
+def _row(board: Board, entry: Entry, color: int) -> dict[str, Any]:
+    cells: list[dict[str, Any]] = []
+    groups = ""
+    for task in board.tasks:
+        cells.append(_score_cell(board, entry, task.id, task.group != groups))
+        groups = task.group
+    cells.append(_score_cell(board, entry, AVERAGE, first=True))
+    cells += _relation_cells(entry)
+    cells += _cost_cells(entry)
+    return {
+        "key": entry.key, "name": clean(entry.name), "role": entry.role, "color": _color(color),
+        "seeds": len(entry.runs), "health": [clean(line) for line in entry.health],
+        "status": _status(entry), "cells": cells,
+    }  # fmt: skip
+
+
+def _color(number: int) -> int:
+    return number if number < 9 else 2 + (number - 2) % 7
+
+
+def _score_cell(board: Board, entry: Entry, key: str, first: bool) -> dict[str, Any]:
+    views = []
+    for mode, _ in MODES:
+        score = values_of(entry, mode).get(key)
+        kind: Any = {"scores": "score", "differences": "difference", "retention": "percent"}[mode]
+        if score is None or not score.known:
+            views.append({"mode": mode, "text": "–", "number": "", "small": "", "tip": "", "emphasis": ""})  # fmt: skip
+            continue
+        small = f"± {score.spread:.1f}" if score.spread is not None else ""
+        if mode != "scores" and score.interval is not None:
+            low, high = (format_number(v, kind) for v in (score.interval.low, score.interval.high))
+            small = f"{low} to {high}"
+        views.append(
+            {
+                "mode": mode,
+                "text": format_number(score.value, kind),
+                "number": f"{score.value:.6g}",
+                "small": small,
+                "tip": _tip(board, entry, key, mode, score, kind),
+                "emphasis": emphasis_of(board, entry, key) if mode == "scores" else "",
+            }
+        )
+    return {"first": first, "views": views, "marked": not entry.score(key).comparable}
+
+
+def _tip(board: Board, entry: Entry, key: str, mode: Mode, score: Score, kind: Any) -> str:
+    """The lines that hovering a number shows."""
+    task = next((t for t in board.tasks if t.id == key), None)
+    name = task.short if task else board.average_title
+    lines = [f"{clean(entry.name)}, {clean(name)}"]
+    if (text := _range(score, kind)) != "":
+        lines.append(text + (", over seeds and samples" if score.holds_seeds else ""))
+    if mode == "scores":
+        if score.documents:
+            lines.append(
+                f"{score.documents:,} samples" + (" a seed" if len(entry.runs) > 1 else "")
+            )
+        if len(score.seeds) > 1:
+            lines.append("by seed: " + ", ".join(format_number(v, "score") for v in score.seeds))
+        if score.rank is not None:
+            lines.append(f"rank {score.rank} among the students")
+    lines += _protocol(entry, key)
+    lines += [clean(mark) for mark in score.marks]
+    lines += [clean(line) for line in entry.health]
+    return "\n".join(lines)
+
+
+def _protocol(entry: Entry, key: str) -> list[str]:
+    results = [r[key] for r in entry.results if key in r]
+    if not results:
+        return []
+    first = results[0]
+    lines = [f"metric {clean(first.metric)}, profile {clean(first.profile)}"]
+    lines.append(f"protocol {clean(first.fingerprint)[:8]}")
+    health = [f"{rate:.1%} {kind}" for kind, rate in sorted(first.rates.items()) if rate > 0]
+    return [*lines, *health]
+
+
+def _relation_cells(entry: Entry) -> list[dict[str, Any]]:
+    difference, retention = entry.differences.get(AVERAGE), entry.retentions.get(AVERAGE)
+    kinds: tuple[tuple[Score | None, Any], ...] = (
+        (difference, "difference"), (retention, "percent"), (entry.gap_closed, "percent"),
+    )  # fmt: skip
+    cells = []
+    for place, (score, kind) in enumerate(kinds):
+        known = score is not None and score.known
+        small = tip = ""
+        if score is not None and known and score.interval is not None:
+            low, high = (format_number(v, kind) for v in (score.interval.low, score.interval.high))
+            small = f"{low} to {high}"
+            tip = _range(score, kind) + (", over seeds and samples" if score.holds_seeds else "")
+        cells.append(
+            {
+                "first": place == 0,
+                "views": None,
+                "marked": False,
+                "text": format_number(score.value, kind) if score else "–",
+                "number": f"{score.value:.6g}" if score is not None and known else "",
+                "small": small,
+                "tip": tip,
+            }
+        )
+    return cells
+
+
+def _cost_cells(entry: Entry) -> list[dict[str, Any]]:
+    cost = entry.cost
+    kinds: tuple[tuple[float | None, Any], ...] = (
+        (cost.parameters, "count"), (cost.weight_bytes, "bytes"),
+        (cost.latency_ms, "milliseconds"), (cost.peak_memory_bytes, "bytes"),
+    )  # fmt: skip
+    return [
+        {
+            "first": place == 0, "views": None, "marked": False, "small": "", "tip": "",
+            "text": format_number(value, kind),
+            "number": "" if value is None else f"{value:.6g}",
+        }
+        for place, (value, kind) in enumerate(kinds)
+    ]  # fmt: skip
+
+
+# --- the rest ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Section:
+    title: str
+    intro: str
+    plots: tuple[str, ...]
+
+
+PLOT_SECTIONS = {
+    "skills": _Section(
+        "Skills",
+        "Where the models are strong, by skill group and by benchmark.",
+        ("radar", "bars"),
+    ),
+    "differences": _Section(
+        "Differences",
+        "What a method gains over plain fine-tuning and keeps of its teacher, with 95 % intervals.",
+        ("forest", "retention", "gaps"),
+    ),
+    "cost": _Section("Cost", "What a point costs.", ("pareto",)),
+    "calibration": _Section(
+        "Calibration", "Whether a model knows when it knows.", ("reliability",)
+    ),
+    "training": _Section(
+        "Training", "The logged losses of every run on this page.", ("losses", "knees")
+    ),
+}  # fmt: skip
+
+
+def _plot_sections(plots: Sequence[Plot]) -> list[dict[str, Any]]:
+    by_name = {plot.name: plot for plot in plots}
+    sections = []
+    for key, section in PLOT_SECTIONS.items():
+        found = [by_name[name] for name in section.plots if name in by_name]
+        if found:
+            shown = [{"title": p.title, "summary": p.summary, "svg": Markup(p.svg)} for p in found]
+            sections.append(
+                {"id": key, "title": section.title, "intro": section.intro, "plots": shown}
+            )
+    return sections
+
+
+def _published(board: Board) -> dict[str, Any] | None:
+    main, rest = published_tables()
+    if main is None:
+        return None
+    intro = "From the papers and their repositories, as they stand there; never mixed with the rows above."
+    if board.mini:
+        intro += (
+            " The scores above are of the embedded mini world and cannot be compared with these."
+        )
+    tables = [_published_table(main, folded=False)]
+    if rest is not None:
+        tables.append(_published_table(rest, folded=True))
+    return {"intro": intro, "tables": tables}
+
+
+def _published_table(table: Table, folded: bool) -> dict[str, Any]:
+    return {"html": Markup(to_html(table)), "folded": folded, "summary": table.title}
+
+
+def _runs(entry: Entry, color: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": clean(manifest.model.name),
+            "role": entry.role,
+            "status": manifest.status,
+            "health": manifest.status != "complete",
+            "color": _color(color),
+            "facts": [(name, clean(text)) for name, text in run_facts(manifest) if text],
+        }
+        for manifest in entry.manifests
+    ]
