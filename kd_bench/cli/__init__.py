@@ -22,10 +22,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo.demo, train.train, evaluate.evaluate, report.report, compare.compare):
-    app.command(name="eval" if command is evaluate.evaluate else None)(command)
-for command in (check.check, convert.convert, doctor.doctor):
-    app.command()(command)
+app.command()(demo.demo)
+app.command()(train.train)
+app.command("eval")(evaluate.evaluate)
+app.command()(report.report)
+app.command()(compare.compare)
+app.command()(check.check)
+app.command()(convert.convert)
+app.command()(doctor.doctor)
 app.add_typer(tasks.app, name="tasks")
 app.add_typer(runs.app, name="runs")
 

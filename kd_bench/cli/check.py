@@ -10,22 +10,30 @@ from kd_bench.cli.options import RESULTS, Results
 
 def check(
     candidate: Annotated[str, typer.Argument(help="Run or model name.")],
-    against: Annotated[str | None, typer.Option(help="Baseline run or model.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Baseline run or model; default: the suite's baseline.")
+    ] = None,
     policy: Annotated[
         Path | None, typer.Option(help="Policy YAML; default: the shipped one.")
     ] = None,
     junit: Annotated[Path | None, typer.Option(help="Write JUnit XML here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON for machines.")] = False,
     results: Results = RESULTS,
 ) -> None:
     """Did the candidate regress? Exit code 0 pass, 1 regression, 3 cannot tell."""
+    from rich.console import Console
+
     from kd_bench import gate
+    from kd_bench.report.tables import to_terminal
+    from kd_bench.report.verdicts import verdict_table
     from kd_bench.store import baseline_run, find_run
 
     new = find_run(results, candidate)
-    old = (
-        find_run(results, against)
-        if against
-        else baseline_run(results, new.manifest.protocol.suite)
-    )
+    suite = new.manifest.protocol.suite
+    old = find_run(results, against) if against else baseline_run(results, suite)
     report = gate.check(new, old, gate.load_policy(policy))
+    if as_json:
+        typer.echo(report.to_json())
+    else:
+        to_terminal(verdict_table(report), Console())
     raise typer.Exit(report.exit_code)

@@ -18,10 +18,29 @@ def compare(
         bool, typer.Option("--allow-different", help="Compare across protocols, marked.")
     ] = False,
 ) -> None:
-    """Compare runs sample by sample, with intervals."""
-    from kd_bench import compare as comparison
+    """Compare runs sample by sample against the first, with intervals."""
+    from rich.console import Console
+
+    from kd_bench.compare import compare as compare_runs
+    from kd_bench.compare import list_flips
+    from kd_bench.report.tables import to_terminal
+    from kd_bench.report.verdicts import comparison_tables, flip_table
     from kd_bench.store import find_run
 
     found = [find_run(results, name) for name in runs]
-    outcome = comparison.compare(found, allow_different=allow_different)
-    typer.echo(outcome)
+    if flips is not None:
+        changed = list_flips(found, flips, allow_different=allow_different)
+        if as_json:
+            import json
+            from dataclasses import asdict
+
+            typer.echo(json.dumps([asdict(flip) for flip in changed], ensure_ascii=False, indent=2))
+        else:
+            to_terminal(flip_table(changed, flips, (runs[0], runs[1])), Console())
+        return
+    comparison = compare_runs(found, allow_different=allow_different)
+    if as_json:
+        typer.echo(comparison.to_json())
+        return
+    for table in comparison_tables(comparison):
+        to_terminal(table, Console())

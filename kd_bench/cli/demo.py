@@ -8,19 +8,18 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from kd_bench.cli.options import comma_separated
 from kd_bench.errors import IncompleteRunError
 
-if TYPE_CHECKING:
-    from kd_bench.store import Run
-
 RESULTS = Path("results/demo")
 CHECKPOINTS = Path("checkpoints/demo")
 REPORT = Path("reports/demo")
+TEACHER = "embedded:weights/teacher"
+FLOOR = "sft"
 
 
 def demo(
@@ -31,26 +30,22 @@ def demo(
     ] = None,
 ) -> None:
     """Train, evaluate and report on the embedded world; a second call continues the first."""
-    from kd_bench.world import embedded
+    from kd_bench.world.embedded import resolve, world_folder
 
     start = time.monotonic()
     workers = processes or os.cpu_count() or 1
-    embedded("world")
-    teacher = embedded("teacher")
+    world_folder()
+    names = comma_separated(methods) or []
     students = [
-        Student(method, int(seed))
-        for method in comma_separated(methods) or []
-        for seed in comma_separated(seeds) or []
+        Student(method, int(seed)) for method in names for seed in comma_separated(seeds) or []
     ]
     # The slow methods first: nothing long is left over when the cores run out of work.
     _side_by_side("train", [student.train() for student in reversed(students)], workers)
+    teacher = _evaluate([str(resolve(TEACHER))], "--role", "teacher", "--name", "teacher")
     checkpoints = [str(student.folder / "final") for student in students]
-    evaluations = [_evaluate(checkpoints[part::workers]) for part in range(workers)]
-    evaluations[-1:] = [_evaluate([str(teacher)], "--role", "teacher", "--name", "teacher")] + (
-        evaluations[-1:]
-    )
-    _side_by_side("eval", [line for line in evaluations if line], workers)
-    _report(time.monotonic() - start)
+    shares = [_evaluate(checkpoints[part::workers]) for part in range(workers)]
+    _side_by_side("eval", [teacher, *(share for share in shares if share)], workers)
+    _report(names, time.monotonic() - start)
 
 
 @dataclass(frozen=True)
@@ -102,20 +97,37 @@ def _side_by_side(title: str, commands: list[list[str]], workers: int) -> None:
                 )
 
 
-def _report(seconds: float) -> None:
-    from kd_bench.report import render_report
+def _report(methods: list[str], seconds: float) -> None:
+    from rich.console import Console
 
+    from kd_bench.report import print_report, render_report
+
+    print_report(RESULTS, console=Console())
     page = render_report(RESULTS, REPORT)
-    typer.echo(_verdict())
-    typer.echo(f"Report: {page}  ({seconds / 60:.1f} minutes)")
+    for method in methods:
+        if method != FLOOR and FLOOR in methods:
+            typer.echo(_verdict(method))
+    typer.echo(f"{seconds / 60:.1f} minutes. Report: {page}")
 
 
-def _verdict() -> str:
-    """SFT against Switch-KD over the seeds, with an interval: whatever came out."""
-    from kd_bench.stats import method_difference
+def _verdict(method: str) -> str:
+    """The method against the floor over the seeds, with an interval: whatever came out."""
+    from kd_bench.compare import compare_methods
     from kd_bench.store import list_runs
 
-    by_method: dict[str, list[Run]] = {}
-    for run in list_runs(RESULTS):
-        by_method.setdefault(run.manifest.model.method, []).append(run)
-    raise NotImplementedError((by_method, method_difference))
+    runs = list_runs(RESULTS)
+    ours = [run for run in runs if run.manifest.model.method == method]
+    floor = [run for run in runs if run.manifest.model.method == FLOOR]
+    found = compare_methods(floor, ours).average
+    low, high = found.interval.low, found.interval.high
+    if low > 0:
+        outcome = f"{method} is better than {FLOOR}"
+    elif high < 0:
+        outcome = f"{method} is worse than {FLOOR}"
+    else:
+        outcome = f"{method} and {FLOOR} cannot be told apart"
+    return (
+        f"Verdict: {outcome} on the mini world: {found.difference:+.1f} points on the mean of ten "
+        f"(95 % interval {low:+.1f} to {high:+.1f}, p = {found.p:.3f}; {len(ours)} and "
+        f"{len(floor)} seeds)."
+    )
