@@ -276,7 +276,7 @@ def non_inferiority(
     """
     sizes = [len(draws) for draws in differences]
     p = [
-        float((1 + np.sum(draws <= -margin)) / (1 + len(draws)))
+        float((1 + np.sum(~(draws > -margin))) / (1 + len(draws)))
         for draws, margin in zip(differences, margins, strict=True)
     ]
     adjusted = holm(p)

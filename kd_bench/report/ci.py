@@ -1,0 +1,175 @@
+"""The gate's report for machines that run CI: text, JUnit XML, GitHub job summary, annotations."""
+
+import os
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Mapping
+from pathlib import Path
+
+from kd_bench.files import write_text
+from kd_bench.gate import GateReport, Verdict
+
+__all__ = ["annotations", "as_text", "job_summary", "junit_xml", "write_github", "write_junit"]
+
+MARKS = {
+    "improved": "▲", "equal within margin": "=", "regressed": "▼", "inconclusive": "?",
+    "passed": "=", "failed": "▼", "not checked": "-",
+}  # fmt: skip
+HEADERS = ("benchmark", "baseline", "candidate", "difference", "95 % interval", "bound", "margin",
+           "p (Holm)", "fixed", "broken", "verdict")  # fmt: skip
+# XML 1.0 has no way to write these.
+_NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def _cells(verdict: Verdict) -> tuple[str, ...]:
+    change, test = verdict.difference, verdict.non_inferiority
+    words = verdict.verdict + (" (real drop)" if _small_drop(verdict) else "")
+    return (
+        verdict.name,
+        f"{verdict.baseline:.1f}",
+        f"{verdict.candidate:.1f}",
+        f"{change.value:+.2f}",
+        f"{change.interval.low:+.2f} to {change.interval.high:+.2f}",
+        f"{test.bound:+.2f}",
+        f"-{test.margin:g}",
+        f"{change.p_holm:.3g}",
+        str(change.fixed),
+        str(change.broken),
+        f"{MARKS[verdict.verdict]} {words}" + (" (advisory)" if verdict.advisory else ""),
+    )
+
+
+def _small_drop(verdict: Verdict) -> bool:
+    return verdict.real_drop and verdict.verdict == "equal within margin"
+
+
+def _headline(report: GateReport) -> str:
+    counts = [f"{sum(v.verdict == name for v in report.verdicts)} {name}" for name in
+              ("regressed", "inconclusive", "equal within margin", "improved")]  # fmt: skip
+    return f"{report.outcome.upper()}: {', '.join(counts)} (with the average)"
+
+
+def as_text(report: GateReport) -> str:
+    """The table for a terminal or a log, with the further rules and notes below it."""
+    rows = [HEADERS, *(_cells(verdict) for verdict in report.verdicts)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADERS))]
+    lines = [f"{report.candidate} against {report.baseline}", ""]
+    for row in rows:
+        cells = [
+            cell.ljust(width) if column in (0, len(row) - 1) else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    lines.append("")
+    lines += [f"{MARKS.get(r.state, '?')} {r.name} {r.state}: {r.sentence}" for r in report.rules]
+    lines += [f"note: {note}" for note in report.notes]
+    lines.append(_headline(report))
+    return "\n".join(lines) + "\n"
+
+
+# --- JUnit -----------------------------------------------------------------------------------
+
+
+def junit_xml(report: GateReport) -> str:
+    """One test case a verdict and a rule: regressed and failed are failures, undecided is skipped.
+
+    Most CI systems have no third colour; the exit code tells undecided from passed.
+    """
+    suite = ET.Element("testsuite", name="kd-bench check")
+    for verdict in report.verdicts:
+        case = ET.SubElement(suite, "testcase", classname="kd-bench.check", name=verdict.name)
+        _outcome(case, verdict.verdict, verdict.sentence, advisory=verdict.advisory)
+    for rule in report.rules:
+        case = ET.SubElement(suite, "testcase", classname="kd-bench.rules", name=rule.name)
+        _outcome(case, rule.state, rule.sentence)
+    suite.set("tests", str(len(suite)))
+    suite.set("failures", str(len(suite.findall("testcase/failure"))))
+    suite.set("skipped", str(len(suite.findall("testcase/skipped"))))
+    suite.set("errors", "0")
+    ET.indent(suite)
+    return (
+        '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(suite, encoding="unicode") + "\n"
+    )
+
+
+def _outcome(case: ET.Element, state: str, sentence: str, advisory: bool = False) -> None:
+    text = _NOT_XML.sub("\ufffd", sentence)
+    if state in ("regressed", "failed") and not advisory:
+        ET.SubElement(case, "failure", message=text, type=state)
+    elif state in ("inconclusive", "not checked") or advisory:
+        ET.SubElement(case, "skipped", message=text)
+    ET.SubElement(case, "system-out").text = text
+
+
+def write_junit(report: GateReport, path: Path) -> None:
+    """Write the JUnit file atomically."""
+    write_text(path, junit_xml(report))
+
+
+# --- GitHub ----------------------------------------------------------------------------------
+
+
+def job_summary(report: GateReport) -> str:
+    """GitHub-flavoured Markdown: the outcome, one row a benchmark, rules and notes."""
+    lines = [
+        f"### kd-bench check: {report.outcome}",
+        "",
+        f"{_markdown(report.candidate)} against {_markdown(report.baseline)}",
+        "",
+        "| " + " | ".join(HEADERS) + " |",
+        "|---|" + "---:|" * (len(HEADERS) - 2) + "---|",
+    ]
+    rows = [[_markdown(cell) for cell in _cells(verdict)] for verdict in report.verdicts]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    if report.rules or report.notes:
+        lines.append("")
+    lines += [f"- **{_markdown(r.name)}** {r.state}: {_markdown(r.sentence)}" for r in report.rules]
+    lines += [f"- {_markdown(note)}" for note in report.notes]
+    return "\n".join(lines) + "\n"
+
+
+def _markdown(text: str) -> str:
+    """Names come from users and models: nothing in them may become markup."""
+    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|#!~@])", r"\\\1", text)
+
+
+def annotations(report: GateReport) -> list[str]:
+    """GitHub workflow commands: errors for what failed, warnings for what is undecided."""
+    found = [
+        ("error" if v.verdict == "regressed" else "warning", v.name, v.sentence)
+        for v in report.verdicts
+        if (v.verdict in ("regressed", "inconclusive") or _small_drop(v)) and not v.advisory
+    ]
+    found += [
+        ("error" if r.state == "failed" else "warning", r.name, r.sentence)
+        for r in report.rules
+        if r.state in ("failed", "inconclusive")
+    ]
+    return [
+        f"::{level} title={_property(f'kd-bench check: {name}')}::{_message(text)}"
+        for level, name, text in found
+    ]
+
+
+def _message(text: str) -> str:
+    """docs.github.com/actions: percent and line ends are encoded in a workflow command."""
+    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+
+def _property(text: str) -> str:
+    return _message(text).replace(":", "%3A").replace(",", "%2C")
+
+
+def write_github(report: GateReport, environment: Mapping[str, str] = os.environ) -> list[str]:
+    """Append the job summary where GitHub asks for it; the annotations to print.
+
+    Does nothing outside GitHub Actions.
+    """
+    if environment.get("GITHUB_ACTIONS") != "true":
+        return []
+    target = environment.get("GITHUB_STEP_SUMMARY")
+    if target:
+        with Path(target).open("a", encoding="utf-8") as stream:
+            stream.write(job_summary(report))
+    return annotations(report)
