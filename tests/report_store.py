@@ -1,11 +1,13 @@
 """A store with known contents for the report's tests: answers drawn from a small skill model."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 
 from kd_bench.aggregators import aggregate
 from kd_bench.files import digest_text
@@ -155,14 +157,16 @@ def add_run(
     notes: Sequence[str] = (),
     training: dict[str, object] | None = None,
     change: dict[str, pd.DataFrame] | None = None,
+    checkpoint: str = "",
 ) -> Run:
     """Commit one run; `change` replaces a benchmark's samples."""
     digest = digest_text(model.name, model.role)
+    checkpoint = checkpoint or f"checkpoints/{model.name}"
     run = Run(results / "runs" / f"20260501-{model.name}-{digest[:8]}-mini0000")
     reference = ModelRef(
         model.name,
         model.role,
-        f"checkpoints/{model.name}",
+        checkpoint,
         digest,
         model.method,
         model.seed,  # type: ignore[arg-type]
@@ -180,7 +184,7 @@ def add_run(
             cost=cost,
             training=training,
             provenance={
-                "command": f"kd-bench eval checkpoints/{model.name} --suite {suite}",
+                "command": f"kd-bench eval {checkpoint} --suite {suite}",
                 "git": {"commit": "0123456789abcdef", "dirty": False},
                 "versions": {"kd-bench": "0.1.0", "torch": "2.9.0", "lmms-eval": "0.7.3"},
                 "hardware": {"cpu": "2 cores", "accelerator": "none"},
@@ -203,6 +207,61 @@ def make_store(
         minute = f"2026-05-01T10:{number:02d}:00+00:00"
         add_run(results, model, units=units, created=minute, suite=suite)
     return results
+
+
+def make_demo(folder: Path, units: int = 30) -> Path:
+    """A store as the demo leaves it: training logs and pictures too. Returns `results`."""
+    results = folder / "results"
+    for number, model in enumerate(demo_models()):
+        minute = f"2026-05-01T10:{number:02d}:00+00:00"
+        trained = folder / "checkpoints" / model.name
+        student = model.role not in ("teacher", "switch")
+        checkpoint = str(add_training(trained, model)) if student else ""
+        run = add_run(results, model, units=units, created=minute, checkpoint=checkpoint)
+        if number == 0:
+            add_pictures(run)
+    return results
+
+
+def add_training(folder: Path, model: Model, steps: int = 300) -> Path:
+    """A training folder as the trainer leaves it; returns the checkpoint's path."""
+    (folder / "final").mkdir(parents=True)
+    noise = np.random.default_rng(int(digest_text(model.name)[:8], 16))
+    lines = []
+    terms = {"ce": 1.0, "dbild": 0.5, "vsd": 0.6} if model.method == "switch-kd" else {"ce": 1.0}
+    for stage, start in (("warm-up", 2.5), ("distil", 1.6)):
+        for step in range(10, steps + 1, 10):
+            decay = start * float(np.exp(-step / 150)) + 0.4
+            values = {name: w * decay * float(noise.normal(1, 0.05)) for name, w in terms.items()}
+            line = {
+                "stage": stage,
+                "step": step,
+                "steps": steps,
+                "loss": sum(values.values()),
+                "learning_rate": 1e-3,
+                "epoch": step / steps,
+                "terms": values,
+                "samples_per_second": 180.0,
+            }
+            if "dbild" in terms:
+                middle = 12 + 30 * decay
+                for side, factor in (("teacher", 1.0), ("student", 1.4)):
+                    for percent, share in ((10, 0.5), (50, 1.0), (90, 1.8)):
+                        line[f"knee_{side}_p{percent}"] = middle * factor * share
+            lines.append(json.dumps(line) + "\n")
+    (folder / "train_log.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder / "final"
+
+
+def add_pictures(run: Run, tasks: Sequence[str] = TASKS, size: int = 32) -> None:
+    """Thumbnails by image digest, as the runner stores them."""
+    folder = run.path / "images"
+    folder.mkdir(exist_ok=True)
+    for task in tasks:
+        for digest in run.samples(task, ("image_digest",))["image_digest"].unique():
+            pixels = np.random.default_rng(int(digest[:8], 16)).integers(60, 255, (2, 2, 3))
+            picture = Image.fromarray(pixels.astype(np.uint8)).resize((size, size), 0)
+            picture.save(folder / f"{digest[:16]}.png")
 
 
 def with_status(run: Run, status: RunStatus) -> None:

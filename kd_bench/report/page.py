@@ -5,7 +5,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,20 @@ from markupsafe import Markup
 from kd_bench import __version__
 from kd_bench.files import write_text
 from kd_bench.report import leaderboard as tables_of
+from kd_bench.report.board_view import (
+    MODES,
+    column_groups,
+    columns,
+    css_series,
+    interval_text,
+    row_sections,
+    status_of,
+)
 from kd_bench.report.facts import published_tables, run_facts
 from kd_bench.report.frames import AVERAGE, ROLE_TITLES, Board, Entry, Score
-from kd_bench.report.leaderboard import Mode, emphasis_of, values_of
-from kd_bench.report.plots import board_plots, colours
+from kd_bench.report.plots import board_plots
 from kd_bench.report.samples import Chosen, choose_samples, embed_json, write_samples
-from kd_bench.report.style import DARK, LIGHT, Plot, variables
+from kd_bench.report.style import DARK, LIGHT, Plot, colours, variables
 from kd_bench.report.tables import (
     Table,
     clean,
@@ -31,6 +38,7 @@ from kd_bench.report.tables import (
     to_latex,
     to_markdown,
 )
+from kd_bench.report.training import logs_of
 from kd_bench.report.uncertainty import Draws
 
 __all__ = ["render"]
@@ -44,19 +52,15 @@ CHROME_DARK = {
     "accent": "#7cbcf0", "edge": "#6d6b65", "soft": "#1f1f1d", "warn": "#ff9d6b",
     "right": "#2fc59a", "wrong": "#f0803c",
 }  # fmt: skip
-MODES: tuple[tuple[Mode, str], ...] = (
-    ("scores", "Scores"),
-    ("differences", "Difference from SFT"),
-    ("retention", "Retention"),
-)
 
 
-def render(board: Board, destination: Path, draws: Draws | None = None) -> Path:
+def render(board: Board, destination: Path, draws: Draws) -> Path:
     """Write the whole report of a board; returns the page's path.
 
     Equal boards give equal bytes: nothing depends on the time or place of rendering.
     """
-    plots = board_plots(board, draws)
+    logs = {entry.key: logs_of(entry) for entry in board.entries}
+    plots = board_plots(board, draws, logs)
     chosen = choose_samples(board)
     downloads = _write_tables(board, destination)
     for plot in plots:
@@ -135,9 +139,9 @@ def _html(
         "legend": _legend(board),
         "modes": MODES if board.floor and board.teacher else MODES[:1],
         "roles": [(r, ROLE_TITLES.get(r, r)) for r in dict.fromkeys(e.role for e in board.entries)],
-        "columns": _columns(board),
-        "column_groups": _column_groups(board),
-        "row_sections": _sections(board, numbers),
+        "columns": columns(board),
+        "column_groups": column_groups(board),
+        "row_sections": row_sections(board, numbers),
         "rows": bool(board.entries),
         "notes": [],
         "plot_sections": _plot_sections(plots),
@@ -239,32 +243,19 @@ def _figure(name: str, score: Score | None, kind: Any, unit: str) -> dict[str, s
         "name": name,
         "value": format_number(score.value, kind),
         "unit": unit,
-        "note": _range(score, kind) or "no interval",
+        "note": interval_text(score, kind) or "no interval",
     }
-
-
-def _range(score: Score, kind: Any) -> str:
-    if score.interval is None:
-        return ""
-    low, high = (format_number(v, kind) for v in (score.interval.low, score.interval.high))
-    return f"{score.interval.level:.0%} interval {low} to {high}".replace("%", " %")
 
 
 def _unhealthy(board: Board) -> list[dict[str, str]]:
     return [
         {
-            "head": f"{clean(entry.name)}: {_status(entry)}.",
+            "head": f"{clean(entry.name)}: {status_of(entry)}.",
             "text": "; ".join(map(clean, entry.health)),
         }
         for entry in board.entries
         if entry.health
     ]
-
-
-def _status(entry: Entry) -> str:
-    order = ("unhealthy", "partial", "running")
-    found = [s for s in order if any(m.status == s for m in entry.manifests)]
-    return found[0] if found else "check"
 
 
 def _caption(board: Board) -> str:
@@ -273,7 +264,8 @@ def _caption(board: Board) -> str:
         lines.append("Δ SFT: points above plain fine-tuning.")
     if board.teacher is not None:
         lines.append(
-            "Retention: share of the teacher's score. Gap closed: share of the way from SFT to the teacher."
+            "Retention: share of the teacher's score. "
+            "Gap closed: share of the way from SFT to the teacher."
         )
     return " ".join(lines)
 
@@ -286,161 +278,6 @@ def _legend(board: Board) -> str:
     if any(len(entry.runs) > 1 for entry in board.entries):
         lines.append("± is the spread over training seeds, apart from the sampling interval.")
     return " ".join(lines)
-
-
-# --- the leaderboard ---------------------------------------------------------------------------
-
-
-def _columns(board: Board) -> list[dict[str, Any]]:
-    groups = ""
-    columns = []
-    for task in board.tasks:
-        columns.append({"key": task.id, "short": clean(task.short), "title": clean(task.title), "first": task.group != groups})  # fmt: skip
-        groups = task.group
-    columns.append({"key": AVERAGE, "short": board.average_title, "title": "Mean of all benchmarks", "first": True})  # fmt: skip
-    titles = {"difference": "Points above SFT on the average", "retention": "Average as a share of the teacher's"}  # fmt: skip
-    for column in tables_of.SUMMARY_COLUMNS:
-        first = column.key in ("difference", "parameters")
-        title = titles.get(column.key, column.title)
-        columns.append({"key": column.key, "short": column.title, "title": title, "first": first})
-    return columns
-
-
-def _column_groups(board: Board) -> list[tuple[str, int]]:
-    groups = [(clean(g), len(list(m))) for g, m in groupby(board.tasks, key=lambda t: t.group)]
-    return [*groups, ("overall", 1), ("relation", 3), ("cost", 4)]
-
-
-def _sections(board: Board, numbers: dict[str, int]) -> list[dict[str, Any]]:
-    return [
-        {
-            "role": role,
-            "title": ROLE_TITLES.get(role, clean(role)),
-            "rows": [_row(board, entry, numbers[entry.key]) for entry in members],
-        }
-        for role, members in groupby(board.entries, key=lambda e: e.role)
-    ]
-
-
-def _row(board: Board, entry: Entry, color: int) -> dict[str, Any]:
-    cells: list[dict[str, Any]] = []
-    groups = ""
-    for task in board.tasks:
-        cells.append(_score_cell(board, entry, task.id, task.group != groups))
-        groups = task.group
-    cells.append(_score_cell(board, entry, AVERAGE, first=True))
-    cells += _relation_cells(entry)
-    cells += _cost_cells(entry)
-    return {
-        "key": entry.key, "name": clean(entry.name), "role": entry.role, "color": _color(color),
-        "seeds": len(entry.runs), "health": [clean(line) for line in entry.health],
-        "status": _status(entry), "cells": cells,
-    }  # fmt: skip
-
-
-def _color(number: int) -> int:
-    return number if number < 9 else 2 + (number - 2) % 7
-
-
-def _score_cell(board: Board, entry: Entry, key: str, first: bool) -> dict[str, Any]:
-    views = []
-    for mode, _ in MODES:
-        score = values_of(entry, mode).get(key)
-        kind: Any = {"scores": "score", "differences": "difference", "retention": "percent"}[mode]
-        if score is None or not score.known:
-            views.append({"mode": mode, "text": "–", "number": "", "small": "", "tip": "", "emphasis": ""})  # fmt: skip
-            continue
-        small = f"± {score.spread:.1f}" if score.spread is not None else ""
-        if mode != "scores" and score.interval is not None:
-            low, high = (format_number(v, kind) for v in (score.interval.low, score.interval.high))
-            small = f"{low} to {high}"
-        views.append(
-            {
-                "mode": mode,
-                "text": format_number(score.value, kind),
-                "number": f"{score.value:.6g}",
-                "small": small,
-                "tip": _tip(board, entry, key, mode, score, kind),
-                "emphasis": emphasis_of(board, entry, key) if mode == "scores" else "",
-            }
-        )
-    return {"first": first, "views": views, "marked": not entry.score(key).comparable}
-
-
-def _tip(board: Board, entry: Entry, key: str, mode: Mode, score: Score, kind: Any) -> str:
-    """The lines that hovering a number shows."""
-    task = next((t for t in board.tasks if t.id == key), None)
-    name = task.short if task else board.average_title
-    lines = [f"{clean(entry.name)}, {clean(name)}"]
-    if (text := _range(score, kind)) != "":
-        lines.append(text + (", over seeds and samples" if score.holds_seeds else ""))
-    if mode == "scores":
-        if score.documents:
-            lines.append(
-                f"{score.documents:,} samples" + (" a seed" if len(entry.runs) > 1 else "")
-            )
-        if len(score.seeds) > 1:
-            lines.append("by seed: " + ", ".join(format_number(v, "score") for v in score.seeds))
-        if score.rank is not None:
-            lines.append(f"rank {score.rank} among the students")
-    lines += _protocol(entry, key)
-    lines += [clean(mark) for mark in score.marks]
-    lines += [clean(line) for line in entry.health]
-    return "\n".join(lines)
-
-
-def _protocol(entry: Entry, key: str) -> list[str]:
-    results = [r[key] for r in entry.results if key in r]
-    if not results:
-        return []
-    first = results[0]
-    lines = [f"metric {clean(first.metric)}, profile {clean(first.profile)}"]
-    lines.append(f"protocol {clean(first.fingerprint)[:8]}")
-    health = [f"{rate:.1%} {kind}" for kind, rate in sorted(first.rates.items()) if rate > 0]
-    return [*lines, *health]
-
-
-def _relation_cells(entry: Entry) -> list[dict[str, Any]]:
-    difference, retention = entry.differences.get(AVERAGE), entry.retentions.get(AVERAGE)
-    kinds: tuple[tuple[Score | None, Any], ...] = (
-        (difference, "difference"), (retention, "percent"), (entry.gap_closed, "percent"),
-    )  # fmt: skip
-    cells = []
-    for place, (score, kind) in enumerate(kinds):
-        known = score is not None and score.known
-        small = tip = ""
-        if score is not None and known and score.interval is not None:
-            low, high = (format_number(v, kind) for v in (score.interval.low, score.interval.high))
-            small = f"{low} to {high}"
-            tip = _range(score, kind) + (", over seeds and samples" if score.holds_seeds else "")
-        cells.append(
-            {
-                "first": place == 0,
-                "views": None,
-                "marked": False,
-                "text": format_number(score.value, kind) if score else "–",
-                "number": f"{score.value:.6g}" if score is not None and known else "",
-                "small": small,
-                "tip": tip,
-            }
-        )
-    return cells
-
-
-def _cost_cells(entry: Entry) -> list[dict[str, Any]]:
-    cost = entry.cost
-    kinds: tuple[tuple[float | None, Any], ...] = (
-        (cost.parameters, "count"), (cost.weight_bytes, "bytes"),
-        (cost.latency_ms, "milliseconds"), (cost.peak_memory_bytes, "bytes"),
-    )  # fmt: skip
-    return [
-        {
-            "first": place == 0, "views": None, "marked": False, "small": "", "tip": "",
-            "text": format_number(value, kind),
-            "number": "" if value is None else f"{value:.6g}",
-        }
-        for place, (value, kind) in enumerate(kinds)
-    ]  # fmt: skip
 
 
 # --- the rest ----------------------------------------------------------------------------------
@@ -491,7 +328,10 @@ def _published(board: Board) -> dict[str, Any] | None:
     main, rest = published_tables()
     if main is None:
         return None
-    intro = "From the papers and their repositories, as they stand there; never mixed with the rows above."
+    intro = (
+        "From the papers and their repositories, as they stand there; "
+        "never mixed with the rows above."
+    )
     if board.mini:
         intro += (
             " The scores above are of the embedded mini world and cannot be compared with these."
@@ -513,7 +353,7 @@ def _runs(entry: Entry, color: int) -> list[dict[str, Any]]:
             "role": entry.role,
             "status": manifest.status,
             "health": manifest.status != "complete",
-            "color": _color(color),
+            "color": css_series(color),
             "facts": [(name, clean(text)) for name, text in run_facts(manifest) if text],
         }
         for manifest in entry.manifests

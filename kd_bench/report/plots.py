@@ -1,56 +1,56 @@
-"""The plots of a report, drawn with matplotlib from a board."""
+"""Every plot of a report; drawn here are skill groups, benchmarks and score against cost."""
 
 import math
 from collections.abc import Sequence
 from typing import Any
 
+from kd_bench.report.calibration import reliability
 from kd_bench.report.frames import AVERAGE, Board, Entry, Score
-from kd_bench.report.style import GRID, INK, MUTED, PAPER, Plot, marker, plotting, series, to_plot
-from kd_bench.report.tables import clean
+from kd_bench.report.plots_relations import forest, gaps, retention
+from kd_bench.report.plots_training import knees, losses
+from kd_bench.report.style import (
+    GRID,
+    INK,
+    MUTED,
+    PAPER,
+    WIDTH,
+    Plot,
+    canvas,
+    colours,
+    legend,
+    marker,
+    plotting,
+    series,
+    short,
+    spread_out,
+    to_plot,
+)
+from kd_bench.report.tables import clean, format_number
+from kd_bench.report.training import TrainingLog
 from kd_bench.report.uncertainty import Draws
 
-__all__ = ["bars", "board_plots", "colours", "radar"]
-
-WIDTH = 5.6  # inches; the page scales pictures to their column
+__all__ = ["bars", "board_plots", "pareto", "radar"]
 
 
-def board_plots(board: Board, draws: Draws | None = None) -> list[Plot]:
-    """Every plot that the board has data for, in the order of the page."""
+def board_plots(
+    board: Board, draws: Draws, logs: dict[str, list[TrainingLog]] | None = None
+) -> list[Plot]:
+    """Every plot that there is data for; `logs` are training logs by entry key."""
+    if not board.entries:
+        return []
     with plotting():
-        drawn = (draw(board) for draw in (radar, bars))
-        return [plot for plot in drawn if plot is not None]
-
-
-def colours(board: Board) -> dict[str, int]:
-    """Series number by entry: the teacher and the floor are neutral, methods follow by order."""
-    numbers: dict[str, int] = {}
-    free = 2
-    for entry in sorted(board.entries, key=lambda e: (e.role == "switch", board.entries.index(e))):
-        if board.teacher is not None and entry.key == board.teacher.key:
-            numbers[entry.key] = 0
-        elif board.floor is not None and entry.key == board.floor.key:
-            numbers[entry.key] = 1
-        else:
-            numbers[entry.key] = free
-            free += 1
-    return numbers
-
-
-def _new(width: float, height: float) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height))
-    FigureCanvasSVG(figure)
-    return figure, figure.subplots()
-
-
-def _legend(figure: Any, axes: Any, columns: int = 3) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns,
-        handlelength=1.4, columnspacing=1.4, labelcolor=INK,
-    )  # fmt: skip
+        drawn = [
+            radar(board),
+            bars(board),
+            forest(board),
+            retention(board),
+            gaps(board, draws),
+            pareto(board),
+            reliability(board),
+            losses(board, logs or {}),
+            knees(board, logs or {}),
+        ]
+    return [plot for plot in drawn if plot is not None]
 
 
 def group_scores(board: Board, entry: Entry) -> dict[str, float]:
@@ -64,115 +64,166 @@ def group_scores(board: Board, entry: Entry) -> dict[str, float]:
 
 
 def radar(board: Board) -> Plot | None:
-    """Mean score by skill group, one polygon an entry."""
+    """Mean score by skill group, one polygon an entry, on straight rings."""
     groups = list(dict.fromkeys(task.group for task in board.tasks))
-    if len(groups) < 3:
+    whole = [
+        (entry, [means[group] for group in groups])
+        for entry in board.entries
+        if all(map(math.isfinite, (means := group_scores(board, entry)).values()))
+    ]
+    if len(groups) < 3 or not whole:
         return None
-    angles = [2 * math.pi * place / len(groups) for place in range(len(groups))]
-    figure, flat = _new(4.4, 4.0)
-    flat.remove()
-    axes = figure.add_subplot(projection="polar")
-    axes.set_theta_offset(math.pi / 2)
-    axes.set_theta_direction(-1)
+    figure, axes = canvas(4.7, 4.1)
+    axes.set_aspect("equal")
+    axes.axis("off")
+    low = max(0, 20 * math.floor((min(min(values) for _, values in whole) - 6) / 20))
+    spokes = [2 * math.pi * place / len(groups) for place in range(len(groups))]
+
+    def ring(values: Sequence[float]) -> tuple[list[float], list[float]]:
+        radii = [(value - low) / (100 - low) for value in values]
+        x = [r * math.sin(a) for r, a in zip(radii, spokes, strict=True)]
+        y = [r * math.cos(a) for r, a in zip(radii, spokes, strict=True)]
+        return [*x, x[0]], [*y, y[0]]
+
+    for tick in range(low + 20, 101, 20):
+        axes.plot(*ring([tick] * len(groups)), color=GRID, linewidth=0.8, zorder=0)
+        height = (tick - low) / (100 - low)
+        axes.text(0.025, height, str(tick), color=MUTED, fontsize=7.5, va="bottom")
+    for angle, group in zip(spokes, groups, strict=True):
+        x, y = math.sin(angle), math.cos(angle)
+        axes.plot([0, x], [0, y], color=GRID, linewidth=0.8, zorder=0)
+        side = "center" if abs(x) < 0.1 else "left" if x > 0 else "right"
+        axes.text(1.07 * x, 1.09 * y, clean(group), ha=side, va="center", color=INK)
     numbers = colours(board)
-    drawn = []
-    lowest = 100.0
-    for entry in board.entries:
-        means = group_scores(board, entry)
-        values = [means[group] for group in groups]
-        if not all(math.isfinite(value) for value in values):
-            continue
-        drawn.append(entry)
-        lowest = min(lowest, *values)
+    for entry, values in reversed(whole):
         number = numbers[entry.key]
-        color = series(number)
         axes.plot(
-            [*angles, angles[0]], [*values, values[0]], color=color, label=clean(entry.name),
-            marker=marker(number), markersize=3.6, linestyle="--" if number == 0 else "-",
+            *ring(values), color=series(number), marker=marker(number), markersize=3.8,
+            linestyle=(0, (4, 2)) if entry.role in ("teacher", "switch") else "-",
+            label=short(entry.name),
         )  # fmt: skip
-        axes.fill(angles, values, color=color, alpha=0.05)
-    if not drawn:
-        return None
-    floor = max(0.0, 10 * math.floor((lowest - 8) / 10))
-    axes.set_ylim(floor, 100)
-    axes.set_xticks(angles, [clean(group) for group in groups])
-    axes.tick_params(axis="x", labelcolor=INK, pad=6)
-    ticks = list(range(int(floor) + 20 - int(floor) % 20, 101, 20))
-    axes.set_yticks(ticks, [str(tick) for tick in ticks], color=MUTED, fontsize=7.5)
-    axes.set_rlabel_position(180 / len(groups))
-    axes.spines["polar"].set_visible(False)
-    _legend(figure, axes)
-    names = ", ".join(entry.name for entry in drawn)
-    return to_plot(
-        figure,
-        "radar",
-        "Skills",
-        f"Radar of the mean score in {len(groups)} skill groups for {names}.",
-    )
+    legend(figure, axes, reverse=True)
+    names = ", ".join(clean(entry.name) for entry, _ in whole)
+    summary = f"Mean score in {len(groups)} skill groups of {names}."
+    return to_plot(figure, "radar", "Skill groups", summary)
 
 
 def bars(board: Board) -> Plot | None:
     """One small panel a benchmark, one bar an entry; the line on a bar is the seeds' spread."""
-    if not board.tasks or not board.entries:
+    if not board.tasks:
         return None
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
     columns = 2
     rows = math.ceil(len(board.tasks) / columns)
     count = len(board.entries)
-    figure = Figure(figsize=(WIDTH, rows * (0.34 + 0.17 * count)))
-    FigureCanvasSVG(figure)
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=True)
+    figure, grid = canvas(WIDTH, rows * (0.4 + 0.17 * count), rows, columns)
     numbers = colours(board)
-    names = [_short(entry.name) for entry in board.entries]
+    names = [short(entry.name) for entry in board.entries]
     for place, axes in enumerate(grid.flat):
         if place >= len(board.tasks):
             axes.set_visible(False)
             continue
         task = board.tasks[place]
-        axes.set_title(clean(task.title), pad=3)
+        axes.set_title(clean(task.short), pad=3, fontweight="bold")
         for row, entry in enumerate(board.entries):
             _bar(axes, row, entry.score(task.id), numbers[entry.key])
         axes.set_yticks(range(count), names if place % columns == 0 else [""] * count)
         axes.set_ylim(count - 0.4, -0.6)
-        axes.set_xlim(0, 112)
+        axes.set_xlim(0, 114)
         axes.set_xticks([])
         axes.spines["bottom"].set_visible(False)
         axes.axvline(0, color=GRID, linewidth=1)
         axes.grid(visible=False)
-    figure.subplots_adjust(hspace=0.32, wspace=0.06)
-    return to_plot(
-        figure, "bars", "Scores by benchmark",
-        f"Bars of {len(board.tasks)} benchmarks for {count} rows of the leaderboard.",
-    )  # fmt: skip
+    figure.subplots_adjust(hspace=0.8 / (0.3 + 0.17 * count), wspace=0.04)
+    spread = " The line at a bar's end is the spread over seeds." * any(
+        len(entry.runs) > 1 for entry in board.entries
+    )
+    summary = f"Score of every model on {len(board.tasks)} benchmarks, 0 to 100.{spread}"
+    return to_plot(figure, "bars", "Benchmarks", summary)
 
 
 def _bar(axes: Any, row: int, score: Score, number: int) -> None:
     if not score.known:
-        axes.text(1, row, "–", va="center", color=MUTED, fontsize=7.5)
+        axes.text(1.5, row, "–", va="center", color=MUTED, fontsize=7.5)
         return
     alpha = 1.0 if score.comparable else 0.35
-    axes.barh(row, score.value, height=0.66, color=series(number), alpha=alpha)
+    axes.barh(row, score.value, height=0.64, color=series(number), alpha=alpha)
     end = score.value
-    if score.spread is not None:
-        low, high = score.value - score.spread, score.value + score.spread
-        axes.plot([low, score.value], [row, row], color=PAPER, linewidth=1)
-        axes.plot([score.value, high], [row, row], color=INK, linewidth=1)
-        end = high
-    axes.text(end + 1.5, row, f"{score.value:.1f}", va="center", color=MUTED, fontsize=7.5)
+    if score.spread is not None and score.spread > 0:
+        axes.plot([score.value - score.spread, score.value], [row, row], color=PAPER, linewidth=1)
+        end = score.value + score.spread
+        axes.plot([score.value, end], [row, row], color=INK, linewidth=1)
+    axes.text(end + 1.8, row, f"{score.value:.1f}", va="center", color=MUTED, fontsize=7.5)
 
 
-def _short(name: str, limit: int = 22) -> str:
-    name = clean(name)
-    return name if len(name) <= limit else name[: limit - 1] + "…"
+def pareto(board: Board) -> Plot | None:
+    """Average against latency and size; the line joins what nothing beats in both."""
+    costs = {
+        "latency_ms": "Latency, ms an answer",
+        "parameters": "Parameters",
+    }
+    panels = {}
+    for key, title in costs.items():
+        points = [
+            (float(cost), entry.score(AVERAGE).value, entry)
+            for entry in board.entries
+            if (cost := getattr(entry.cost, key)) is not None and entry.score(AVERAGE).known
+        ]
+        if len(points) > 1:
+            panels[key] = (title, points)
+    if not panels:
+        return None
+    figure, grid = canvas(WIDTH, 2.9 * len(panels), len(panels), 1)
+    for axes, (key, (title, points)) in zip(grid.flat, panels.items(), strict=True):
+        _pareto_panel(axes, board, points, title, key)
+    figure.subplots_adjust(hspace=0.35)
+    front = ", ".join(clean(e.name) for _, _, e in _front(next(iter(panels.values()))[1]))
+    summary = f"{board.average_title} against cost; up and left is better. On the front: {front}."
+    return to_plot(figure, "pareto", "Score against cost", summary)
 
 
-def known_values(scores: Sequence[Score]) -> list[float]:
-    """Finite values only."""
-    return [score.value for score in scores if score.known]
+Point = tuple[float, float, Entry]
 
 
-def average_of(entry: Entry) -> Score:
-    """The entry's average over the board's benchmarks."""
-    return entry.score(AVERAGE)
+def _front(points: Sequence[Point]) -> list[Point]:
+    """Points that no other one beats in cost and score, by cost."""
+    front: list[Point] = []
+    for point in sorted(points, key=lambda p: (p[0], -p[1])):
+        if not front or point[1] > front[-1][1]:
+            front.append(point)
+    return front
+
+
+def _pareto_panel(axes: Any, board: Board, points: Sequence[Point], title: str, key: str) -> None:
+    numbers = colours(board)
+    front = _front(points)
+    steps_x, steps_y = [], []
+    for place, (x, y, _) in enumerate(front):
+        if place:
+            steps_x.append(x)
+            steps_y.append(front[place - 1][1])
+        steps_x.append(x)
+        steps_y.append(y)
+    axes.plot(steps_x, steps_y, color=MUTED, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)
+    wide = max(p[0] for p in points) > 5 * min(p[0] for p in points) > 0
+    if wide:
+        axes.set_xscale("log")
+    low, high = min(p[0] for p in points), max(p[0] for p in points)
+    room = (high / low) ** 0.5 if wide else (high - low) * 0.38 or high * 0.3 or 1
+    axes.set_xlim(low / 1.15 if wide else low - room * 0.2, high * room if wide else high + room)
+    heights = [p[1] for p in points]
+    span = max(max(heights) - min(heights), 5)
+    axes.set_ylim(min(heights) - 0.14 * span, max(heights) + 0.14 * span)
+    labels = spread_out([p[1] for p in points], 0.085 * span)
+    for (x, y, entry), label in zip(points, labels, strict=True):
+        number = numbers[entry.key]
+        axes.plot(x, y, marker=marker(number), color=series(number), markersize=6, linestyle="")
+        axes.annotate(
+            short(entry.name), (x, y), (x * 1.03 if wide else x + room * 0.06, label),
+            va="center", fontsize=8, color=INK,
+        )  # fmt: skip
+    axes.set_xlabel(title)
+    axes.set_ylabel(board.average_title)
+    kind: Any = "count" if key == "parameters" else "milliseconds"
+    axes.xaxis.set_major_formatter(lambda value, _: format_number(value, kind))
+    axes.xaxis.set_minor_formatter("")
+    axes.tick_params(axis="y", labelcolor=MUTED)

@@ -1,7 +1,8 @@
 """Samples for the page's browser: which documents are kept, their answers, their pictures.
 
 A page cannot hold 259,000 samples. It keeps those on which models part, spread over benchmarks
-and categories, chosen by digest so that equal stores give equal pages; counts of changes are over all.
+and categories, ties broken by digest so that equal stores give equal pages. Counts of changes
+are over all samples.
 """
 
 import base64

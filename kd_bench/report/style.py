@@ -9,15 +9,38 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from io import BytesIO
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
+
+from kd_bench.report.tables import clean
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["GRID", "INK", "MUTED", "PAPER", "Plot", "marker", "plotting", "series", "to_plot"]
+    from kd_bench.report.frames import Board
 
-from dataclasses import dataclass
+__all__ = [
+    "DARK",
+    "GRID",
+    "INK",
+    "LIGHT",
+    "MUTED",
+    "PAPER",
+    "WIDTH",
+    "Plot",
+    "canvas",
+    "colours",
+    "legend",
+    "marker",
+    "plotting",
+    "series",
+    "short",
+    "spread_out",
+    "to_plot",
+    "variables",
+]
 
 INK, MUTED, GRID, PAPER = "#010203", "#010204", "#010205", "#010206"
 _SERIES = tuple(f"#0102{number:02x}" for number in range(16, 25))
@@ -35,6 +58,7 @@ DARK = {
     "s0": "#ecebe7", "s1": "#8d8b85", "s2": "#4fa8e0", "s3": "#f0803c", "s4": "#2fc59a",
     "s5": "#e29cc4", "s6": "#f0b73a", "s7": "#8fd0f7", "s8": "#b693d6",
 }  # fmt: skip
+WIDTH = 5.6  # inches; the page scales pictures to their column
 _MARKERS = ("s", "X", "o", "^", "D", "v", "P", "<", ">")
 
 
@@ -66,6 +90,78 @@ class Plot:
 def variables(theme: dict[str, str]) -> str:
     """CSS custom properties of a theme."""
     return "".join(f"--{name}:{color};" for name, color in theme.items())
+
+
+def colours(board: "Board") -> dict[str, int]:
+    """Series number by entry key: teacher and floor are neutral, methods follow in order.
+
+    A hybrid takes what is left last, so that a method keeps its colour without it.
+    """
+    numbers: dict[str, int] = {}
+    free = 2
+    for entry in sorted(board.entries, key=lambda e: e.role == "switch"):
+        if board.teacher is not None and entry.key == board.teacher.key:
+            numbers[entry.key] = 0
+        elif board.floor is not None and entry.key == board.floor.key:
+            numbers[entry.key] = 1
+        else:
+            numbers[entry.key] = free
+            free += 1
+    return numbers
+
+
+def canvas(width: float, height: float, rows: int = 0, columns: int = 0) -> tuple[Any, Any]:
+    """A figure that draws SVG, with its axes, or a grid of axes where rows are asked for."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))
+    FigureCanvasSVG(figure)
+    if rows:
+        return figure, figure.subplots(rows, columns, squeeze=False)
+    return figure, figure.subplots()
+
+
+def legend(
+    figure: Any,
+    axes: Any,
+    columns: int = 3,
+    reverse: bool = False,
+    handles: list[Any] | None = None,
+    labels: list[str] | None = None,
+) -> None:
+    """Names above the plot, left-aligned."""
+    if handles is None or labels is None:
+        handles, labels = axes.get_legend_handles_labels()
+    if reverse:
+        handles, labels = handles[::-1], labels[::-1]
+    figure.legend(
+        handles, labels, loc="lower left", bbox_to_anchor=(0.06, 0.93), ncols=columns,
+        handlelength=1.5, columnspacing=1.6, handletextpad=0.6, labelcolor=INK,
+    )  # fmt: skip
+
+
+def short(name: str, limit: int = 22) -> str:
+    """A name that fits beside a plot."""
+    name = clean(name)
+    return name if len(name) <= limit else name[: limit - 1] + "…"
+
+
+def spread_out(heights: list[float], least: float) -> list[float]:
+    """Positions near `heights` that keep at least `least` apart, for labels."""
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    placed = list(heights)
+    for _ in range(60):
+        moved = False
+        for lower, upper in pairwise(order):
+            lack = least - (placed[upper] - placed[lower])
+            if lack > 1e-9:
+                placed[lower] -= lack / 2
+                placed[upper] += lack / 2
+                moved = True
+        if not moved:
+            break
+    return placed
 
 
 def series(number: int) -> str:

@@ -8,13 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from kd_bench.records import RunManifest
+from kd_bench.report.frames import Entry
 
-__all__ = ["TrainingLog", "log_of", "read_log"]
+__all__ = ["TrainingLog", "log_of", "logs_of", "read_log"]
 
-_NOT_TERMS = {
-    "step", "epoch", "learning_rate", "samples_per_second", "grad_norm", "seconds", "time",
-    "steps", "progress", "eta", "tokens", "samples",
-}  # fmt: skip
 LOG_NAME = "train_log.jsonl"
 
 
@@ -33,6 +30,12 @@ class TrainingLog:
     terms: dict[str, tuple[float, ...]]
     knees: dict[str, tuple[float, ...]]
     stages: tuple[tuple[str, float], ...] = ()
+
+
+def logs_of(entry: Entry) -> list[TrainingLog]:
+    """The training logs that can be found for an entry's runs, one a seed."""
+    logs = (log_of(manifest) for manifest in entry.manifests)
+    return [log for log in logs if log is not None]
 
 
 def log_of(manifest: RunManifest, base: Path | None = None) -> TrainingLog | None:
@@ -94,24 +97,22 @@ def _collect(rows: list[dict[str, Any]], name: str) -> TrainingLog:
             stages.append((stage, steps[-1] if steps else 0.0))
         last = step
         steps.append(offset + step)
-    flat = [_flatten(row) for row in rows]
-    names = list(dict.fromkeys(key for row in flat for key in row))
-    series = {key: tuple(row.get(key, float("nan")) for row in flat) for key in names}
-    knees = {key: values for key, values in series.items() if key.startswith("knee")}
-    terms = {key: v for key, v in series.items() if key not in knees and key not in _NOT_TERMS}
+    columns = [_columns(row) for row in rows]
+    names = list(dict.fromkeys(key for row in columns for key in row))
+    nothing = float("nan")
+    series = {key: tuple(row.get(key, nothing) for row in columns) for key in names}
+    knees = {key: values for key, values in series.items() if key.startswith("knee_")}
+    terms = {key: values for key, values in series.items() if key not in knees}
     return TrainingLog(name, tuple(steps), terms, knees, tuple(stages))
 
 
-def _flatten(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """Numbers of a row; nested mappings such as `knee: {q50: 12}` become `knee_q50`."""
-    found: dict[str, float] = {}
-    for key, value in row.items():
-        if isinstance(value, dict):
-            outer = "" if key == "terms" else f"{prefix}{key}_"
-            found |= _flatten(value, outer)
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            found[f"{prefix}{key}"] = float(value)
-    return found
+def _columns(row: dict[str, Any]) -> dict[str, float]:
+    """`loss`, the terms by name, and the knee's quantiles of one line."""
+    terms = row.get("terms")
+    found = {"loss": row.get("loss")} | (terms if isinstance(terms, dict) else {})
+    found |= {key: value for key, value in row.items() if key.startswith("knee_")}
+    numeric = {k: v for k, v in found.items() if isinstance(v, int | float)}
+    return {str(key): float(value) for key, value in numeric.items()}
 
 
 def _number(value: Any) -> float:

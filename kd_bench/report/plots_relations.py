@@ -1,0 +1,137 @@
+"""Plots of how models relate: differences from SFT, retention, vision and language gaps."""
+
+from collections.abc import Callable
+from typing import Any
+
+from kd_bench.report.frames import AVERAGE, Board, Entry, Score
+from kd_bench.report.style import (
+    GRID,
+    INK,
+    MUTED,
+    WIDTH,
+    Plot,
+    canvas,
+    colours,
+    legend,
+    marker,
+    series,
+    short,
+    to_plot,
+)
+from kd_bench.report.tables import clean
+from kd_bench.report.uncertainty import Draws, hybrid_gaps
+
+__all__ = ["forest", "gaps", "retention"]
+
+SHOWN = 6  # more intervals side by side cannot be read
+
+
+def _keys(board: Board) -> list[tuple[str, str]]:
+    """The average first, then the benchmarks, as (key, title)."""
+    tasks = [(task.id, clean(task.short)) for task in board.tasks]
+    return [(AVERAGE, board.average_title), *tasks]
+
+
+def _rows(
+    axes: Any,
+    board: Board,
+    entries: list[Entry],
+    pick: Callable[[Entry, str], Score | None],
+) -> None:
+    """One row a benchmark; the entries' points and intervals stand below each other in it."""
+    numbers = colours(board)
+    keys = _keys(board)
+    step = 0.72 / max(len(entries), 1)
+    for row, (key, _) in enumerate(keys):
+        for place, entry in enumerate(entries):
+            score = pick(entry, key)
+            if score is None or not score.known:
+                continue
+            y = row + (place - (len(entries) - 1) / 2) * step
+            number = numbers[entry.key]
+            if score.interval is not None:
+                ends = [score.interval.low, score.interval.high]
+                axes.plot(ends, [y, y], color=series(number), linewidth=1.3)
+            axes.plot(
+                score.value, y, marker=marker(number), color=series(number), markersize=4.2,
+                linestyle="", label=short(entry.name) if row == 0 else None,
+            )  # fmt: skip
+    axes.set_yticks(range(len(keys)), [title for _, title in keys])
+    axes.set_ylim(len(keys) - 0.45, -0.55)
+    axes.axhline(0.5, color=MUTED, linewidth=0.8)
+    axes.grid(visible=False, axis="y")
+    axes.get_yticklabels()[0].set_fontweight("bold")
+
+
+def forest(board: Board) -> Plot | None:
+    """Difference from SFT by benchmark, with intervals."""
+    entries = [e for e in board.students if e.differences][:SHOWN]
+    if not entries or board.floor is None:
+        return None
+    height = 0.7 + (len(board.tasks) + 1) * (0.16 + 0.11 * len(entries))
+    figure, axes = canvas(WIDTH, height)
+    _rows(axes, board, entries, lambda entry, key: entry.differences.get(key))
+    axes.axvline(0, color=INK, linewidth=0.9)
+    axes.set_xlabel(f"Points above {short(board.floor.name)}")
+    legend(figure, axes)
+    best = max(entries, key=lambda e: e.differences.get(AVERAGE, Score(float("-inf"))).value)
+    found = best.differences.get(AVERAGE)
+    told = ""
+    if found is not None and found.known:
+        told = f" {clean(best.name)} leads with {found.value:+.1f} on the average."
+    summary = f"Points above plain fine-tuning, with 95 % intervals.{told}".replace("-", "−")
+    return to_plot(figure, "forest", "Difference from SFT", summary)
+
+
+def retention(board: Board) -> Plot | None:
+    """Share of the teacher's score by benchmark."""
+    entries = [e for e in board.students if e.retentions][:SHOWN]
+    if not entries or board.teacher is None:
+        return None
+    height = 0.7 + (len(board.tasks) + 1) * (0.16 + 0.11 * len(entries))
+    figure, axes = canvas(WIDTH, height)
+    _rows(axes, board, entries, lambda entry, key: entry.retentions.get(key))
+    axes.axvline(100, color=INK, linewidth=0.9)
+    axes.set_xlabel(f"Percent of the score of {short(board.teacher.name)}")
+    legend(figure, axes)
+    summary = "Share of the teacher's score that each student keeps; 100 is the teacher."
+    return to_plot(figure, "retention", "Retention", summary)
+
+
+def gaps(board: Board, draws: Draws) -> Plot | None:
+    """What the student's eyes and what its language model cost, from the switch hybrid."""
+    found = hybrid_gaps(board, draws)
+    if not found:
+        return None
+    gap = found[0]
+    keys = [(key, title) for key, title in _keys(board) if key in gap.vision]
+    figure, axes = canvas(WIDTH, 0.7 + 0.36 * len(keys))
+    parts = (("Vision gap: teacher − hybrid", gap.vision, 7, -0.19),
+             ("Language gap: hybrid − student", gap.language, 6, 0.19))  # fmt: skip
+    for name, scores, number, shift in parts:
+        for row, (key, _) in enumerate(keys):
+            score = scores[key]
+            y = row + shift
+            axes.barh(
+                y, score.value, height=0.34, color=series(number),
+                label=name if row == 0 else None,
+            )  # fmt: skip
+            if score.interval is not None:
+                ends = [score.interval.low, score.interval.high]
+                axes.plot(ends, [y, y], color=INK, linewidth=0.9)
+    axes.set_yticks(range(len(keys)), [title for _, title in keys])
+    axes.set_ylim(len(keys) - 0.45, -0.55)
+    if keys[0][0] == AVERAGE:
+        axes.axhline(0.5, color=MUTED, linewidth=0.8)
+        axes.get_yticklabels()[0].set_fontweight("bold")
+    axes.axvline(0, color=INK, linewidth=0.9)
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel("Points")
+    axes.spines["bottom"].set_color(GRID)
+    legend(figure, axes, columns=2)
+    student, hybrid = clean(gap.student.name), clean(gap.hybrid.name)
+    summary = (
+        f"{hybrid} sees with the eyes of {student} and speaks with the teacher's language model. "
+        "What it loses to the teacher is vision; what it has over the student is language."
+    )
+    return to_plot(figure, "gaps", "Vision gap and language gap", summary)
