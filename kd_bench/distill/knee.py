@@ -11,6 +11,7 @@ and from below. The bins that cannot hold the largest gap, and those behind them
 is left (a few percent of the vocabulary) is sorted, and the gap taken exactly.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from kd_bench.errors import UsageError
 
-__all__ = ["Candidates", "Curve", "Lead", "knee", "leading"]
+__all__ = ["Candidates", "Curve", "Lead", "join", "knee", "leading"]
 
 Curve = Literal["logits", "probs"]
 Candidates = Literal["full"] | int
@@ -96,7 +97,7 @@ def leading(
         k_max=vocabulary if k_max is None else min(k_max, vocabulary),
     )
     at_a_time = max(1, ELEMENTS_AT_A_TIME.get(logits.device.type, 1 << 24) // vocabulary)
-    return _join([_lead(chunk, rule) for chunk in logits.detach().split(at_a_time)])
+    return join([_lead(chunk, rule) for chunk in logits.detach().split(at_a_time)])
 
 
 @dataclass(frozen=True)
@@ -121,29 +122,28 @@ def _lead(logits: Tensor, rule: _Rule) -> Lead:
     vocabulary = values.shape[-1]
     if vocabulary <= SORT_ALL_BELOW:
         ordered, ids = _sort_falling(values)
-        counts = torch.full_like(ids[:, :1], vocabulary)
+        low, counts = ordered[:, -1:], None
     else:
         ordered, ids, counts = _sort_top(values, rule)
+        low = values.amin(dim=-1, keepdim=True)
     if rule.top_k is not None:
-        k = torch.full_like(counts[:, 0], rule.top_k)
-    else:
-        low = (
-            values.amin(dim=-1, keepdim=True)
-            if rule.prefix == vocabulary
-            else ordered[:, rule.prefix - 1 : rule.prefix]
-        )
-        k = _knee_of_sorted(ordered, counts, low, rule)
+        return Lead(torch.full_like(ids[:, 0], rule.top_k), ids[:, : rule.top_k])
+    if rule.prefix < vocabulary:  # every row has as many: `_sort_top` saw to it
+        ordered, counts = ordered[:, : rule.prefix], None
+        low = ordered[:, -1:]
+    k = _knee_of_sorted(ordered, low, counts, rule)
     return Lead(k, ids[:, : int(k.max())])
 
 
-def _knee_of_sorted(ordered: Tensor, counts: Tensor, low: Tensor, rule: _Rule) -> Tensor:
-    """The knee where the first `counts` [n, 1] values of every row are known in order."""
-    height = _height(ordered, ordered[:, :1], low, rule.curve)  # [n, width]
+def _knee_of_sorted(ordered: Tensor, low: Tensor, counts: Tensor | None, rule: _Rule) -> Tensor:
+    """The knee where the first values of every row are known in order: all, or `counts` [n, 1]."""
     index = torch.arange(ordered.shape[-1], device=ordered.device)
-    gap = 1 - index.double() / max(rule.prefix - 1, 1) - height
-    gap = gap.masked_fill(index >= counts.clamp(max=rule.prefix), -torch.inf)
+    fall = 1 - index.double() / max(rule.prefix - 1, 1)  # the chord's own y
+    gap = fall - _height(ordered, ordered[:, :1], low, rule.curve)  # [n, width]
+    if counts is not None:
+        gap.masked_fill_(index >= counts, -torch.inf)
     largest, k = gap.max(dim=-1)
-    return k.where(largest > GAP_SLACK, 0).clamp(rule.k_min, rule.k_max)
+    return k.where(largest > GAP_SLACK, 0).clamp_(rule.k_min, rule.k_max)
 
 
 def _height(values: Tensor, high: Tensor, low: Tensor, curve: Curve) -> Tensor:
@@ -151,10 +151,11 @@ def _height(values: Tensor, high: Tensor, low: Tensor, curve: Curve) -> Tensor:
 
     Probabilities need no normaliser, which the scaling to [0, 1] would cancel.
     """
-    above = (values.double() - high) if curve == "logits" else (values.double() - high).exp()
-    top = 0.0 if curve == "logits" else 1.0
-    bottom = (low.double() - high) if curve == "logits" else (low.double() - high).exp()
-    return (above - bottom) / (top - bottom)
+    top, bottom = high.double(), low.double()
+    if curve == "logits":
+        return (values - bottom).div_(top - bottom)
+    least = (bottom - top).exp_()
+    return (values - top).exp_().sub_(least).div_(1 - least)
 
 
 def _sort_top(values: Tensor, rule: _Rule) -> tuple[Tensor, Tensor, Tensor]:
@@ -214,16 +215,18 @@ def _sort_falling(values: Tensor) -> tuple[Tensor, Tensor]:
         ordered = torch.sort(values, dim=-1, descending=True, stable=True)
         return ordered.values, ordered.indices
     # numpy sorts integers with vector instructions where torch's stable sort does not (a quarter
-    # of the time), so the order goes into one: high half the value, low half the id.
+    # of the time), so value and id go into one: the value falling in the high half, then the id.
     bits = (values + 0.0).view(torch.int32)  # + 0.0: one zero, not two
-    falling = ~(bits ^ ((bits >> 31) & 0x7FFFFFFF))
-    keys = (falling.long() << 32) | torch.arange(values.shape[-1])
+    bits ^= (bits >> 31) & 0x7FFFFFFF  # integers in the order of the values
+    index = torch.arange(values.shape[-1])
+    keys = torch.sub(index - (1 << 32), bits.long(), alpha=1 << 32)  # ~bits << 32 | index
     keys.numpy().sort(axis=-1)
-    ids = keys & 0xFFFFFFFF
+    ids = keys.bitwise_and_(0xFFFFFFFF)
     return values.gather(1, ids), ids
 
 
-def _join(leads: list[Lead]) -> Lead:
+def join(leads: Sequence[Lead]) -> Lead:
+    """The rows of several leads, one below the other."""
     if len(leads) == 1:
         return leads[0]
     width = max(lead.ids.shape[-1] for lead in leads)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_bench.distill.knee import Candidates, Curve, Lead, knee, leading
+from kd_bench.distill.knee import Candidates, Curve, Lead, join, knee, leading
 from kd_bench.distill.pairs import PairForm, pair_divergence
 from kd_bench.errors import UsageError
 
@@ -104,27 +104,22 @@ class _Pairs(torch.autograd.Function):
         direction: Direction,
         pairs: PairForm,
     ) -> Tensor:
-        result = torch.float64 if other.dtype == torch.float64 else torch.float32
-        total = torch.zeros(len(other), dtype=result, device=other.device)
-        saved: list[Tensor] = []
-        for lead in leads:
-            value, gradient = pair_divergence(
-                teacher, other, lead, temperature, direction, pairs, ctx.needs_input_grad[1]
-            )
-            total += value
-            if gradient is not None:
-                saved += [lead.ids, gradient]
-        ctx.save_for_backward(*saved)
+        lead = join(leads)  # [2 N, k]
+        values, gradient = pair_divergence(
+            teacher, other, lead, temperature, direction, pairs, ctx.needs_input_grad[1]
+        )
+        if gradient is not None:
+            ctx.save_for_backward(lead.ids, gradient)
         ctx.shape, ctx.type = other.shape, other.dtype
-        return total
+        return values.view(2, -1).sum(dim=0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        teacher_ids, by_teacher, other_ids, by_other = ctx.saved_tensors
+        ids, gradient = ctx.saved_tensors
         full = grad.new_zeros(ctx.shape)  # [N, V]
-        full.scatter_add_(1, teacher_ids, by_teacher * grad.unsqueeze(-1))
-        full.scatter_add_(1, other_ids, by_other * grad.unsqueeze(-1))
+        for led, slope in zip(ids.chunk(2), gradient.chunk(2), strict=True):
+            full.scatter_add_(1, led, slope * grad.unsqueeze(-1))
         return None, full.to(ctx.type), None, None, None, None
 
 

@@ -13,13 +13,15 @@ and p is an exponential family in a, so that KL(p(a) || p(b)) is the Bregman div
     dKL / db = g(b) - g(a)          dKL / da = H(a) (a - b),  H = d g / d a
 
 Every sum over j > i or j < i is a running sum, so that value and gradient take O(k) time and
-memory. The running sums are taken of logarithms and in double precision: exact for logits of
-+-1e4, for reversed orders (where the largest pair is the absent one), and cheap beside the LM head.
+memory. They run in double precision over exponentials of which a row's largest is 1, or over
+logarithms where a row is too wide for that (logits of +-1e4; an order reversed on the other side,
+where the largest pair is the absent one). Both are exact, and cheap beside the LM head.
 """
 
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kd_bench.distill.knee import Lead
@@ -28,9 +30,9 @@ __all__ = ["PairForm", "pair_divergence"]
 
 PairForm = Literal["flat", "row-wise"]
 
-LARGEST_SPREAD = 300.0  # exp(2 * 300) and its inverse still are ordinary doubles
+LARGEST_SPREAD = 300.0  # exp(-2 * 300) is an ordinary double
 ELEMENTS_AT_A_TIME = 1 << 21
-"""Padded [rows, k] entries worked on at a time: some 16 MB a double tensor."""
+"""Padded [rows, k] entries worked on at a time: 16 MB a double tensor."""
 
 
 def pair_divergence(
@@ -42,57 +44,62 @@ def pair_divergence(
     pairs: PairForm,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """KL between two rows' pair distributions over the ids of `lead`.
+    """KL between two rows' pair distributions over the ids that lead.
+
+    Args:
+        teacher, other: [N, V].
+        lead: M leads, a multiple of N: lead m is over row m modulo N.
 
     Returns:
-        values [N] and, if asked for, their gradient at `other`'s leading logits [N, largest k],
-        zero behind each row's k. Rows with fewer than two leading logits have the value 0.
+        Values [M] and, if asked for, their gradient at `other`'s leading logits [M, largest k],
+        zero behind each lead's k. Fewer than two leading logits are worth 0.
     """
-    rows, width = lead.ids.shape
-    kind = torch.float64 if other.dtype == torch.float64 else torch.float32
-    values = torch.zeros(rows, dtype=kind, device=other.device)
+    leads, width = lead.ids.shape
+    kind = torch.promote_types(other.dtype, torch.float32)
+    values = torch.zeros(leads, dtype=kind, device=other.device)
     gradients = None
     if with_gradient:
-        gradients = torch.zeros(rows, width, dtype=kind, device=other.device)
-    if width < 2:
-        return values, gradients
+        gradients = torch.zeros(leads, width, dtype=kind, device=other.device)
     divergence = _flat if pairs == "flat" else _row_wise
-    for group, k in _groups(lead):
-        ids, mask = lead.ids[group, :k], lead.mask[group, :k]
-        a = _leading_values(other, group, ids, mask) / temperature
-        b = _leading_values(teacher, group, ids, mask) / temperature
+    of_other, of_teacher = _gather(other, lead.ids), _gather(teacher, lead.ids)  # [M, largest k]
+    wide = torch.float32 if other.device.type == "mps" else torch.float64
+    for group, size in _groups(lead):
+        a = of_other[group, :size].to(wide) / temperature
+        b = of_teacher[group, :size].to(wide) / temperature
+        mask = torch.arange(size, device=a.device) < lead.k[group].unsqueeze(-1)
         value, gradient = divergence(a, b, mask, direction, with_gradient)
         values[group] = value.to(kind)
         if gradients is not None and gradient is not None:
-            gradients[group, :k] = (gradient / temperature).to(kind)
+            gradients[group, :size] = gradient.div_(temperature).to(kind)
     return values, gradients
 
 
 def _groups(lead: Lead) -> list[tuple[Tensor | slice, int]]:
-    """Rows that are worked on together, and the width they need: k differs from row to row."""
-    rows, width = lead.ids.shape
-    if rows * width <= ELEMENTS_AT_A_TIME // 8:
+    """Leads that are worked on together, and the width they need: k differs from row to row."""
+    leads, width = lead.ids.shape
+    if width < 2:
+        return []
+    if leads * width <= ELEMENTS_AT_A_TIME // 8:
         return [(slice(None), width)]
     order = lead.k.argsort(descending=True)
     falling = lead.k[order].tolist()
     groups: list[tuple[Tensor | slice, int]] = []
     start = 0
-    while start < rows and falling[start] >= 2:
-        k, end = falling[start], start + 1
-        most = max(1, ELEMENTS_AT_A_TIME // k)
-        while end < rows and falling[end] >= max(k / 2, 2) and end - start < most:
+    while start < leads and falling[start] >= 2:
+        size, end = falling[start], start + 1
+        most = max(1, ELEMENTS_AT_A_TIME // size)
+        while end < leads and falling[end] >= max(size / 2, 2) and end - start < most:
             end += 1
-        groups.append((order[start:end], k))
+        groups.append((order[start:end], size))
         start = end
     return groups
 
 
-def _leading_values(logits: Tensor, group: Tensor | slice, ids: Tensor, mask: Tensor) -> Tensor:
-    """Logits at `ids` in double precision [n, k], zero where nothing leads."""
-    # Either way [n, k] is copied, never whole rows.
-    places = logits.gather(1, ids) if isinstance(group, slice) else logits[group[:, None], ids]
-    wide = torch.float32 if logits.device.type == "mps" else torch.float64
-    return places.to(wide).masked_fill(~mask, 0.0)
+def _gather(logits: Tensor, ids: Tensor) -> Tensor:
+    """Logits [N, V] at the ids [M, k] of leads whose rows repeat every N."""
+    if not len(ids):
+        return logits.new_zeros(ids.shape)
+    return torch.cat([logits.gather(1, part) for part in ids.split(len(logits))])
 
 
 def _flat(
@@ -100,46 +107,69 @@ def _flat(
 ) -> tuple[Tensor, Tensor | None]:
     """One distribution over all pairs: KL [n] and its gradient at `other` [n, k]."""
     a, b = (other, teacher) if direction == "reverse" else (teacher, other)
-    safe = _is_safe(a, b)
-    of_a = _FlatSums(a, mask, safe)
-    of_b = _FlatSums(b, mask, safe)
+    sums = _ScaledSums if _fits(a, b) else _LogSums
+    of_a, of_b = sums(a, mask), sums(b, mask)
     behind, ahead = of_a.behind(), of_a.ahead()
     slope = behind - ahead  # d log Z(a) / da
-    value = (of_b.log_z - of_a.log_z).squeeze(-1) - (slope * (b - a)).sum(dim=-1)
-    value = value.clamp(min=0)  # below zero by rounding only
+    difference = a - b
+    value = of_b.log_z - of_a.log_z + (slope * difference).sum(dim=-1)
+    value = value.clamp_(min=0)  # below zero by rounding only
     if not with_gradient:
         return value, None
     if direction == "forward":
         return value, of_b.behind() - of_b.ahead() - slope
-    # H(a) (a - b). The differences are shifted to be positive, for their logarithm.
-    shift, log_shift = _shifted(a - b, mask)
+    # H(a) (a - b). The differences are shifted to be positive, for the logarithms' sake.
+    shift = difference - difference.amin(dim=-1, keepdim=True)
     mean = (shift * slope).sum(dim=-1, keepdim=True)
-    gradient = behind * (shift - mean) - of_a.behind(log_shift)
-    gradient += ahead * (shift + mean) - of_a.ahead(log_shift)
+    gradient = behind * (shift - mean) - of_a.behind(shift)
+    gradient += ahead * (shift + mean) - of_a.ahead(shift)
     return value, gradient
 
 
-class _FlatSums:
-    """Sums over the pairs of p_ij ~ exp(z_i - z_j), i < j, for every row of z [n, k]."""
+class _ScaledSums:
+    """Sums over the pairs of p_ij ~ exp(z_i - z_j), i < j, for every row of z [n, k].
 
-    def __init__(self, z: Tensor, mask: Tensor, safe: bool) -> None:
+    Exponentials are scaled to a largest of 1, which keeps rows up to `LARGEST_SPREAD` in range.
+    """
+
+    def __init__(self, z: Tensor, mask: Tensor) -> None:
+        mask = mask.to(z.dtype)  # several times faster than to multiply by a bool
+        high, low = z.amax(dim=-1, keepdim=True), z.amin(dim=-1, keepdim=True)
+        self.up = (z - high).exp_().mul_(mask)
+        self.down = (low - z).exp_().mul_(mask)
+        self._behind = self.up * _behind(self.down)
+        self.z = self._behind.sum(dim=-1, keepdim=True)  # [n, 1]
+        self.log_z = (self.z.log() + high - low).squeeze(-1)  # [n]
+
+    def behind(self, weight: Tensor | None = None) -> Tensor:
+        """sum_{j>i} p_ij w_j, [n, k]."""
+        if weight is None:
+            return self._behind / self.z
+        return _behind(self.down * weight).mul_(self.up).div_(self.z)
+
+    def ahead(self, weight: Tensor | None = None) -> Tensor:
+        """sum_{i<j} p_ij w_i, [n, k]."""
+        up = self.up if weight is None else self.up * weight
+        return _ahead(up).mul_(self.down).div_(self.z)
+
+
+class _LogSums:
+    """The same sums through logarithms, for rows of any width; weights are not negative."""
+
+    def __init__(self, z: Tensor, mask: Tensor) -> None:
         self.up = z.masked_fill(~mask, -torch.inf)
         self.down = (-z).masked_fill(~mask, -torch.inf)
-        self.safe = safe
-        self._behind = self.up + _sum_behind(self.down, safe)
-        self.log_z = self._behind.logsumexp(dim=-1, keepdim=True)  # [n, 1]
+        self.log_z = (self.up + _log_behind(self.down)).logsumexp(dim=-1)  # [n]
 
-    def behind(self, log_weight: Tensor | None = None) -> Tensor:
+    def behind(self, weight: Tensor | None = None) -> Tensor:
         """sum_{j>i} p_ij w_j, [n, k]."""
-        if log_weight is None:
-            return (self._behind - self.log_z).exp()
-        inner = _sum_behind(self.down + log_weight, self.safe)
-        return (self.up + inner - self.log_z).exp()
+        down = self.down if weight is None else self.down + weight.log()
+        return (self.up + _log_behind(down) - self.log_z.unsqueeze(-1)).exp()
 
-    def ahead(self, log_weight: Tensor | None = None) -> Tensor:
+    def ahead(self, weight: Tensor | None = None) -> Tensor:
         """sum_{i<j} p_ij w_i, [n, k]."""
-        inner = self.up if log_weight is None else self.up + log_weight
-        return (self.down + _sum_ahead(inner, self.safe) - self.log_z).exp()
+        up = self.up if weight is None else self.up + weight.log()
+        return (self.down + _log_ahead(up) - self.log_z.unsqueeze(-1)).exp()
 
 
 def _row_wise(
@@ -147,62 +177,54 @@ def _row_wise(
 ) -> tuple[Tensor, Tensor | None]:
     """One distribution q_ij ~ exp(-a_j), j > i, for each i < k: mean KL [n] and its gradient."""
     a, b = (other, teacher) if direction == "reverse" else (teacher, other)
-    safe = _is_safe(a, b)
     down_a, down_b = ((-z).masked_fill(~mask, -torch.inf) for z in (a, b))
-    norm_a, norm_b = _sum_behind(down_a, safe), _sum_behind(down_b, safe)  # [n, k]
-    has_pairs = torch.zeros_like(mask)
-    has_pairs[:, :-1] = mask[:, 1:]
-    share = 1 / has_pairs.sum(dim=-1, keepdim=True)  # [n, 1]
-    shift, log_shift = _shifted(a - b, mask)
-    # Mean of the shifted differences under q_i; the shift cancels against norm_b - norm_a.
-    mean = (_sum_behind(down_a + log_shift, safe) - norm_a).masked_fill(~has_pairs, -torch.inf)
-    mean = mean.exp()
-    low = (a - b - shift)[:, :1]
-    value = (norm_b - norm_a - mean - low).masked_fill(~has_pairs, 0.0).clamp(min=0)
-    value = value.sum(dim=-1) * share.squeeze(-1)
+    norm_a, norm_b = _log_behind(down_a), _log_behind(down_b)  # [n, k]
+    has_pairs = F.pad(mask[:, 1:], (0, 1))
+    share = 1 / has_pairs.sum(dim=-1)  # [n]
+    low = (a - b).amin(dim=-1, keepdim=True)
+    shift = a - b - low
+    # Mean of the shifted differences under q_i, [n, k].
+    log_mean = (_log_behind(down_a + shift.log()) - norm_a).masked_fill(~has_pairs, -torch.inf)
+    value = (norm_b - norm_a - log_mean.exp() - low).masked_fill(~has_pairs, 0.0).clamp_(min=0)
+    value = value.sum(dim=-1) * share
     if not with_gradient:
         return value, None
 
     def received(down: Tensor, norm: Tensor, log_weight: Tensor | float = 0.0) -> Tensor:
         """sum_{i<m} q_im w_i, [n, k]."""
         inner = (log_weight - norm).masked_fill(~has_pairs, -torch.inf)
-        return (down + _sum_ahead(inner, safe)).exp()
+        return (down + _log_ahead(inner)).exp()
 
     if direction == "forward":
         gradient = received(down_a, norm_a) - received(down_b, norm_b)
     else:
-        gradient = shift * received(down_a, norm_a) - received(down_a, norm_a, mean.log())
-    return value, gradient * share
+        gradient = shift * received(down_a, norm_a) - received(down_a, norm_a, log_mean)
+    return value, gradient * share.unsqueeze(-1)
 
 
-def _shifted(difference: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Differences less their row's smallest, and the logarithm of that (-inf at the smallest)."""
-    low = difference.masked_fill(~mask, torch.inf).amin(dim=-1, keepdim=True)
-    shift = (difference - low).masked_fill(~mask, 0.0)
-    return shift, shift.log()
-
-
-def _is_safe(a: Tensor, b: Tensor) -> bool:
-    """Whether sums of exponentials stay inside double precision once a row's largest is 1.
-
-    Padding is zero, which at worst says no without need.
-    """
-    if a.dtype != torch.float64 or not len(a):
+def _fits(a: Tensor, b: Tensor) -> bool:
+    """Whether scaled exponentials of every row stay inside double precision."""
+    if a.dtype != torch.float64:
         return False
-    both = torch.stack([a, b])
-    return bool((both.amax(dim=-1) - both.amin(dim=-1)).amax() <= LARGEST_SPREAD)
+    widest = max((z.amax(dim=-1) - z.amin(dim=-1)).amax() for z in (a, b))
+    return bool(widest <= LARGEST_SPREAD)
 
 
-def _sum_ahead(logs: Tensor, safe: bool) -> Tensor:
+def _ahead(terms: Tensor) -> Tensor:
+    """sum_{i<j} terms_i for every j along the last dimension."""
+    return F.pad(terms[:, :-1].cumsum(dim=-1), (1, 0))
+
+
+def _behind(terms: Tensor) -> Tensor:
+    """sum_{j>i} terms_j for every i along the last dimension."""
+    return _ahead(terms.flip(-1)).flip(-1)
+
+
+def _log_ahead(logs: Tensor) -> Tensor:
     """log sum_{i<j} exp(logs_i) for every j along the last dimension; -inf for the first."""
-    if safe:
-        top = logs.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(logs.dtype).min)
-        sums = (logs - top).exp_().cumsum(dim=-1).log_().add_(top)
-    else:
-        sums = logs.logcumsumexp(dim=-1)
-    return torch.nn.functional.pad(sums[:, :-1], (1, 0), value=-torch.inf)
+    return F.pad(logs[:, :-1].logcumsumexp(dim=-1), (1, 0), value=-torch.inf)
 
 
-def _sum_behind(logs: Tensor, safe: bool) -> Tensor:
+def _log_behind(logs: Tensor) -> Tensor:
     """log sum_{j>i} exp(logs_j) for every i along the last dimension; -inf for the last."""
-    return _sum_ahead(logs.flip(-1), safe).flip(-1)
+    return _log_ahead(logs.flip(-1)).flip(-1)
