@@ -64,7 +64,7 @@ class Generation(StrictModel):
     """How answers are generated; always greedy."""
 
     max_new_tokens: int = Field(gt=0)
-    until: list[str] = []
+    until: list[str] = Field(default=[])
 
 
 class Profile(StrictModel):
@@ -78,7 +78,7 @@ class Profile(StrictModel):
     """
 
     title: str
-    prompt: dict[str, Any] = {}
+    prompt: dict[str, Any] = Field(default={})
     metric: str | None = None
     scale: float | None = None
     aggregator: str | None = None
@@ -119,10 +119,10 @@ class TaskSpec(StrictModel):
     dataset: Dataset
     documents: int
     columns: dict[str, ColumnKind]
-    optional_columns: dict[str, ColumnKind] = {}
-    id_columns: list[str] = []
+    optional_columns: dict[str, ColumnKind] = Field(default={})
+    id_columns: list[str] = Field(default=[])
     unit: Unit
-    unit_columns: list[str] = []
+    unit_columns: list[str] = Field(default=[])
     category_column: str | None = None
     answer: Literal["yes_no", "letter", "text"]
     generation: Generation
@@ -133,7 +133,7 @@ class TaskSpec(StrictModel):
     published: Published
     citation: str
     licence: str
-    notes: list[str] = []
+    notes: list[str] = Field(default=[])
 
     @model_validator(mode="after")
     def _columns_exist(self) -> "TaskSpec":

@@ -1,0 +1,220 @@
+"""The models that lmms-eval sees: our engine, and any other model behind a journal."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from lmms_eval.api.model import lmms
+
+from kd_bench.distill.models import load_model, load_processor
+from kd_bench.errors import IncompleteRunError, UsageError
+from kd_bench.evals.engine import Engine
+from kd_bench.evals.pictures import PictureStore
+from kd_bench.evals.questions import Answer, Question, settings_of
+
+__all__ = ["DTYPES", "Journalled", "KdBench", "StockModel", "torch_dtype"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class _Generative(lmms):
+    """What lmms-eval demands of every model and ours do not do."""
+
+    is_simple = True
+
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        raise NotImplementedError("kd-bench answers questions; it does not rank given answers")
+
+    def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
+        raise NotImplementedError("kd-bench asks one question at a time")
+
+    def clean(self) -> None:
+        """lmms-eval would delete the model after the first task."""
+
+
+class KdBench(_Generative):
+    """kd-bench's engine as an lmms-eval model: batched, left-padded, equal to batch 1.
+
+    Args:
+        pretrained: checkpoint folder.
+        batch_size: questions at a time; `auto` or None for the default.
+        share: prefill each picture once for all its questions.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        batch_size: int | str | None = None,
+        device: str | None = None,
+        dtype: str = "float32",
+        share: bool = True,
+        model: Any = None,
+        processor: Any = None,
+        pictures: PictureStore | None = None,
+        **unknown: Any,
+    ) -> None:
+        super().__init__()
+        unknown.pop("max_batch_size", None)  # lmms-eval passes it to every model
+        if unknown:
+            raise UsageError(
+                f"kd_bench has no model argument {next(iter(unknown))!r}.",
+                "It knows pretrained, batch_size, device, dtype and share.",
+            )
+        if model is None:
+            if pretrained is None:
+                raise UsageError("No checkpoint was given.", "Pass pretrained=CHECKPOINT.")
+            place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+            model = load_model(pretrained, dtype=torch_dtype(dtype), device=place)
+            processor = load_processor(pretrained)
+        size = None if batch_size in (None, "auto") else int(batch_size)
+        self._engine = Engine(model, processor, batch_size=size, share=share, pictures=pictures)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self._engine.device
+
+    @property
+    def engine(self) -> Engine:
+        """What answers the questions."""
+        return self._engine
+
+    def answers(self, requests: Sequence[Any], keys: Sequence[str]) -> Iterator[list[Answer]]:
+        """Answers batch by batch; `index` is the request's place in `requests`."""
+        questions = [
+            _question(self, number, request, key)
+            for number, (request, key) in enumerate(zip(requests, keys, strict=True))
+        ]
+        return self._engine.answers(questions)
+
+    def generate_until(self, requests: list[Any]) -> list[str]:
+        """Texts in the order of the requests (the stock command line comes through here).
+
+        Raises:
+            IncompleteRunError: an answer failed; it must not be scored as an empty one.
+        """
+        keys = [_shared_key(self, request) for request in requests]
+        texts = [""] * len(requests)
+        for batch in self.answers(requests, keys):
+            for answer in batch:
+                if answer.status == "error":
+                    raise IncompleteRunError(
+                        f"Question {answer.index} could not be answered: {answer.error}",
+                        "Check its picture.",
+                    )
+                texts[answer.index] = answer.text
+        return texts
+
+
+class StockModel:
+    """Any other lmms-eval model, asked in small batches so that its answers can be kept."""
+
+    def __init__(self, model: Any, batch_size: int | None = None) -> None:
+        self.model = model
+        self._size = batch_size or 1
+
+    def answers(self, requests: Sequence[Any], keys: Sequence[str]) -> Iterator[list[Answer]]:
+        """Answers batch by batch; an exception becomes the status of the batch's answers."""
+        from lmms_eval.api.instance import unwrap_generation_output
+
+        for start in range(0, len(requests), self._size):
+            batch = list(requests[start : start + self._size])
+            try:
+                outputs = self.model.generate_until(batch)
+            except Exception as error:
+                text = f"{type(error).__name__}: {error}"[:500]
+                yield [
+                    Answer(start + place, "", "error", error=text) for place in range(len(batch))
+                ]
+                continue
+            answers = []
+            for place, output in enumerate(outputs):
+                text = str(unwrap_generation_output(output)[0]).strip()
+                answers.append(Answer(start + place, text, "ok" if text else "empty"))
+            yield answers
+
+
+class Journalled(_Generative):
+    """Puts a journal between lmms-eval and a model: known answers are not computed again.
+
+    Args:
+        source: `KdBench` or `StockModel`.
+        key: document index -> journal key and picture key.
+        known: answers by journal key.
+        record: called with each batch of (key, answer) as it is produced.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        key: Callable[[int], tuple[str, str]],
+        known: dict[str, Answer],
+        record: Callable[[list[tuple[str, Answer]]], None],
+    ) -> None:
+        super().__init__()
+        self._source = source
+        self._key = key
+        self._known = known
+        self._record = record
+        self.answered: dict[int, Answer] = {}
+        self.computed = 0
+
+    @property
+    def device(self) -> Any:
+        """Where the model is; multi-process evaluation asks for it."""
+        inner = getattr(self._source, "model", self._source)
+        return getattr(inner, "device", torch.device("cpu"))
+
+    def generate_until(self, requests: list[Any]) -> list[str]:
+        """Texts in the order of the requests; failed answers are empty and marked as failed."""
+        inner = getattr(self._source, "model", self._source)
+        if isinstance(inner, lmms):
+            inner.task_dict = self.task_dict
+        keys = [self._key(int(request.args[3])) for request in requests]
+        missing: dict[str, int] = {}
+        for place, (key, _) in enumerate(keys):
+            if key not in self._known:
+                missing.setdefault(key, place)
+        places = list(missing.values())
+        asked = [requests[place] for place in places]
+        for batch in self._source.answers(asked, [keys[place][1] for place in places]):
+            pairs = [(keys[places[answer.index]][0], answer) for answer in batch]
+            self._record(pairs)
+            self._known.update(pairs)
+            self.computed += len(pairs)
+        texts = []
+        for request, (key, _) in zip(requests, keys, strict=True):
+            answer = self._known[key]
+            self.answered[int(request.args[3])] = answer
+            texts.append(answer.text)
+        return texts
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The float type of that name.
+
+    Raises:
+        UsageError: it is none of `DTYPES`.
+    """
+    if name not in DTYPES:
+        raise UsageError(f"dtype {name!r} is not known.", f"Use one of {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
+def _question(model: _Generative, number: int, request: Any, key: str) -> Question:
+    """lmms-eval's request (prompt, settings, doc_to_visual, document, task, split) as ours."""
+    text, generation, to_visual, document, task, split = request.args
+    documents = model.task_dict[task][split]
+    pictures = partial(_pictures, to_visual, documents, document)
+    return Question(number, text, pictures, settings_of(generation), key)
+
+
+def _pictures(to_visual: Callable[[Any], Any], documents: Any, document: int) -> list[Any]:
+    return list(to_visual(documents[document]) or [])
+
+
+def _shared_key(model: _Generative, request: Any) -> str:
+    """Without our own data source nothing tells cheaply whether two pictures are equal."""
+    del model, request
+    return ""

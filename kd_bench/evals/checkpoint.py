@@ -1,0 +1,121 @@
+"""What is known about a checkpoint before it is loaded: identity, lineage, role and name."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kd_bench.errors import UsageError, closest
+from kd_bench.files import digest_files, read_json
+from kd_bench.records import ROLES, ModelRef, Role
+
+__all__ = ["Checkpoint", "inspect_checkpoint"]
+
+# Files that change answers although the weights stay the same.
+SETUP_FILES = (
+    "config.json",
+    "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder.
+
+    Attributes:
+        setup_digest: of configuration, tokenizer and processor files.
+        lineage: what `kd-bench train` wrote beside the weights; None for foreign checkpoints.
+    """
+
+    path: Path
+    ref: ModelRef
+    setup_digest: str
+    lineage: dict[str, Any] | None
+
+
+def inspect_checkpoint(
+    path: Path,
+    *,
+    role: str | None = None,
+    name: str | None = None,
+    method: str | None = None,
+    seed: int | None = None,
+) -> Checkpoint:
+    """Identity of a checkpoint; what the caller leaves open is read from its lineage.
+
+    Raises:
+        UsageError: no checkpoint there, or an unknown role.
+    """
+    from kd_bench.distill.models import weights_digest
+
+    if not path.exists():
+        raise UsageError(f"There is no checkpoint at {path}.", "Check the path.")
+    if not (path / "config.json").is_file():
+        final = path / "final"
+        hint = f"Did you mean {final}?" if (final / "config.json").is_file() else "Check the path."
+        raise UsageError(f"{path} is not a checkpoint: it has no config.json.", hint)
+    lineage = _lineage(path)
+    told = lineage or {}
+    method = method or str(told.get("method") or "")
+    seed = seed if seed is not None else told.get("seed")
+    reference = ModelRef(
+        name=name or str(told.get("name") or "") or _folder_name(path),
+        role=_role(role or _guess(method)),
+        path=str(path),
+        weights_digest=weights_digest(path),
+        method=method,
+        seed=None if seed is None else int(seed),
+        architecture=_architecture(path),
+    )
+    present = [path / file for file in SETUP_FILES if (path / file).is_file()]
+    return Checkpoint(path, reference, digest_files(present), lineage)
+
+
+def _lineage(path: Path) -> dict[str, Any] | None:
+    for file in (path / "lineage.json", path.parent / "lineage.json"):
+        if file.is_file():
+            try:
+                value = read_json(file)
+            except ValueError as error:
+                raise UsageError(f"{error}.", "Restore or delete that file.") from None
+            return value if isinstance(value, dict) else None
+    return None
+
+
+def _guess(method: str) -> str:
+    """Role of a checkpoint that kd-bench trained; `student` when nothing is known."""
+    if not method:
+        return "student"
+    return "sft" if method == "sft" else "kd"
+
+
+def _role(role: str) -> Role:
+    if role not in ROLES:
+        raise UsageError(
+            f"There is no role {role!r}.{closest(role, list(ROLES))}", f"Roles: {', '.join(ROLES)}."
+        )
+    return role  # type: ignore[return-value]
+
+
+def _folder_name(path: Path) -> str:
+    resolved = path.resolve()
+    generic = resolved.name in ("final", "checkpoint", "model")
+    return resolved.parent.name if generic else resolved.name
+
+
+def _architecture(path: Path) -> str:
+    try:
+        classes = read_json(path / "config.json").get("architectures") or [""]
+    except (ValueError, AttributeError):
+        raise UsageError(f"{path / 'config.json'} is not valid JSON.", "Restore it.") from None
+    return str(classes[0])

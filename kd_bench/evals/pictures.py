@@ -1,0 +1,84 @@
+"""Decode and prepare each picture once, also across the checkpoints of one process."""
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["PictureStore", "Prepared", "pixel_digest"]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One picture, ready for the vision tower.
+
+    Attributes:
+        digest: of its decoded RGB pixels.
+        pixels: [channels, height, width], as the checkpoint's image processor makes them.
+    """
+
+    digest: str
+    pixels: Tensor
+
+
+def pixel_digest(picture: "Image") -> str:
+    """sha256 over size and RGB pixels, shortened; equal for equal pictures in any file format."""
+    rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
+    return hashlib.sha256(f"{rgb.size}".encode() + rgb.tobytes()).hexdigest()[:32]
+
+
+class PictureStore:
+    """Prepared pictures by key, least recently used first, bounded in bytes.
+
+    Equal image processors share entries, so several checkpoints of one family prepare once.
+    """
+
+    def __init__(self, limit_bytes: int = 256 << 20) -> None:
+        self._limit = limit_bytes
+        self._size = 0
+        self._entries: OrderedDict[tuple[str, str], list[Prepared]] = OrderedDict()
+
+    def get(
+        self, key: str, decode: Callable[[], Sequence["Image"]], processor: Any
+    ) -> list[Prepared]:
+        """The pictures behind `key`; an empty key is prepared anew each time."""
+        place = (_identity(processor), key)
+        if key and place in self._entries:
+            self._entries.move_to_end(place)
+            return self._entries[place]
+        prepared = [_prepare(picture, processor) for picture in decode()]
+        if key:
+            self._entries[place] = prepared
+            self._size += _bytes(prepared)
+            while self._size > self._limit and len(self._entries) > 1:
+                self._size -= _bytes(self._entries.popitem(last=False)[1])
+        return prepared
+
+
+def _prepare(picture: "Image", processor: Any) -> Prepared:
+    rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
+    pixels = processor(images=[rgb], return_tensors="pt")["pixel_values"]
+    tensor = torch.as_tensor(pixels[0])  # [channels, height, width]
+    return Prepared(pixel_digest(rgb), tensor)
+
+
+def _bytes(prepared: Sequence[Prepared]) -> int:
+    return sum(item.pixels.numel() * item.pixels.element_size() for item in prepared)
+
+
+def _identity(processor: Any) -> str:
+    """Equal for image processors with equal settings; kept on the object once computed."""
+    known = getattr(processor, "_kd_bench_identity", None)
+    if known is None:
+        text = json.dumps(processor.to_dict(), sort_keys=True, default=str)
+        known = hashlib.sha256(text.encode()).hexdigest()[:16]
+        processor._kd_bench_identity = known
+    return str(known)

@@ -1,0 +1,209 @@
+"""From upstream's scoring of a document to a stored sample.
+
+Scores come from upstream's `process_results`, and where that gives none for a row (MMBench, MMMU)
+from upstream's own judging functions. What is ours: ids, units, targets and the parsed answer.
+"""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from kd_bench.aggregators import MME_PERCEPTION, aggregate
+from kd_bench.errors import IncompleteRunError
+from kd_bench.evals.documents import Document
+from kd_bench.evals.questions import Answer
+from kd_bench.evals.tasks import PreparedTask, unit_ids
+from kd_bench.records import SAMPLE_COLUMNS
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["agree", "headline", "rates", "samples_frame"]
+
+# A row's score, its target and the answer as the scorer understood it ("" when it could not).
+Judged = tuple[float, str, str]
+
+
+def samples_frame(prepared: PreparedTask, answers: dict[int, Answer]) -> "pd.DataFrame":
+    """One row a document, columns `records.SAMPLE_COLUMNS`, in document order."""
+    import pandas as pd
+
+    judge = _judge(prepared)
+    spec = prepared.spec
+    units = unit_ids(spec, prepared.documents)
+    seen: Counter[str] = Counter()
+    rows = []
+    for document in prepared.documents:
+        answer = answers[document.index]
+        score, target, parsed = judge(document, answer.text)
+        rows.append(
+            (
+                _document_id(prepared, document, seen),
+                units[document.index],
+                _category(prepared, document),
+                str(document["question"]),
+                target,
+                answer.text,
+                parsed,
+                float(score),
+                answer.status,
+                answer.image_digest,
+                float("nan") if answer.confidence is None else answer.confidence,
+            )
+        )
+    return pd.DataFrame(rows, columns=list(SAMPLE_COLUMNS))
+
+
+def rates(samples: "pd.DataFrame") -> dict[str, float]:
+    """Shares of answers that were not understood, empty, cut off, or failed."""
+    if samples.empty:
+        return dict.fromkeys(("unparsed", "empty", "truncated", "error"), 0.0)
+    result = {"unparsed": float((samples["parsed"] == "").mean())}
+    for status in ("empty", "truncated", "error"):
+        result[status] = float((samples["status"] == status).mean())
+    return result
+
+
+def headline(prepared: PreparedTask, samples: "pd.DataFrame") -> float:
+    """The score on the papers' 0-100 scale."""
+    profile = prepared.spec.profile(prepared.profile)
+    return aggregate(profile.aggregator or prepared.spec.aggregator, samples)
+
+
+def agree(prepared: PreparedTask, samples: "pd.DataFrame", upstream: dict[str, float]) -> None:
+    """Check that the stored samples give upstream's own number again.
+
+    Raises:
+        IncompleteRunError: they do not; the result must not be stored.
+    """
+    spec = prepared.spec
+    if spec.metric not in upstream:  # MME cut to cognition: there is no perception to compare
+        return
+    expected = upstream[spec.metric] * spec.scale
+    if spec.aggregator == "mme":
+        # Upstream sums the present categories; the papers' scale is that of ten.
+        present = samples["category"][samples["category"].isin(MME_PERCEPTION)].nunique()
+        expected *= len(MME_PERCEPTION) / max(1, present)
+    ours = aggregate(spec.aggregator, samples)
+    tolerance = 1e-3 if spec.id == "mmmu" else 1e-6  # MMMU's is rounded to five digits
+    if not abs(ours - expected) <= tolerance:
+        raise IncompleteRunError(
+            f"{spec.id}: the stored samples give {ours:.6f}, lmms-eval says {expected:.6f}.",
+            "This is a bug in kd-bench or a change in lmms-eval; please report it.",
+        )
+
+
+def _document_id(prepared: PreparedTask, document: Document, seen: Counter[str]) -> str:
+    columns = prepared.spec.id_columns
+    name = "/".join(str(document.get(column, "")) for column in columns) if columns else ""
+    if not name.strip("/"):
+        return str(document.index)
+    seen[name] += 1
+    return name if seen[name] == 1 else f"{name}#{seen[name]}"
+
+
+def _category(prepared: PreparedTask, document: Document) -> str:
+    if prepared.spec.id == "mmmu":
+        from lmms_eval.tasks.mmmu.utils import extract_subset_name
+
+        return str(extract_subset_name(document["id"]))
+    column = prepared.spec.category_column
+    return str(document.get(column, "") or "") if column else ""
+
+
+def _judge(prepared: PreparedTask) -> Callable[[Document, str], Judged]:
+    """How a row of this benchmark is read; unknown benchmarks use their headline metric."""
+    special = _JUDGES.get(prepared.spec.id)
+
+    def judge(document: Document, answer: str) -> Judged:
+        metrics = prepared.task.recorded[document.index]
+        if special is None:
+            target = prepared.task.doc_to_target(document)
+            return float(metrics[prepared.spec.metric]), str(target), answer.strip().lower()
+        judged = special(document, answer, metrics)
+        if document.index in prepared.task.guessed:
+            return judged[0], judged[1], ""
+        return judged
+
+    return judge
+
+
+def _mme(document: Document, answer: str, metrics: dict[str, Any]) -> Judged:
+    from lmms_eval.tasks.mme.utils import parse_pred_ans
+
+    (entry,) = metrics.values()
+    said = parse_pred_ans(answer)
+    target = document["answer"].lower().strip().replace(".", "")
+    return entry["score"], target, said if said in ("yes", "no") else ""
+
+
+def _pope(document: Document, answer: str, metrics: dict[str, Any]) -> Judged:
+    entry = metrics["pope_accuracy"]
+    said = entry["prediction"]
+    return entry["score"], entry["ground_truth"], said if said in ("yes", "no") else ""
+
+
+def _mmbench(document: Document, answer: str, metrics: dict[str, Any]) -> Judged:
+    """One rotation, read as MMBench_Evaluator.eval_sub_data reads it with `static_only`."""
+    from lmms_eval.tasks._task_utils.mcq_extract import extract_mcq_answer
+    from lmms_eval.tasks.mmbench.en_utils import mmbench_evaluator
+
+    item = dict(metrics["gpt_eval_score"])
+    item["prediction"] = str(item["prediction"])
+    said = mmbench_evaluator.prefetch_answer(item)
+    if not said:
+        letters = sorted(mmbench_evaluator.build_choices(item))
+        said = extract_mcq_answer(item["prediction"], choices=letters)
+    target = str(document["answer"])
+    return float(bool(said) and said == target), target, str(said or "")
+
+
+def _scienceqa(document: Document, answer: str, metrics: dict[str, Any]) -> Judged:
+    letters = string.ascii_uppercase[: len(document["choices"])]
+    found = re.fullmatch(r"([A-Za-z])|([A-Z])\..*", answer.strip(), re.DOTALL)
+    said = (found.group(1) or found.group(2)).upper() if found else ""
+    target = letters[int(document["answer"])]
+    return metrics["exact_match"], target, said if said in letters else ""
+
+
+def _mmmu(document: Document, answer: str, metrics: dict[str, Any]) -> Judged:
+    from lmms_eval.tasks.mmmu.utils import eval_multi_choice, eval_open
+
+    entry = metrics["mmmu_acc"]
+    target = document["answer"]
+    (said,) = entry["parsed_pred"]
+    if document["question_type"] == "multiple-choice":
+        return float(eval_multi_choice(target, said)), str(target), str(said)
+    return float(eval_open(target, said)), str(target), answer.strip().lower()
+
+
+def _gqa(document: Document, answer: str, metrics: dict[str, Any]) -> Judged:
+    strip = str.maketrans("", "", string.punctuation)
+    said = answer.strip().lower().translate(strip)
+    return float(metrics["exact_match"]), str(document["answer"]), said
+
+
+def _soft(document: Document, answer: str, metrics: dict[str, Any]) -> Judged:
+    """Ten annotators: the target is what most of them said."""
+    from lmms_eval.tasks._task_utils.vqa_eval_metric import EvalAIAnswerProcessor
+
+    given = document["answers"] or []
+    texts = [entry["answer"] if isinstance(entry, dict) else entry for entry in given]
+    target = Counter(texts).most_common(1)[0][0] if texts else ""
+    return float(metrics["exact_match"]), str(target), str(EvalAIAnswerProcessor()(answer))
+
+
+_JUDGES: dict[str, Callable[[Document, str, dict[str, Any]], Judged]] = {
+    "mme": _mme,
+    "mmbench_en": _mmbench,
+    "mmbench_cn": _mmbench,
+    "vqav2": _soft,
+    "gqa": _gqa,
+    "scienceqa_img": _scienceqa,
+    "mmmu": _mmmu,
+    "textvqa": _soft,
+    "vizwiz_vqa": _soft,
+    "pope": _pope,
+}

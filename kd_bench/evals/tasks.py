@@ -1,0 +1,260 @@
+"""Upstream's tasks on our documents: their prompts and their scoring, only the source is ours.
+
+Where lmms-eval's own behaviour would mislead, the exception is made here and nowhere else:
+submission writers are dropped, MMBench is scored without a judge model in both languages, MMMU
+keeps each picture at its own placeholder, GQA looks its pictures up instead of downloading them.
+"""
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from kd_bench.errors import IncompleteRunError, one_line
+from kd_bench.evals.documents import Document, Documents, load_documents
+from kd_bench.evals.questions import PLACEHOLDER
+from kd_bench.evals.upstream import lmms_eval, lmms_eval_version, quiet, task_config
+from kd_bench.files import digest_text
+from kd_bench.registry import TaskSpec
+
+__all__ = ["SCORING_VERSION", "PreparedTask", "prepare", "unit_ids"]
+
+SCORING_VERSION = "1"
+"""Counts up when our own part of prompts, parsing or scoring changes."""
+
+Metrics = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PreparedTask:
+    """One benchmark, ready to be asked and scored.
+
+    Attributes:
+        task: upstream's task object on our documents.
+        prompts: the question of each document as upstream words it.
+        contents: digest of each document with its pictures.
+        pictures: digest of each document's stored picture files; empty where it has none.
+        generation: upstream's `generation_kwargs` with our cap, greedy.
+        fingerprint: the protocol; only results with equal fingerprints are comparable.
+    """
+
+    spec: TaskSpec
+    profile: str
+    documents: Documents
+    task: Any
+    prompts: list[str]
+    contents: list[str]
+    pictures: list[str]
+    generation: dict[str, Any]
+    fingerprint: str
+
+    @property
+    def split(self) -> str:
+        """Upstream's split name."""
+        return str(self.task.config.test_split or self.task.config.validation_split)
+
+
+def prepare(
+    spec: TaskSpec, folder: Path, *, profile: str | None = None, limit: int | None = None
+) -> PreparedTask:
+    """Read a benchmark's documents and render its prompts.
+
+    Args:
+        limit: about that many documents from the front; pairs and rotations stay whole.
+
+    Raises:
+        UsageError: data, columns or the upstream task are missing.
+        IncompleteRunError: upstream cannot render a document.
+    """
+    name = spec.default_profile if profile in (None, "default") else str(profile)
+    variant = spec.profile(name)
+    documents = load_documents(spec, folder, variant.split)
+    if limit is not None and limit < len(documents):
+        documents = documents.select(_first_units(spec, documents, limit))
+    config = _configure(spec, variant.prompt)
+    with quiet():
+        task = _task_class()(config, documents, spec)
+    prompts = [_render(task, document, spec) for document in documents]
+    contents = documents.content_digests()
+    columns = [documents.picture_digests(column) for column in documents.picture_columns]
+    pictures = ["+".join(filter(None, row)) for row in zip(*columns, strict=True)]
+    fingerprint = digest_text(
+        spec.id,
+        name,
+        variant.split or spec.dataset.split,
+        str(len(documents)),
+        digest_text(*contents),
+        digest_text(*prompts),
+        json.dumps(spec.generation.model_dump(), sort_keys=True),
+        f"{spec.upstream} lmms-eval {lmms_eval_version()} scoring {SCORING_VERSION}",
+    )
+    generation = config["generation_kwargs"]
+    return PreparedTask(
+        spec, name, documents, task, prompts, contents, pictures, generation, fingerprint
+    )
+
+
+def unit_ids(spec: TaskSpec, documents: Documents) -> list[str]:
+    """The resampling unit of each document."""
+    if spec.unit == "document":
+        return [str(number) for number in range(len(documents))]
+    if spec.unit == "picture" and not spec.unit_columns:
+        return list(documents.picture_digests("image"))
+    rows = ([document[column] for column in spec.unit_columns] for document in documents)
+    if spec.unit == "circular":
+        # Rotations of one question differ by multiples of a million (MMBench_Evaluator).
+        return [str(int(index) % 1_000_000) for (index,) in rows]
+    return ["/".join(str(value) for value in row) for row in rows]
+
+
+def _first_units(spec: TaskSpec, documents: Documents, limit: int) -> list[int]:
+    if spec.unit not in ("pair", "circular"):
+        return list(range(limit))
+    members: dict[str, list[int]] = {}
+    for index, unit in enumerate(unit_ids(spec, documents)):
+        members.setdefault(unit, []).append(index)
+    chosen: list[int] = []
+    for rows in members.values():
+        if len(chosen) >= limit:
+            break
+        chosen += rows
+    return sorted(chosen)
+
+
+def _configure(spec: TaskSpec, prompt: dict[str, Any]) -> dict[str, Any]:
+    config = task_config(spec.upstream)
+    metrics = [entry for entry in config["metric_list"] if entry["metric"] != "submission"]
+    config["metric_list"] = metrics
+    config["process_docs"] = None
+    generation = dict(config.get("generation_kwargs") or {})
+    generation.update(max_new_tokens=spec.generation.max_new_tokens, temperature=0, do_sample=False)
+    generation["until"] = list(spec.generation.until)
+    config["generation_kwargs"] = generation
+    settings = config.setdefault("lmms_eval_specific_kwargs", {})
+    settings.setdefault("default", {}).update(prompt)
+    adapt = _ADAPTATIONS.get(spec.id)
+    if adapt is not None:
+        adapt(config)
+    return config
+
+
+def _static_circular(config: dict[str, Any]) -> None:
+    """Score MMBench by rules in Chinese too: without a key upstream would draw random letters."""
+    from lmms_eval.tasks.mmbench.en_utils import mmbench_aggregate_dev_results_static
+
+    config["metric_list"] = [
+        {
+            "metric": "gpt_eval_score",
+            "aggregation": mmbench_aggregate_dev_results_static,
+            "higher_is_better": True,
+        }
+    ]
+
+
+def _own_placeholders(config: dict[str, Any]) -> None:
+    """MMMU names its pictures in the text; upstream sorts the names and fills places in order."""
+    render: Callable[..., str] = config["doc_to_text"]
+    numbered = re.compile(r"<image ([1-7])>")
+
+    def doc_to_text(doc: Document, settings: dict[str, Any] | None = None) -> str:
+        return numbered.sub(PLACEHOLDER, render(doc, settings))
+
+    def doc_to_visual(doc: Document) -> list[Any]:
+        names = [f"image_{number}" for number in numbered.findall(render(doc))]
+        return [doc[name].convert("RGB") for name in names]
+
+    config["doc_to_text"] = doc_to_text
+    config["doc_to_visual"] = doc_to_visual
+    config["doc_to_messages"] = None
+
+
+_ADAPTATIONS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "mmbench_cn": _static_circular,
+    "mmmu": _own_placeholders,
+}
+
+
+def _task_class() -> type[Any]:
+    """The task class, made late because its base is lmms-eval's."""
+    lmms_eval()
+    from lmms_eval.api.task import ConfigurableTask
+
+    class LocalTask(ConfigurableTask):
+        """Upstream's task on documents of ours, remembering what it scored.
+
+        Attributes:
+            recorded: upstream's metrics of each scored document, by document index.
+            guessed: documents whose choice upstream drew at random.
+        """
+
+        def __init__(self, config: dict[str, Any], documents: Documents, spec: TaskSpec) -> None:
+            self._documents = documents
+            self._spec = spec
+            self.recorded: dict[int, Metrics] = {}
+            self.guessed: set[int] = set()
+            super().__init__(config=config, model_name=None)
+
+        def download(self, dataset_kwargs: Any = None) -> None:
+            del dataset_kwargs
+            split = self.config.test_split or self.config.validation_split
+            self.dataset = {split: self._documents}
+            self.dataset_no_image = self.dataset  # pictures are decoded only when asked for
+
+        def process_results(self, doc: Document, results: list[str], full_docs: Any = None) -> Any:
+            # The undecorated function: upstream's retries would hide an exception for seconds.
+            score = ConfigurableTask.process_results.__wrapped__
+            try:
+                with _seeded_guess(doc) as guess:
+                    metrics = score(self, doc, results, full_docs)
+            except Exception as error:
+                raise IncompleteRunError(
+                    f"{self._spec.id}: document {doc.index} cannot be scored: "
+                    f"{type(error).__name__}: {one_line(error)}",
+                    "Check that row of the data.",
+                ) from error
+            self.recorded[doc.index] = metrics
+            if guess.used:
+                self.guessed.add(doc.index)
+            return metrics
+
+    return LocalTask
+
+
+class _seeded_guess:  # noqa: N801 - reads as a context, like those of contextlib
+    """Upstream guesses an unparsable choice: make the guess depend on the document alone."""
+
+    def __init__(self, doc: Document) -> None:
+        self._doc = doc
+        self.used = False
+
+    def __enter__(self) -> "_seeded_guess":
+        from lmms_eval.tasks._task_utils import mmmu_mcq_utils
+
+        self._module = mmmu_mcq_utils
+        mmmu_mcq_utils.random = SimpleNamespace(choice=self._choose)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._module.random = random
+
+    def _choose(self, options: list[str]) -> str:
+        self.used = True
+        identity = str(self._doc.get("id", self._doc.index))
+        seed = hashlib.sha256(identity.encode()).digest()
+        return random.Random(seed).choice(options)
+
+
+def _render(task: Any, document: Document, spec: TaskSpec) -> str:
+    try:
+        return str(task.doc_to_text(document))
+    except Exception as error:
+        raise IncompleteRunError(
+            f"{spec.id}: document {document.index} has no prompt: "
+            f"{type(error).__name__}: {one_line(error)}",
+            "Check that row of the data.",
+        ) from error
