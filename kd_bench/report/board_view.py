@@ -90,8 +90,9 @@ def interval_text(score: Score, kind: Kind) -> str:
 def _ends(score: Score, kind: Kind) -> str:
     if score.interval is None:
         return ""
+    plain: Kind = "score" if kind == "percent" else kind
     low, high = score.interval.low, score.interval.high
-    return f"{format_number(low, kind)} to {format_number(high, kind)}"
+    return f"{format_number(low, plain)} to {format_number(high, plain)}"
 
 
 def _starts(board: Board) -> list[tuple[Any, bool]]:

@@ -8,6 +8,7 @@ from kd_bench.errors import KdBenchError
 from kd_bench.report.frames import Board, Entry
 from kd_bench.report.style import (
     MUTED,
+    WIDTH,
     Plot,
     canvas,
     colours,
@@ -61,7 +62,7 @@ def reliability(board: Board) -> Plot | None:
     found = [(entry, measured) for entry in board.entries if (measured := _pooled(board, entry))]
     if not found:
         return None
-    figure, axes = canvas(4.4, 4.0)
+    figure, axes = canvas(WIDTH, 4.0)
     axes.plot([0, 100], [0, 100], color=MUTED, linewidth=0.9, linestyle=(0, (2, 2)))
     numbers = colours(board)
     for entry, bins in found:
@@ -70,17 +71,17 @@ def reliability(board: Board) -> Plot | None:
         axes.plot(
             [bins.confidence[i] for i in kept], [bins.accuracy[i] for i in kept],
             color=series(number), marker=marker(number), markersize=3.8, linewidth=1.2,
-            label=f"{short(entry.name)}, off by {bins.error:.1f}",
+            label=f"{short(entry.name)} ({bins.error:.1f})",
         )  # fmt: skip
     axes.set_xlim(0, 101)
     axes.set_ylim(0, 101)
     axes.set_xlabel("Confidence of the first answer token, %")
     axes.set_ylabel("Right answers, %")
     axes.tick_params(axis="y", labelcolor=MUTED)
-    legend(figure, axes, columns=2)
+    legend(figure, axes)
     summary = (
         "A calibrated model lies on the dotted line; below it, it is too sure. "
-        "The number is the expected calibration error in points."
+        "In brackets: expected calibration error in points."
     )
     return to_plot(figure, "reliability", "Reliability", summary)
 

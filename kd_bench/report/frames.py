@@ -12,7 +12,7 @@ from pathlib import Path
 
 from kd_bench.errors import KdBenchError, UsageError
 from kd_bench.records import Cost, Interval, RunManifest, TaskResult
-from kd_bench.registry import TaskSpec, load_tasks
+from kd_bench.registry import SKILLS, TaskSpec, load_tasks
 from kd_bench.store import Run, find_run, list_runs
 
 __all__ = [
@@ -174,9 +174,19 @@ def method_label(method: str) -> str:
 
 
 def task_infos(tasks: Iterable[str]) -> tuple[TaskInfo, ...]:
-    """Titles and skill groups from the registry, in the papers' order; unknown ones come last."""
+    """Titles and skill groups from the registry; groups together, each in the papers' order.
+
+    Benchmarks that the registry does not know come last.
+    """
     order = _registered()
-    ranked = sorted(set(tasks), key=lambda t: (list(order).index(t) if t in order else 99, t))
+    places = {task: place for place, task in enumerate(order)}
+
+    def place(task: str) -> tuple[int, int, str]:
+        if task not in order:
+            return len(SKILLS), 0, task
+        return SKILLS.index(order[task].skill), places[task], task
+
+    ranked = sorted(set(tasks), key=place)
     return tuple(
         _info(order[task]) if task in order else TaskInfo(task, task, task, "other")
         for task in ranked

@@ -63,12 +63,12 @@ def leaderboard(board: Board, mode: Mode = "scores") -> Table:
 
 SUMMARY_COLUMNS = (
     Column("difference", "Δ SFT", "difference", "relation"),
-    Column("retention", "Retention %", "percent", "relation"),
-    Column("gap_closed", "Gap closed %", "percent", "relation"),
+    Column("retention", "Retention", "percent", "relation"),
+    Column("gap_closed", "Gap closed", "percent", "relation"),
     Column("parameters", "Params", "count", "cost"),
     Column("weight_bytes", "Weights", "bytes", "cost"),
-    Column("latency_ms", "Latency ms", "milliseconds", "cost"),
-    Column("peak_memory_bytes", "Peak memory", "bytes", "cost"),
+    Column("latency_ms", "Latency", "milliseconds", "cost"),
+    Column("peak_memory_bytes", "Memory", "bytes", "cost"),
 )
 
 

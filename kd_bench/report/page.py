@@ -210,9 +210,9 @@ def _lead(board: Board) -> list[str]:
     teacher, floor, best = board.teacher, board.floor, _best_student(board)
     parts = []
     if teacher is not None and teacher.score(AVERAGE).known:
-        parts.append(
-            f"The teacher, {clean(teacher.name)}, reaches {teacher.score(AVERAGE).value:.1f}"
-        )
+        name = clean(teacher.name)
+        who = "The teacher" if name.lower() == "teacher" else f"The teacher, {name},"
+        parts.append(f"{who} reaches {teacher.score(AVERAGE).value:.1f}")
     if floor is not None and floor.score(AVERAGE).known:
         parts.append(f"plain fine-tuning {floor.score(AVERAGE).value:.1f}")
     if best is not None:
@@ -230,8 +230,8 @@ def _figures(board: Board) -> list[dict[str, str]]:
     found = [
         _figure(board.average_title + " of " + clean(best.name), best.score(AVERAGE), "score", ""),
         _figure("Difference from SFT", best.differences.get(AVERAGE), "difference", "points"),
-        _figure("Of the teacher kept", best.retentions.get(AVERAGE), "percent", "%"),
-        _figure("Gap to the teacher closed", best.gap_closed, "percent", "%"),
+        _figure("Of the teacher kept", best.retentions.get(AVERAGE), "percent", ""),
+        _figure("Gap to the teacher closed", best.gap_closed, "percent", ""),
     ]
     return [figure for figure in found if figure is not None]
 
@@ -299,9 +299,12 @@ PLOT_SECTIONS = {
     "differences": _Section(
         "Differences",
         "What a method gains over plain fine-tuning and keeps of its teacher, with 95 % intervals.",
-        ("forest", "retention", "gaps"),
+        ("forest", "retention"),
     ),
-    "cost": _Section("Cost", "What a point costs.", ("pareto",)),
+    "cost": _Section(
+        "Gaps and cost", "What is lost in sight, what in language, and what a point costs.",
+        ("gaps", "pareto"),
+    ),
     "calibration": _Section(
         "Calibration", "Whether a model knows when it knows.", ("reliability",)
     ),

@@ -73,7 +73,7 @@ def radar(board: Board) -> Plot | None:
     ]
     if len(groups) < 3 or not whole:
         return None
-    figure, axes = canvas(4.7, 4.1)
+    figure, axes = canvas(WIDTH, 3.7)
     axes.set_aspect("equal")
     axes.axis("off")
     low = max(0, 20 * math.floor((min(min(values) for _, values in whole) - 6) / 20))
@@ -86,9 +86,10 @@ def radar(board: Board) -> Plot | None:
         return [*x, x[0]], [*y, y[0]]
 
     for tick in range(low + 20, 101, 20):
-        axes.plot(*ring([tick] * len(groups)), color=GRID, linewidth=0.8, zorder=0)
-        height = (tick - low) / (100 - low)
-        axes.text(0.025, height, str(tick), color=MUTED, fontsize=7.5, va="bottom")
+        x_ring, y_ring = ring([tick] * len(groups))
+        axes.plot(x_ring, y_ring, color=GRID, linewidth=0.8, zorder=0)
+        x, y = (x_ring[0] + x_ring[-2]) / 2, (y_ring[0] + y_ring[-2]) / 2
+        axes.text(x, y, str(tick), color=MUTED, fontsize=7.5, ha="center", va="center")
     for angle, group in zip(spokes, groups, strict=True):
         x, y = math.sin(angle), math.cos(angle)
         axes.plot([0, x], [0, y], color=GRID, linewidth=0.8, zorder=0)
@@ -115,7 +116,7 @@ def bars(board: Board) -> Plot | None:
     columns = 2
     rows = math.ceil(len(board.tasks) / columns)
     count = len(board.entries)
-    figure, grid = canvas(WIDTH, rows * (0.4 + 0.17 * count), rows, columns)
+    figure, grid = canvas(WIDTH, rows * (0.32 + 0.175 * count), rows, columns)
     numbers = colours(board)
     names = [short(entry.name) for entry in board.entries]
     for place, axes in enumerate(grid.flat):
@@ -126,14 +127,13 @@ def bars(board: Board) -> Plot | None:
         axes.set_title(clean(task.short), pad=3, fontweight="bold")
         for row, entry in enumerate(board.entries):
             _bar(axes, row, entry.score(task.id), numbers[entry.key])
-        axes.set_yticks(range(count), names if place % columns == 0 else [""] * count)
+        axes.set_yticks(range(count), names if place % columns == 0 else [""] * count, fontsize=8)
         axes.set_ylim(count - 0.4, -0.6)
         axes.set_xlim(0, 114)
         axes.set_xticks([])
         axes.spines["bottom"].set_visible(False)
         axes.axvline(0, color=GRID, linewidth=1)
         axes.grid(visible=False)
-    figure.subplots_adjust(hspace=0.8 / (0.3 + 0.17 * count), wspace=0.04)
     spread = " The line at a bar's end is the spread over seeds." * any(
         len(entry.runs) > 1 for entry in board.entries
     )
@@ -175,7 +175,6 @@ def pareto(board: Board) -> Plot | None:
     figure, grid = canvas(WIDTH, 2.9 * len(panels), len(panels), 1)
     for axes, (key, (title, points)) in zip(grid.flat, panels.items(), strict=True):
         _pareto_panel(axes, board, points, title, key)
-    figure.subplots_adjust(hspace=0.35)
     front = ", ".join(clean(e.name) for _, _, e in _front(next(iter(panels.values()))[1]))
     summary = f"{board.average_title} against cost; up and left is better. On the front: {front}."
     return to_plot(figure, "pareto", "Score against cost", summary)
@@ -213,7 +212,8 @@ def _pareto_panel(axes: Any, board: Board, points: Sequence[Point], title: str, 
     heights = [p[1] for p in points]
     span = max(max(heights) - min(heights), 5)
     axes.set_ylim(min(heights) - 0.14 * span, max(heights) + 0.14 * span)
-    labels = spread_out([p[1] for p in points], 0.085 * span)
+    above = 0.06 * span  # clear of the front's line
+    labels = spread_out([p[1] + above * (p in front) for p in points], 0.085 * span)
     for (x, y, entry), label in zip(points, labels, strict=True):
         number = numbers[entry.key]
         axes.plot(x, y, marker=marker(number), color=series(number), markersize=6, linestyle="")

@@ -18,7 +18,7 @@ from kd_bench.report.style import (
     short,
     to_plot,
 )
-from kd_bench.report.tables import clean
+from kd_bench.report.tables import clean, format_number
 from kd_bench.report.uncertainty import Draws, hybrid_gaps
 
 __all__ = ["forest", "gaps", "retention"]
@@ -78,8 +78,9 @@ def forest(board: Board) -> Plot | None:
     found = best.differences.get(AVERAGE)
     told = ""
     if found is not None and found.known:
-        told = f" {clean(best.name)} leads with {found.value:+.1f} on the average."
-    summary = f"Points above plain fine-tuning, with 95 % intervals.{told}".replace("-", "−")
+        points = format_number(found.value, "difference")
+        told = f" On the average, {clean(best.name)} leads with {points}."
+    summary = f"Points above plain fine-tuning, with 95 % intervals.{told}"
     return to_plot(figure, "forest", "Difference from SFT", summary)
 
 

@@ -70,25 +70,26 @@ def _losses(curves: Sequence[Curve]) -> Plot | None:
         term = terms[place]
         axes.set_title("total loss" if term == "loss" else term, pad=4, fontweight="bold")
         seen: set[str] = set()
-        positive = True
+        lowest, highest = math.inf, 0.0
         for number, name, log in curves:
             x, y = _thin(log.steps, log.terms.get(term, ()))
             if not y:
                 continue
-            positive = positive and min(y) > 0
+            lowest, highest = min(lowest, *y), max(highest, *y)
             label = name if name not in seen else None
             seen.add(name)
             axes.plot(x, y, color=series(number), linewidth=1.1, alpha=0.85, label=label)
-        if positive:
+        if highest > 30 * lowest > 0:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axes.yaxis.set_minor_formatter("")
+        elif lowest >= 0:
+            axes.set_ylim(bottom=0)
         _mark_stages(axes, curves)
         axes.set_xlim(left=0)
         axes.tick_params(axis="y", labelcolor=MUTED)
         if place >= len(terms) - columns:
             axes.set_xlabel("Step")
-    figure.subplots_adjust(hspace=0.5, wspace=0.2)
     _curve_legend(figure, curves)
     runs = len(curves)
     summary = (
@@ -126,7 +127,6 @@ def _knees(curves: Sequence[Curve]) -> Plot | None:
         axes.set_ylabel("logits above")
         if place == len(sides) - 1:
             axes.set_xlabel("Step")
-    figure.subplots_adjust(hspace=0.45)
     _curve_legend(figure, curves)
     summary = (
         "How many logits stand above the knee at an answer position, by side: "

@@ -58,7 +58,7 @@ DARK = {
     "s0": "#ecebe7", "s1": "#8d8b85", "s2": "#4fa8e0", "s3": "#f0803c", "s4": "#2fc59a",
     "s5": "#e29cc4", "s6": "#f0b73a", "s7": "#8fd0f7", "s8": "#b693d6",
 }  # fmt: skip
-WIDTH = 5.6  # inches; the page scales pictures to their column
+WIDTH = 4.9  # inches, the same for every plot, so that their type has one size on the page
 _MARKERS = ("s", "X", "o", "^", "D", "v", "P", "<", ">")
 
 
@@ -95,15 +95,19 @@ def variables(theme: dict[str, str]) -> str:
 def colours(board: "Board") -> dict[str, int]:
     """Series number by entry key: teacher and floor are neutral, methods follow in order.
 
-    A hybrid takes what is left last, so that a method keeps its colour without it.
+    A hybrid takes a light blue, or what is left last, so that methods keep their colours
+    without it.
     """
     numbers: dict[str, int] = {}
     free = 2
+    hybrid = 7
     for entry in sorted(board.entries, key=lambda e: e.role == "switch"):
         if board.teacher is not None and entry.key == board.teacher.key:
             numbers[entry.key] = 0
         elif board.floor is not None and entry.key == board.floor.key:
             numbers[entry.key] = 1
+        elif entry.role == "switch" and hybrid not in numbers.values():
+            numbers[entry.key] = hybrid
         else:
             numbers[entry.key] = free
             free += 1
@@ -114,8 +118,10 @@ def canvas(width: float, height: float, rows: int = 0, columns: int = 0) -> tupl
     """A figure that draws SVG, with its axes, or a grid of axes where rows are asked for."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(width, height))
+    engine = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.03, wspace=0.03, hspace=0.03)
+    figure = Figure(figsize=(width, height), layout=engine)
     FigureCanvasSVG(figure)
     if rows:
         return figure, figure.subplots(rows, columns, squeeze=False)
@@ -130,13 +136,14 @@ def legend(
     handles: list[Any] | None = None,
     labels: list[str] | None = None,
 ) -> None:
-    """Names above the plot, left-aligned."""
+    """Names above the plot, left-aligned; the figure grows by their lines."""
     if handles is None or labels is None:
         handles, labels = axes.get_legend_handles_labels()
     if reverse:
         handles, labels = handles[::-1], labels[::-1]
+    figure.set_figheight(figure.get_figheight() + 0.18 * -(-len(labels) // columns) + 0.1)
     figure.legend(
-        handles, labels, loc="lower left", bbox_to_anchor=(0.06, 0.93), ncols=columns,
+        handles, labels, loc="outside upper left", ncols=columns, borderpad=0.1, borderaxespad=0.2,
         handlelength=1.5, columnspacing=1.6, handletextpad=0.6, labelcolor=INK,
     )  # fmt: skip
 
@@ -230,7 +237,7 @@ def to_plot(figure: "Figure", name: str, title: str, summary: str) -> Plot:
     """The figure as an inline SVG; equal figures give equal bytes."""
     stream = BytesIO()
     no_date = {"Date": None, "Creator": None, "Format": None, "Type": None}
-    figure.savefig(stream, format="svg", metadata=no_date, bbox_inches="tight", pad_inches=0.04)
+    figure.savefig(stream, format="svg", metadata=no_date)
     return Plot(name, title, _inline(stream.getvalue().decode(), name, summary), summary)
 
 
@@ -248,6 +255,7 @@ def _inline(svg: str, name: str, summary: str) -> str:
     svg = re.sub(r'(url\(#|href="#)', rf"\1{name}-", svg)
     svg = re.sub(r"#0102[0-9a-f]{2}", lambda m: _variable(m.group()), svg)
     svg = re.sub(r"font:\s*([^;\"]*?)'[^;\"]*?(?=[;\"])", r"font: \1var(--font, sans-serif)", svg)
+    svg = svg.replace("font: 700 ", "font: 600 ")
     svg = re.sub(r"\n\s*", "\n", svg)
     box = re.search(r'viewBox="[^"]*"', svg)
     head = (

@@ -128,7 +128,9 @@ def format_number(value: float | str | None, kind: Kind) -> str:
     if kind == "bytes":
         return _scaled(value, ((1e9, " GB"), (1e6, " MB"), (1e3, " kB"), (1, " B")))
     if kind == "milliseconds":
-        return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+        return f"{value:.0f} ms" if value >= 100 else f"{value:.1f} ms"
+    if kind == "percent":
+        return f"{value:.1f} %".replace("-", "−")
     return f"{value:.1f}".replace("-", "−")
 
 
@@ -149,8 +151,9 @@ def format_cell(cell: Cell, kind: Kind, *, spread: bool = True, interval: bool =
     if spread and cell.spread is not None and math.isfinite(cell.spread):
         text += f" ± {cell.spread:.1f}"
     if interval and cell.interval is not None:
-        low = format_number(cell.interval.low, kind)
-        high = format_number(cell.interval.high, kind)
+        plain: Kind = "score" if kind == "percent" else kind
+        low = format_number(cell.interval.low, plain)
+        high = format_number(cell.interval.high, plain)
         text += f" [{low}, {high}]"
     return text
 
