@@ -1,0 +1,1 @@
+"""Simulations of the gate's statistics at the real benchmarks' sizes."""

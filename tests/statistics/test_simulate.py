@@ -1,0 +1,61 @@
+"""The simulation itself: its shortcuts equal the program's own path, its truth is the truth."""
+
+import numpy as np
+import pytest
+
+from kd_bench.aggregators import aggregate, get_aggregator, unit_statistics
+from tests.statistics.simulate import (
+    answers,
+    frame,
+    real_benchmarks,
+    rho_for,
+    sums_by_unit,
+    true_score,
+)
+
+BENCHMARKS = real_benchmarks()
+
+
+def test_sizes_are_the_real_ones() -> None:
+    sizes = {task: shape.rows for task, shape in BENCHMARKS.items()}
+    assert sizes["mme"] == 2374
+    assert sizes["vqav2"] == 214_354
+    assert sum(sizes.values()) == 259_200
+    assert BENCHMARKS["gqa"].units == 398
+
+
+@pytest.mark.parametrize("task", [task for task in BENCHMARKS if task != "vqav2"])
+def test_sums_by_unit_equal_the_aggregators(task: str) -> None:
+    shape = BENCHMARKS[task]
+    right = answers(np.random.default_rng(0), shape, [0.4], 0.0)[0]
+    fast, slow = (
+        sums_by_unit(shape, right),
+        unit_statistics(shape.aggregator, frame(shape, right)).values,
+    )
+    assert sorted(map(tuple, fast)) == sorted(map(tuple, slow))
+    combine = get_aggregator(shape.aggregator).combine
+    assert combine(fast.sum(0)) == pytest.approx(aggregate(shape.aggregator, frame(shape, right)))
+
+
+@pytest.mark.parametrize("task", ["mme", "mmbench_en", "gqa", "pope"])
+def test_true_scores_are_the_mean_of_many_worlds(task: str) -> None:
+    shape = BENCHMARKS[task]
+    rng = np.random.default_rng(1)
+    combine = get_aggregator(shape.aggregator).combine
+    scores = [
+        combine(sums_by_unit(shape, answers(rng, shape, [0.4], 0.0)[0]).sum(0)) for _ in range(300)
+    ]
+    error = np.std(scores) / np.sqrt(len(scores))
+    assert np.mean(scores) == pytest.approx(true_score(shape, 0.4), abs=4 * error)
+
+
+@pytest.mark.parametrize("discordance", [0.02, 0.1, 0.2])
+def test_discordance_is_the_one_asked_for(discordance: float) -> None:
+    shape = BENCHMARKS["gqa"]
+    rng = np.random.default_rng(2)
+    rho = rho_for(discordance, 0.4)
+    rates = []
+    for _ in range(20):
+        a, b = answers(rng, shape, [0.4, 0.4], rho)
+        rates.append(np.mean(a != b))
+    assert np.mean(rates) == pytest.approx(discordance, rel=0.08)
