@@ -5,28 +5,30 @@ kept. The order of samples is a function of seed and epoch alone, so a resumed r
 batches, and of the whole batch size rather than of the number of devices.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from kd_bench.distill.data import Conversation, Unreadable, open_image
 from kd_bench.errors import TrainingError, UsageError
 
-__all__ = ["BatchOrder", "Collator", "ConversationDataset", "Encoder", "IGNORED"]
+__all__ = ["IGNORED", "BatchOrder", "Collator", "ConversationDataset", "Encoder"]
 
 IGNORED = -100
 MEMORY_BUDGET = 2 << 30  # bytes of encoded samples that are kept in memory
-TEXT_KEYS = ("input_ids", "labels")
+FIRST, AT_A_TIME = 8, 256  # conversations encoded at a time
 PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
 
 Sample = dict[str, Tensor]
 
 
 class Encoder:
-    """Turns one conversation into the tensors of one sample.
+    """Turns conversations into the tensors of samples.
 
     Args:
         processor: the student's; its chat template writes the prompt.
@@ -41,6 +43,11 @@ class Encoder:
             getattr(processor, "image_token_id", None)
             or self.tokenizer.convert_tokens_to_ids(getattr(processor, "image_token", "<image>"))
         )
+        # Pictures of one size and one run of image tokens each can go through in bulk.
+        self.tokens_a_picture: int | None = None
+        self.plain_pictures = type(processor).__name__ == "LlavaProcessor"
+        template = getattr(processor, "chat_template", None)
+        self.marks_answers = isinstance(template, str) and "{% generation %}" in template
         if not getattr(self.tokenizer, "is_fast", False):
             raise UsageError(
                 "The student's tokenizer is a slow one, which cannot say where an answer begins.",
@@ -53,23 +60,79 @@ class Encoder:
         Raises:
             Unreadable: a picture cannot be decoded, or no answer fits into `max_length`.
         """
-        text, spans = self.render(conversation)
-        ids, answers = self._tokens(text, spans)
-        extra: Sample = {}
-        if conversation.images:
-            pictures = [open_image(image) for image in conversation.images]
-            made = self.processor(
-                text=[text],
-                images=[pictures],
-                return_tensors="pt",
-                add_special_tokens=self._adds_special_tokens(text),
-            )
-            full = made.pop("input_ids")[0].tolist()
-            made.pop("attention_mask", None)
-            answers = spread_mask(ids, answers, full, self.image_token_id)
-            ids = full
-            extra = dict(made)
-        return self._sample(ids, answers, extra)
+        made = self.encode_many([conversation])[0]
+        if isinstance(made, Unreadable):
+            raise made
+        return made
+
+    def encode_many(self, conversations: Sequence[Conversation]) -> list[Sample | Unreadable]:
+        """One sample, or the reason why there is none, for each conversation."""
+        rendered = [self.render(conversation) for conversation in conversations]
+        tokens = self._tokens([text for text, _ in rendered])
+        made: list[Sample | Unreadable] = []
+        pictures = [_opened(conversation) for conversation in conversations]
+        bulk = self._pixels_in_bulk(pictures)
+        for index, (ids, offsets) in enumerate(tokens):
+            text, spans = rendered[index]
+            try:
+                images = pictures[index]
+                if isinstance(images, Unreadable):
+                    raise images
+                answers = within(offsets, spans)
+                if not images:
+                    made.append(self._sample(ids, answers, {}))
+                elif bulk is not None:
+                    made.append(self._sample(*self._expanded(ids, answers), {**bulk[index]}))
+                else:
+                    made.append(self._sample(*self._processed(text, images, ids, answers)))
+            except Unreadable as error:
+                made.append(error)
+        return made
+
+    def _processed(
+        self, text: str, images: list[Image], ids: list[int], answers: list[bool]
+    ) -> tuple[list[int], list[bool], Sample]:
+        """Ids, mask and picture tensors as the processor itself expands the placeholders."""
+        made = self.processor(
+            text=[text],
+            images=[images],
+            return_tensors="pt",
+            add_special_tokens=self._adds_special_tokens(text),
+        )
+        full = made.pop("input_ids")[0].tolist()
+        made.pop("attention_mask", None)
+        if self.plain_pictures and self.tokens_a_picture is None:
+            count, rest = divmod(full.count(self.image_token_id), len(images))
+            self.tokens_a_picture = count
+            # Believed only if it gives what the processor gave.
+            if rest or self._expanded(ids, answers)[0] != full:
+                self.plain_pictures = False
+        return full, spread_mask(ids, answers, full, self.image_token_id), dict(made)
+
+    def _pixels_in_bulk(
+        self, pictures: list[list[Image] | Unreadable]
+    ) -> list[dict[str, Tensor]] | None:
+        """`pixel_values` of every conversation from one call; None where that cannot be done."""
+        if not self.plain_pictures or self.tokens_a_picture is None:
+            return None
+        groups = [[] if isinstance(group, Unreadable) else group for group in pictures]
+        flat = [image for group in groups for image in group]
+        if not flat:
+            return [{} for _ in groups]
+        made = self.processor.image_processor(images=flat, return_tensors="pt")["pixel_values"]
+        parts = made.split([len(group) for group in groups])
+        return [{"pixel_values": part.clone()} if len(part) else {} for part in parts]
+
+    def _expanded(self, ids: list[int], answers: list[bool]) -> tuple[list[int], list[bool]]:
+        """Every image placeholder repeated `tokens_a_picture` times."""
+        count = self.tokens_a_picture or 1
+        full: list[int] = []
+        mask: list[bool] = []
+        for token, answer in zip(ids, answers, strict=True):
+            times = count if token == self.image_token_id else 1
+            full += [token] * times
+            mask += [answer] * times
+        return full, mask
 
     def _sample(self, ids: list[int], answers: list[bool], extra: Sample) -> Sample:
         if len(ids) > self.max_length:
@@ -89,11 +152,16 @@ class Encoder:
                 extra[name] = extra[name][0]
         return {"input_ids": input_ids, "labels": labels, **extra}
 
-    def _tokens(self, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[bool]]:
+    def _tokens(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Token ids and character offsets of each text."""
+        if not texts:
+            return []
         made = self.tokenizer(
-            text, return_offsets_mapping=True, add_special_tokens=self._adds_special_tokens(text)
+            texts,
+            return_offsets_mapping=True,
+            add_special_tokens=self._adds_special_tokens(texts[0]),
         )
-        return made["input_ids"], within(made["offset_mapping"], spans)
+        return list(zip(made["input_ids"], made["offset_mapping"], strict=True))
 
     def _adds_special_tokens(self, text: str) -> bool:
         """False where the template has written the begin token already."""
@@ -107,6 +175,8 @@ class Encoder:
         included, so training sees the very prompts that evaluation sends.
         """
         messages = conversation.messages
+        if self.marks_answers:
+            return self._marked(messages)
         spans = []
         text = ""
         for index, message in enumerate(messages):
@@ -123,11 +193,30 @@ class Encoder:
             spans.append((len(prompt), len(prompt) + len(text[len(prompt) :].rstrip())))
         return text, spans  # what follows the last answer is never trained on
 
+    def _marked(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
+        """The same from one rendering, by the template's own `{% generation %}` marks."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        texts, spans = render_jinja_template(
+            conversations=[messages],
+            chat_template=self.processor.chat_template,
+            return_assistant_tokens_mask=True,
+            **self.tokenizer.special_tokens_map,
+        )
+        return texts[0], [(start, end) for start, end in spans[0]]
+
     def _template(self, messages: list[dict[str, Any]], prompt: bool) -> str:
         text = self.processor.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=prompt
         )
         return str(text)
+
+
+def _opened(conversation: Conversation) -> list[Image] | Unreadable:
+    try:
+        return [open_image(image) for image in conversation.images]
+    except Unreadable as error:
+        return error
 
 
 def within(offsets: Sequence[tuple[int, int]], spans: list[tuple[int, int]]) -> list[bool]:
@@ -163,7 +252,7 @@ def spread_mask(
     if tail:
         result[-tail:] = mask[-tail:]
     position = head
-    for place, following in zip(places, places[1:], strict=False):
+    for place, following in itertools.pairwise(places):
         segment = plain[place + 1 : following]
         if not segment:
             continue
@@ -181,6 +270,13 @@ def _find(full: list[int], segment: list[int], start: int) -> int:
         "The text between two pictures is not found again after the processor expanded them.",
         "Check that the processor belongs to this tokenizer.",
     )
+
+
+def batched(conversations: Sequence[Conversation], size: int) -> Iterator[Sequence[Conversation]]:
+    """Groups of `size`; the first is small, so that the encoder learns from it what is constant."""
+    yield conversations[:FIRST]
+    for start in range(FIRST, len(conversations), size):
+        yield conversations[start : start + size]
 
 
 class ConversationDataset(Dataset[Sample]):
@@ -220,13 +316,15 @@ class ConversationDataset(Dataset[Sample]):
     def prepare(self) -> None:
         """Encode everything now, give up what cannot be read, and keep the rest in memory."""
         kept, sound = [], []
-        for conversation in self.conversations:
-            try:
-                kept.append(self.encoder.encode(conversation))
-                sound.append(conversation)
-            except Unreadable as error:
-                self.unreadable.append((conversation.id, str(error)))
-                self.check_limit()
+        for group in batched(self.conversations, AT_A_TIME):
+            made = self.encoder.encode_many(group)
+            for conversation, sample in zip(group, made, strict=True):
+                if isinstance(sample, Unreadable):
+                    self.unreadable.append((conversation.id, str(sample)))
+                    self.check_limit()
+                else:
+                    kept.append(sample)
+                    sound.append(conversation)
         self.conversations = sound
         for index, sample in enumerate(kept):
             sample["sample_index"] = torch.tensor(index)

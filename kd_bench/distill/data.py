@@ -17,6 +17,7 @@ from PIL import Image
 
 from kd_bench.distill.recipe import DataSource
 from kd_bench.errors import UsageError
+from kd_bench.world.embedded import resolve
 
 __all__ = ["Conversation", "Turn", "Unreadable", "data_digest", "open_image", "read_conversations"]
 
@@ -70,7 +71,7 @@ def read_conversations(source: DataSource) -> tuple[list[Conversation], list[tup
     sound: list[Conversation] = []
     broken: list[tuple[str, str]] = []
     for path in paths:
-        for index, (row, folder) in enumerate(_rows(Path(path).expanduser(), source.images)):
+        for index, (row, folder) in enumerate(_rows(resolve(path), source.images)):
             identifier = str(row.get("id", index)) if isinstance(row, dict) else str(index)
             try:
                 sound.append(_conversation(row, identifier, folder))
@@ -89,7 +90,7 @@ def _rows(path: Path, images: str | None) -> list[tuple[Any, Path]]:
         raise UsageError(f"There is no training data at {path}.", "Check data.path.")
     if path.is_dir():
         return [(row, path) for row in _dataset_rows(path)]
-    folder = Path(images).expanduser() if images else path.parent
+    folder = resolve(images) if images else path.parent
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".jsonl":

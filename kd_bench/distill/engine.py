@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from kd_bench.distill.batches import BatchOrder, Collator, ConversationDataset
 from kd_bench.distill.distiller import Distiller
@@ -70,6 +70,7 @@ class DistillationTrainer(Trainer):
             data_collator=collator,
             callbacks=[_Flow(order), *(callbacks or [])],
         )
+        self.remove_callback(PrinterCallback)
         self.stage = stage
         self.order = order
         self.dataset = dataset

@@ -1,6 +1,6 @@
 """What each method minimises: a list of weighted terms over named logits.
 
-    z_T   teacher            z_S   student            z_SW   switch: student's eyes, teacher's language
+    z_T  teacher        z_S  student        z_SW  switch: student's eyes, teacher's language
 
 A recipe names a method or spells the terms out, so that every ablation is a change in YAML. This
 module is plain data; `objective.py` computes it.

@@ -162,10 +162,11 @@ class Recipe(StrictModel):
     """A whole training.
 
     Attributes:
-        student: a checkpoint to start from, or the parts to build it from.
+        student: a checkpoint to start from, the parts to build it from, or
+            `embedded:new/student`, the embedded world's own, untrained, drawn from `seed`.
         teacher: a checkpoint; not needed where every term is `ce`.
         data: where a stage names none of its own.
-        output: folder of the result; by default `results/train/<name>-<method>-seed<seed>`.
+        output: folder of the result; by default `checkpoints/<name>-<method>-seed<seed>`.
         truncate_vocabulary: allow a teacher whose LM head has more (padding) rows than the
             student's, by ignoring the surplus; the tokenizers must be equal all the same.
         allow_pickle, trust_remote_code: permit checkpoints that can run code when loaded.
@@ -183,7 +184,7 @@ class Recipe(StrictModel):
     allow_pickle: bool = False
     trust_remote_code: bool = False
     teacher_cache: str | None = None
-    report_to: list[Literal["tensorboard", "trackio", "wandb"]] = []
+    report_to: list[Literal["tensorboard", "trackio", "wandb"]] = Field(default_factory=list)
     stages: list[Stage] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -208,7 +209,7 @@ class Recipe(StrictModel):
         """Where everything of this training is written."""
         if self.output is not None:
             return Path(self.output).expanduser()
-        return Path("results") / "train" / f"{self.name}-{self.method}-seed{self.seed}"
+        return Path("checkpoints") / f"{self.name}-{self.method}-seed{self.seed}"
 
     def data_of(self, stage: Stage) -> DataSource:
         """The stage's own data, or the recipe's."""

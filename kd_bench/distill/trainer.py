@@ -25,6 +25,7 @@ from torch import nn
 
 from kd_bench import provenance
 from kd_bench.distill.batches import BatchOrder, Collator, ConversationDataset, Encoder
+from kd_bench.distill.compatibility import check_pair, check_terms
 from kd_bench.distill.data import data_digest, read_conversations
 from kd_bench.distill.distiller import Distiller
 from kd_bench.distill.engine import DistillationTrainer, last_checkpoint, sync_folder
@@ -36,14 +37,15 @@ from kd_bench.distill.models import (
     set_trainable,
     weights_digest,
 )
-from kd_bench.distill.compatibility import check_pair, check_terms
 from kd_bench.distill.progress import LogWriter, ProgressReport, cut_log
 from kd_bench.distill.recipe import Recipe, Stage, load_recipe, recipe_yaml
 from kd_bench.errors import KdBenchError, TrainingError, UsageError
-from kd_bench.files import digest_text, read_json, write_json, write_text
+from kd_bench.files import digest_text, write_json, write_text
+from kd_bench.world.embedded import resolve
 
 __all__ = ["train"]
 
+NEW = "embedded:new/"
 SMALL_DATA = 50_000  # conversations that are encoded before the first step and kept in memory
 # Settings that change how a training is watched, not what it computes.
 WATCHING = ("output", "report_to")
@@ -203,10 +205,10 @@ def _run_stages(run: Run) -> tuple[nn.Module, Any]:
     recipe = run.recipe
     for stage in recipe.stages:
         check_terms(stage.objective, stage.trainable, stage.name)
-    start = Path(str(recipe.student))
+    start = _start(recipe, run.folder)
     processor = load_processor(start, trust_remote_code=recipe.trust_remote_code)
     teacher, teacher_processor = _load_teacher(run)
-    run.note(student={"path": str(start), "weights_sha256": weights_digest(start)})
+    run.note(student={"path": str(recipe.student), "weights_sha256": weights_digest(start)})
     student: nn.Module | None = None
     done: list[str] = []
     for index, stage in enumerate(recipe.stages):
@@ -233,6 +235,26 @@ def _run_stages(run: Run) -> tuple[nn.Module, Any]:
     return student or _load(recipe, start, recipe.stages[-1]), processor
 
 
+def _start(recipe: Recipe, folder: Path) -> Path:
+    """The checkpoint that the first stage starts from."""
+    reference = str(recipe.student)
+    if not reference.startswith(NEW):
+        return resolve(reference)
+    from kd_bench.distill import mini
+
+    build = {"student": mini.build_student, "teacher": mini.build_teacher}
+    name = reference.removeprefix(NEW)
+    if name not in build:
+        raise UsageError(f"There is no {reference}.", f"Known: {', '.join(NEW + n for n in build)}.")
+    start = folder / "init"
+    if not start.exists():
+        staging = folder / ".init.saving"
+        shutil.rmtree(staging, ignore_errors=True)
+        build[name](staging, seed=recipe.seed)
+        staging.rename(start)
+    return start
+
+
 def _load(recipe: Recipe, path: Path, stage: Stage) -> nn.Module:
     return load_model(
         path, allow_pickle=recipe.allow_pickle, trust_remote_code=recipe.trust_remote_code
@@ -244,15 +266,15 @@ def _load_teacher(run: Run) -> tuple[nn.Module | None, Any]:
     if recipe.teacher is None or not any(needs_teacher(s.objective) for s in recipe.stages):
         return None, None
     mixed = any(stage.precision == "bfloat16" for stage in recipe.stages)
+    path = resolve(recipe.teacher)
     teacher = load_model(
-        recipe.teacher,
+        path,
         dtype=torch.bfloat16 if mixed else torch.float32,
         allow_pickle=recipe.allow_pickle,
         trust_remote_code=recipe.trust_remote_code,
     )
-    digest = weights_digest(recipe.teacher)
-    run.note(teacher={"path": recipe.teacher, "weights_sha256": digest})
-    return teacher, load_processor(recipe.teacher, trust_remote_code=recipe.trust_remote_code)
+    run.note(teacher={"path": recipe.teacher, "weights_sha256": weights_digest(path)})
+    return teacher, load_processor(path, trust_remote_code=recipe.trust_remote_code)
 
 
 def _run_stage(
@@ -368,6 +390,7 @@ def _arguments(run: Run, stage: Stage, folder: Path, steps: int, piece: int, see
         remove_unused_columns=False,
         label_names=["labels"],
         dataloader_num_workers=stage.workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=True,
         average_tokens_across_devices=True,
     )
