@@ -1,0 +1,70 @@
+"""Documents and a tiny model for the tests of the evaluation engine."""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+TEN = (
+    "mme",
+    "mmbench_en",
+    "mmbench_cn",
+    "vqav2",
+    "gqa",
+    "scienceqa_img",
+    "mmmu",
+    "textvqa",
+    "vizwiz_vqa",
+    "pope",
+)
+
+
+@lru_cache
+def processor() -> Any:
+    """The embedded world's processor."""
+    from kd_bench.distill.mini import build_processor
+
+    return build_processor()
+
+
+def talker(seed: int = 0, end: float = 6.0) -> Any:
+    """A tiny random LLaVA whose answers differ by picture and question and end after a few tokens.
+
+    Args:
+        end: how loud the end mark is; 0 would talk until the cap.
+    """
+    import torch
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    from kd_bench.distill.mini import STUDENT, build_model
+
+    tied = build_model(STUDENT, processor(), seed)
+    config = LlavaConfig(**{**tied.config.to_dict(), "tie_word_embeddings": False})
+    config.text_config.tie_word_embeddings = False
+    torch.manual_seed(seed)
+    model = LlavaForConditionalGeneration(config)
+    model.load_state_dict(
+        {k: v for k, v in tied.state_dict().items() if k != "lm_head.weight"}, strict=False
+    )
+    with torch.no_grad():
+        torch.nn.init.normal_(model.lm_head.weight, std=0.2)
+        for layer in model.model.language_model.layers:
+            layer.self_attn.o_proj.weight *= 10  # answers follow the context, not the last token
+        model.lm_head.weight[processor().tokenizer.eos_token_id] *= end
+    model.generation_config.eos_token_id = processor().tokenizer.eos_token_id
+    model.generation_config.pad_token_id = processor().tokenizer.pad_token_id
+    return model.eval()
+
+
+def save_talker(folder: Path, seed: int = 0, end: float = 6.0) -> Path:
+    """A checkpoint of `talker`."""
+    talker(seed, end).save_pretrained(folder)
+    processor().save_pretrained(folder)
+    return folder
+
+
+def write_replicas(folder: Path) -> Path:
+    """The ten embedded test sets in the upstream columns."""
+    from kd_bench.world.testsets import write_test_sets
+
+    write_test_sets(folder, "test", 0)
+    return folder
