@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from kd_bench.distill.pathways.base import Features, Inputs, Pathway, PathwayBase, unwrap
-from kd_bench.distill.pathways.llava import LlavaPathway
+from kd_bench.distill.pathways.gemma import Gemma3Pathway, PaliGemmaPathway
+from kd_bench.distill.pathways.idefics import Idefics3Pathway
+from kd_bench.distill.pathways.internvl import InternVLPathway
+from kd_bench.distill.pathways.llava import (
+    LlavaNextPathway,
+    LlavaOnevisionPathway,
+    LlavaPathway,
+)
+from kd_bench.distill.pathways.qwen import Qwen2_5VLPathway, Qwen3VLPathway
 from kd_bench.errors import UsageError
 
 __all__ = [
@@ -23,6 +31,15 @@ __all__ = [
 
 SUPPORTED: dict[str, type[PathwayBase]] = {
     "LlavaForConditionalGeneration": LlavaPathway,
+    "LlavaNextForConditionalGeneration": LlavaNextPathway,
+    "LlavaOnevisionForConditionalGeneration": LlavaOnevisionPathway,
+    "Qwen2_5_VLForConditionalGeneration": Qwen2_5VLPathway,
+    "Qwen3VLForConditionalGeneration": Qwen3VLPathway,
+    "SmolVLMForConditionalGeneration": Idefics3Pathway,
+    "Idefics3ForConditionalGeneration": Idefics3Pathway,
+    "InternVLForConditionalGeneration": InternVLPathway,
+    "PaliGemmaForConditionalGeneration": PaliGemmaPathway,
+    "Gemma3ForConditionalGeneration": Gemma3Pathway,
 }
 """Pathway by the class name of the transformers model."""
 

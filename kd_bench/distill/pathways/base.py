@@ -137,15 +137,16 @@ class PathwayBase:
         is_image = input_ids == self.image_token_id  # [batch, length]
         # A placeholder may lie outside the embedding table; its row is overwritten below.
         embeddings = self._whole.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
+        wanted = int(is_image.sum())
+        found = 0 if image_embeddings is None else first(image_embeddings)[..., 0].numel()
+        if found != wanted:
+            raise UsageError(
+                f"The pictures give {found} image tokens, the text has {wanted} places.",
+                "Use the processor of this checkpoint and do not truncate inside a picture.",
+            )
         if image_embeddings is None:
             return embeddings, is_image
         flat = first(image_embeddings).flatten(0, -2)  # [image tokens, hidden]
-        wanted = int(is_image.sum())
-        if len(flat) != wanted:
-            raise UsageError(
-                f"The pictures give {len(flat)} image tokens, the text has {wanted} places.",
-                "Use the processor of this checkpoint and do not truncate inside a picture.",
-            )
         spread = is_image.unsqueeze(-1).expand_as(embeddings)
         return embeddings.masked_scatter(spread, flat.to(embeddings.dtype)), is_image
 
@@ -169,9 +170,9 @@ def unwrap(model: nn.Module) -> nn.Module:
     """
     inner: Any = model
     while not hasattr(inner, "config") or hasattr(inner, "peft_config"):
-        if hasattr(inner, "get_base_model"):
+        if hasattr(inner, "get_base_model"):  # peft
             inner = inner.get_base_model()
-        elif hasattr(inner, "module"):
+        elif hasattr(inner, "module"):  # DistributedDataParallel and kin
             inner = inner.module
         else:
             break
@@ -184,7 +185,13 @@ def first(features: Features) -> Tensor:
 
 
 def has_pixels(inputs: Inputs) -> bool:
-    """Whether the batch holds a picture."""
+    """Whether the batch holds a picture.
+
+    Raises:
+        UsageError: it holds a video.
+    """
+    if inputs.get("pixel_values_videos") is not None:
+        raise UsageError("The batch holds a video.", "Give pictures; videos are not supported.")
     pixels = inputs.get("pixel_values")
     return pixels is not None and pixels.numel() > 0
 
