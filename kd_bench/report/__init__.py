@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["print_report", "render_report"]
+__all__ = ["render_report", "render_training", "report_text"]
 
 
 def render_report(
@@ -16,6 +16,7 @@ def render_report(
     names: Sequence[str] | None = None,
     *,
     suite: str | None = None,
+    console: "Console | None" = None,
 ) -> Path:
     """Render the named runs (default: all) of one suite; returns the path of `index.html`.
 
@@ -23,36 +24,64 @@ def render_report(
         results: the store.
         names: runs, run id prefixes or model names, as `store.find_run` takes them.
         suite: default: that of the newest run.
+        console: where the tables are printed too; None prints nothing.
 
     Raises:
         UsageError: a name fits no run.
     """
     from kd_bench.report.frames import load_board
+    from kd_bench.report.leaderboard import terminal_tables
     from kd_bench.report.page import render
+    from kd_bench.report.tables import to_terminal
     from kd_bench.report.uncertainty import draw_scores, relate
 
     board = load_board(results, names, suite)
     draws = draw_scores(board)
-    return render(relate(board, draws), destination, draws=draws)
+    board = relate(board, draws)
+    page = render(board, destination, draws)
+    if console is not None:
+        for table in terminal_tables(board):
+            to_terminal(table, console)
+    return page
 
 
-def print_report(
+def report_text(
     results: Path,
     names: Sequence[str] | None = None,
     *,
     suite: str | None = None,
-    console: "Console | None" = None,
     width: int = 100,
+    compare: str | None = None,
 ) -> str:
-    """The leaderboard as text, at most `width` columns; printed where a console is given."""
+    """The leaderboard as plain text of at most `width` columns.
+
+    Args:
+        compare: `paper` adds the measured rows beside the Switch-KD paper's.
+
+    Raises:
+        UsageError: a name fits no run, or there is nothing to compare with.
+        NotComparableError: the runs are of the embedded mini world.
+    """
+    from kd_bench.report.facts import comparison
     from kd_bench.report.frames import load_board
-    from kd_bench.report.leaderboard import benchmark_table, summary
+    from kd_bench.report.leaderboard import terminal_tables
     from kd_bench.report.tables import to_terminal
     from kd_bench.report.uncertainty import draw_scores, relate
 
     board = load_board(results, names, suite)
     board = relate(board, draw_scores(board))
-    parts = [
-        to_terminal(table, console, width) for table in (summary(board), benchmark_table(board))
-    ]
-    return "\n".join(parts)
+    tables = terminal_tables(board)
+    if compare is not None:
+        tables.append(comparison(board, compare))
+    return "\n".join(to_terminal(table, width=width) for table in tables)
+
+
+def render_training(trainings: Sequence[Path], destination: Path) -> Path:
+    """Plot training folders, unfinished ones too; returns the path of `index.html`.
+
+    Raises:
+        UsageError: a folder has no log.
+    """
+    from kd_bench.report.training_page import render_training as render
+
+    return render(trainings, destination)

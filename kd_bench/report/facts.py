@@ -1,19 +1,19 @@
 """What stands beside the measured rows: published numbers, and where each run comes from."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kd_bench.errors import UsageError
+from kd_bench.errors import NotComparableError, UsageError
 from kd_bench.records import RunManifest
 from kd_bench.registry import TaskSpec, load_suite, load_task, published
-from kd_bench.report.frames import TaskInfo, task_infos
+from kd_bench.report.frames import Board, TaskInfo, task_infos
 from kd_bench.report.tables import Cell, Column, Row, Table, format_number
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["published_tables", "run_facts"]
+__all__ = ["comparison", "flatten", "paper_table", "published_tables", "run_facts", "titled"]
 
 
 def published_tables() -> tuple[Table | None, Table | None]:
@@ -47,7 +47,7 @@ def _published(frame: "pd.DataFrame", specs: list[TaskSpec], title: str) -> Tabl
         info = _info(spec)
         marks: tuple[int, ...] = ()
         if spec.published.verdict != "comparable":
-            marks = (note(f"{spec.published.verdict} with a measured row: {spec.published.why}"),)
+            marks = (note(_verdict(spec)),)
         columns.append(Column(spec.id, info.short, "score", info.group, marks))
     columns += [Column("average", "Avg", "score"), Column("source", "Source", "text")]
     rows = []
@@ -65,6 +65,85 @@ def _published(frame: "pd.DataFrame", specs: list[TaskSpec], title: str) -> Tabl
         cells += [Cell(_value(record.get("avg")), notes=marks), Cell(_text(record["source"]))]
         rows.append(Row(f"published-{number}", tuple(cells)))
     return Table(title, tuple(columns), tuple(rows), notes=tuple(notes))
+
+
+def paper_table(board: Board) -> Table | None:
+    """Measured rows beside the Switch-KD paper's 0.5B rows; None where that would mislead.
+
+    The average is over the benchmarks whose protocols allow the comparison, for both sides.
+    Mini scores are never put beside published ones.
+    """
+    if board.mini or not board.entries:
+        return None
+    try:
+        frame = published()
+        specs = [load_task(task.id) for task in board.tasks]
+    except (UsageError, OSError, ValueError):
+        return None
+    fair = [spec for spec in specs if spec.published.verdict != "not comparable"]
+    doubtful = [spec for spec in specs if spec.published.verdict != "comparable"]
+    notes = list(dict.fromkeys(_verdict(spec) for spec in doubtful))
+    places = {spec.id: (notes.index(_verdict(spec)),) for spec in doubtful}
+    columns = (
+        Column("method", "Method", "text"),
+        *(
+            Column(task.id, task.short, "score", task.group, places.get(task.id, ()))
+            for task in board.tasks
+        ),
+        Column("average", f"Avg of {len(fair)} comparable", "score"),
+    )
+    rows = []
+    for entry in board.entries:
+        values = {task.id: entry.score(task.id) for task in board.tasks}
+        cells = [Cell(s.value if s.known else None, s.spread) for s in values.values()]
+        fair_values = [values[spec.id].value for spec in fair]
+        rows.append(
+            Row(entry.key, (Cell(entry.label), *cells, _mean(fair_values)), "Measured here")
+        )
+    for number, record in enumerate(_paper_rows(frame)):
+        scores = {spec.id: _on_scale(record, spec.published.column) for spec in specs}
+        cells = [Cell(value) for value in scores.values()]
+        mean = _mean([scores[spec.id] for spec in fair])
+        rows.append(Row(f"paper-{number}", (Cell(str(record["method"])), *cells, mean), PAPER))
+    return Table("Beside the paper", columns, tuple(rows), notes=tuple(notes))
+
+
+def comparison(board: Board, with_what: str) -> Table:
+    """The table behind `--compare`.
+
+    Raises:
+        UsageError: there is nothing of that name to compare with.
+        NotComparableError: the board is of the embedded mini world.
+    """
+    if with_what != "paper":
+        raise UsageError(f"Nothing called {with_what!r} to compare with.", "Known: paper.")
+    table = paper_table(board)
+    if table is None:
+        raise NotComparableError(
+            "These runs cannot stand beside the paper's: they are of the embedded mini world.",
+            "Evaluate with --suite ten.",
+        )
+    return table
+
+
+PAPER = "Switch-KD paper, 0.5B students"
+
+
+def _paper_rows(frame: "pd.DataFrame") -> list[dict[Any, Any]]:
+    """The 0.5B rows of the Switch-KD repository's ten-benchmark table."""
+    paper = frame["source"].str.contains("Switch-KD", na=False)
+    small = frame["params_llm_b"].astype(str).isin(["0.5", ".5"])
+    return list(frame[paper & small].to_dict("records"))
+
+
+def _mean(values: Sequence[float | None]) -> Cell:
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    return Cell(sum(known) / len(known)) if known and len(known) == len(values) else Cell()
+
+
+def _verdict(spec: TaskSpec) -> str:
+    """Whether a published number may stand beside a measured one, and why not quite."""
+    return f"{spec.published.verdict.capitalize()}: {spec.published.why}"
 
 
 def _info(spec: TaskSpec) -> TaskInfo:
@@ -111,21 +190,17 @@ def run_facts(manifest: RunManifest) -> list[tuple[str, str]]:
         ("Engine", protocol.engine),
         ("Evaluated", manifest.finished or manifest.created),
     ]
-    facts += [(_title(name), text) for name, text in _flatten(provenance)]
-    facts += [
-        (_title(f"training {name}"), text) for name, text in _flatten(manifest.training or {})
-    ]
+    facts += [(titled(name), text) for name, text in flatten(provenance)]
+    facts += [(titled(f"training {name}"), text) for name, text in flatten(manifest.training or {})]
     return [(name, text) for name, text in facts if text and text != "–"]
 
 
-def _flatten(
-    mapping: dict[str, Any], prefix: str = "", depth: int = 0
-) -> Iterator[tuple[str, str]]:
+def flatten(mapping: dict[str, Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
     """Leaves of a nested mapping as (`outer inner`, text); long lists are cut."""
     for key, value in mapping.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict) and depth < 2:
-            yield from _flatten(value, f"{name} ", depth + 1)
+            yield from flatten(value, f"{name} ", depth + 1)
         elif isinstance(value, list | tuple):
             joined = " ".join(map(str, value)) if key == "command" else ", ".join(map(str, value))
             yield name, _cut(joined)
@@ -137,6 +212,7 @@ def _cut(text: str, limit: int = 400) -> str:
     return text if len(text) <= limit else text[:limit] + " …"
 
 
-def _title(name: str) -> str:
+def titled(name: str) -> str:
+    """`weights_digest` -> `Weights digest`."""
     words = name.replace("_", " ").strip()
     return words[:1].upper() + words[1:]

@@ -13,6 +13,7 @@ __all__ = [
     "emphasis_of",
     "leaderboard",
     "summary",
+    "terminal_tables",
     "values_of",
 ]
 
@@ -59,6 +60,11 @@ def leaderboard(board: Board, mode: Mode = "scores") -> Table:
         mode, "Retention: share of the teacher's score, in percent"
     )
     return Table(title, tuple(columns), tuple(rows), _caption(board), tuple(notes.texts))
+
+
+def terminal_tables(board: Board) -> list[Table]:
+    """What a terminal shows: the summary, then the benchmarks."""
+    return [summary(board), benchmark_table(board)] if board.entries else [summary(board)]
 
 
 SUMMARY_COLUMNS = (

@@ -1,17 +1,10 @@
 """The report's folder: a self-contained page, the tables in every format, plots, all samples."""
 
-import base64
-import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from kd_bench import __version__
 from kd_bench.files import write_text
 from kd_bench.report import leaderboard as tables_of
 from kd_bench.report.board_view import (
@@ -23,11 +16,12 @@ from kd_bench.report.board_view import (
     row_sections,
     status_of,
 )
-from kd_bench.report.facts import published_tables, run_facts
+from kd_bench.report.facts import paper_table, published_tables, run_facts
 from kd_bench.report.frames import AVERAGE, ROLE_TITLES, Board, Entry, Score
 from kd_bench.report.plots import board_plots
 from kd_bench.report.samples import Chosen, choose_samples, embed_json, write_samples
-from kd_bench.report.style import DARK, LIGHT, Plot, colours, variables
+from kd_bench.report.shell import PlotSection, plot_sections, write_page
+from kd_bench.report.style import Plot, colours
 from kd_bench.report.tables import (
     Table,
     clean,
@@ -43,15 +37,24 @@ from kd_bench.report.uncertainty import Draws
 
 __all__ = ["render"]
 
-TEMPLATES = Path(__file__).parent / "templates"
-CHROME_LIGHT = {
-    "accent": "#0a58a8", "edge": "#8d8b85", "soft": "#f5f4f1", "warn": "#a33b00",
-    "right": "#00785a", "wrong": "#b04a00",
-}  # fmt: skip
-CHROME_DARK = {
-    "accent": "#7cbcf0", "edge": "#6d6b65", "soft": "#1f1f1d", "warn": "#ff9d6b",
-    "right": "#2fc59a", "wrong": "#f0803c",
-}  # fmt: skip
+PLOTS: tuple[PlotSection, ...] = (
+    (
+        "skills", "Skills", "Where the models are strong, by skill group and by benchmark.",
+        ("radar", "bars"),
+    ),
+    (
+        "differences", "Differences",
+        "What a method gains over plain fine-tuning and keeps of its teacher, with 95 % intervals.",
+        ("forest", "retention"),
+    ),
+    (
+        "cost", "Gaps and cost",
+        "What is lost in sight, what in language, and what a point costs.",
+        ("gaps", "pareto"),
+    ),
+    ("training", "Training", "The logged losses of every run on this page.", ("losses", "knees")),
+    ("calibration", "Calibration", "Whether a model knows when it knows.", ("reliability",)),
+)  # fmt: skip
 
 
 def render(board: Board, destination: Path, draws: Draws) -> Path:
@@ -63,16 +66,23 @@ def render(board: Board, destination: Path, draws: Draws) -> Path:
     plots = board_plots(board, draws, logs)
     chosen = choose_samples(board)
     downloads = _write_tables(board, destination)
-    for plot in plots:
-        write_text(destination / "plots" / f"{plot.name}.svg", plot.standalone())
+    _write_plots(plots, destination / "plots")
     if plots:
         downloads.append(("plots/", "every plot as SVG, in light and dark"))
     if chosen is not None:
         rows = write_samples(board, destination / "samples.parquet")
         downloads.append(("samples.parquet", f"all {rows:,} samples of every model"))
     page = destination / "index.html"
-    write_text(page, _html(board, plots, chosen, downloads))
+    write_page(page, _context(board, plots, chosen, downloads))
     return page
+
+
+def _write_plots(plots: list[Plot], folder: Path) -> None:
+    """One file a plot; those of an earlier report that this one has not are removed."""
+    for name in {name for *_, names in PLOTS for name in names} - {plot.name for plot in plots}:
+        (folder / f"{name}.svg").unlink(missing_ok=True)
+    for plot in plots:
+        write_text(folder / f"{plot.name}.svg", plot.standalone())
 
 
 def _write_tables(board: Board, destination: Path) -> list[tuple[str, str]]:
@@ -94,57 +104,27 @@ def _write_tables(board: Board, destination: Path) -> list[tuple[str, str]]:
     return [(name, text) for name, (_, text) in texts.items()]
 
 
-@lru_cache(maxsize=1)
-def _environment() -> Environment:
-    return Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-
-
-def _css() -> str:
-    light, dark = variables(LIGHT | CHROME_LIGHT), variables(DARK | CHROME_DARK)
-    themes = (
-        f":root{{color-scheme:light;{light}}}"
-        f"@media screen and (prefers-color-scheme:dark){{:root:not([data-theme=light])"
-        f"{{color-scheme:dark;{dark}}}}}"
-        f"@media screen{{:root[data-theme=dark]{{color-scheme:dark;{dark}}}}}\n"
-    )
-    return themes + (TEMPLATES / "style.css").read_text(encoding="utf-8")
-
-
-def _html(
-    board: Board, plots: Sequence[Plot], chosen: Chosen | None, downloads: list[tuple[str, str]]
-) -> str:
-    script = (TEMPLATES / "page.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+def _context(
+    board: Board, plots: list[Plot], chosen: Chosen | None, downloads: list[tuple[str, str]]
+) -> dict[str, Any]:
     numbers = colours(board)
-    notes = _unhealthy(board)
-    context: dict[str, Any] = {
-        "css": Markup(_css()),
-        "script": Markup(script),
-        "script_hash": f"sha256-{digest}",
-        "version": __version__,
+    roles = dict.fromkeys(entry.role for entry in board.entries)
+    return {
         "mini": board.mini,
         "title": _title(board),
         "eyebrow": _eyebrow(board),
         "lead": _lead(board),
         "figures": _figures(board),
-        "warnings": notes,
+        "warnings": _unhealthy(board),
         "caption": _caption(board),
         "legend": _legend(board),
         "modes": MODES if board.floor and board.teacher else MODES[:1],
-        "roles": [(r, ROLE_TITLES.get(r, r)) for r in dict.fromkeys(e.role for e in board.entries)],
+        "roles": [(role, ROLE_TITLES.get(role, clean(role))) for role in roles],
         "columns": columns(board),
         "column_groups": column_groups(board),
         "row_sections": row_sections(board, numbers),
         "rows": bool(board.entries),
-        "notes": [],
-        "plot_sections": _plot_sections(plots),
+        "plot_sections": plot_sections(plots, PLOTS),
         "samples_json": Markup(embed_json(chosen.data)) if chosen else None,
         "sample_count": chosen.count if chosen else 0,
         "published": _published(board),
@@ -152,17 +132,6 @@ def _html(
         "left_out": [clean(line) for line in board.left_out],
         "downloads": downloads,
     }
-    context["sections"] = _navigation(context)
-    return _environment().get_template("page.html.j2").render(context)
-
-
-def _navigation(context: dict[str, Any]) -> list[tuple[str, str]]:
-    links = [("leaderboard", "Leaderboard")] if context["rows"] else []
-    links += [(section["id"], section["title"]) for section in context["plot_sections"]]
-    links += [("samples", "Samples")] if context["samples_json"] else []
-    links += [("published", "Published")] if context["published"] else []
-    links += [("runs", "Runs")] if context["runs"] else []
-    return links
 
 
 # --- the head of the page ----------------------------------------------------------------------
@@ -283,50 +252,6 @@ def _legend(board: Board) -> str:
 # --- the rest ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Section:
-    title: str
-    intro: str
-    plots: tuple[str, ...]
-
-
-PLOT_SECTIONS = {
-    "skills": _Section(
-        "Skills",
-        "Where the models are strong, by skill group and by benchmark.",
-        ("radar", "bars"),
-    ),
-    "differences": _Section(
-        "Differences",
-        "What a method gains over plain fine-tuning and keeps of its teacher, with 95 % intervals.",
-        ("forest", "retention"),
-    ),
-    "cost": _Section(
-        "Gaps and cost", "What is lost in sight, what in language, and what a point costs.",
-        ("gaps", "pareto"),
-    ),
-    "calibration": _Section(
-        "Calibration", "Whether a model knows when it knows.", ("reliability",)
-    ),
-    "training": _Section(
-        "Training", "The logged losses of every run on this page.", ("losses", "knees")
-    ),
-}  # fmt: skip
-
-
-def _plot_sections(plots: Sequence[Plot]) -> list[dict[str, Any]]:
-    by_name = {plot.name: plot for plot in plots}
-    sections = []
-    for key, section in PLOT_SECTIONS.items():
-        found = [by_name[name] for name in section.plots if name in by_name]
-        if found:
-            shown = [{"title": p.title, "summary": p.summary, "svg": Markup(p.svg)} for p in found]
-            sections.append(
-                {"id": key, "title": section.title, "intro": section.intro, "plots": shown}
-            )
-    return sections
-
-
 def _published(board: Board) -> dict[str, Any] | None:
     main, rest = published_tables()
     if main is None:
@@ -339,7 +264,8 @@ def _published(board: Board) -> dict[str, Any] | None:
         intro += (
             " The scores above are of the embedded mini world and cannot be compared with these."
         )
-    tables = [_published_table(main, folded=False)]
+    beside = paper_table(board)
+    tables = [_published_table(table, folded=False) for table in (beside, main) if table]
     if rest is not None:
         tables.append(_published_table(rest, folded=True))
     return {"intro": intro, "tables": tables}

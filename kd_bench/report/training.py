@@ -10,7 +10,7 @@ from typing import Any
 from kd_bench.records import RunManifest
 from kd_bench.report.frames import Entry
 
-__all__ = ["TrainingLog", "log_of", "logs_of", "read_log"]
+__all__ = ["LOG_NAME", "TrainingLog", "log_of", "logs_of", "read_log"]
 
 LOG_NAME = "train_log.jsonl"
 
@@ -23,6 +23,7 @@ class TrainingLog:
         terms: values by name (`loss` and each weighted term), [steps], NaN where not logged.
         knees: quantiles of the knee by name, [steps].
         stages: (stage name, position at which it starts).
+        planned: steps of the last stage, 0 where the log does not say.
     """
 
     name: str
@@ -30,6 +31,7 @@ class TrainingLog:
     terms: dict[str, tuple[float, ...]]
     knees: dict[str, tuple[float, ...]]
     stages: tuple[tuple[str, float], ...] = ()
+    planned: float = 0.0
 
 
 def logs_of(entry: Entry) -> list[TrainingLog]:
@@ -103,7 +105,8 @@ def _collect(rows: list[dict[str, Any]], name: str) -> TrainingLog:
     series = {key: tuple(row.get(key, nothing) for row in columns) for key in names}
     knees = {key: values for key, values in series.items() if key.startswith("knee_")}
     terms = {key: values for key, values in series.items() if key not in knees}
-    return TrainingLog(name, tuple(steps), terms, knees, tuple(stages))
+    planned = _number(rows[-1].get("steps"))
+    return TrainingLog(name, tuple(steps), terms, knees, tuple(stages), planned)
 
 
 def _columns(row: dict[str, Any]) -> dict[str, float]:
