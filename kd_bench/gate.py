@@ -40,6 +40,7 @@ __all__ = [
     "RuleOutcome",
     "Verdict",
     "check",
+    "judge",
     "load_policy",
 ]
 
@@ -242,6 +243,21 @@ def check(candidate: Run, baseline: Run, policy: Policy) -> GateReport:
     notes = _require_sound(candidate, baseline, policy)
     tasks = common_tasks([baseline, candidate])
     sampled = [_resample(baseline, candidate, task, policy) for task in tasks]
+    verdicts = judge(sampled, margins, policy)
+    return GateReport(
+        candidate=label(candidate),
+        baseline=label(baseline),
+        suite=candidate.manifest.protocol.suite,
+        alpha=policy.alpha,
+        verdicts=verdicts,
+        rules=_rules(candidate, baseline, policy, tasks, verdicts[-1]),
+        notes=notes,
+    )
+
+
+def judge(sampled: Sequence[Resampled], margins: Margins, policy: Policy) -> list[Verdict]:
+    """Verdicts on resampled benchmarks of (baseline, candidate) and, last, on their average."""
+    tasks = [each.aligned.task for each in sampled]
     differences = _differences(sampled, policy.seed)
     draws = [each.draws[1] - each.draws[0] for each in sampled]
     draws.append(np.mean(draws, axis=0))
@@ -251,7 +267,7 @@ def check(candidate: Run, baseline: Run, policy: Policy) -> GateReport:
     scores.append(np.mean(scores, axis=0))
     documents = [len(each.aligned.samples[0]) for each in sampled]
     documents.append(sum(documents))
-    verdicts = [
+    return [
         Verdict(
             name=name,
             verdict=_verdict(difference, test, policy.alpha),
@@ -267,15 +283,6 @@ def check(candidate: Run, baseline: Run, policy: Policy) -> GateReport:
             [*tasks, AVERAGE], differences, tests, scores, documents, strict=True
         )
     ]
-    return GateReport(
-        candidate=label(candidate),
-        baseline=label(baseline),
-        suite=candidate.manifest.protocol.suite,
-        alpha=policy.alpha,
-        verdicts=verdicts,
-        rules=_rules(candidate, baseline, policy, tasks, verdicts[-1]),
-        notes=notes,
-    )
 
 
 def _verdict(difference: Difference, test: NonInferiority, alpha: float) -> VerdictName:

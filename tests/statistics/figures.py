@@ -1,0 +1,302 @@
+"""The figures behind the gate, measured by simulation and printed as one table.
+
+python -m tests.statistics.figures            2,000 simulated pairs, half an hour on 2 cores
+python -m tests.statistics.figures --quick    a tenth of that
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from kd_bench.compare.align import AlignedTask
+from kd_bench.compare.differences import Resampled, resample
+from kd_bench.gate import AVERAGE, Verdict, judge, load_policy
+from kd_bench.stats import (
+    exact_or_swap,
+    gap_closed,
+    holm,
+    minimum_detectable_effect,
+    percentile_interval,
+    ratio_interval,
+    two_sided,
+)
+from tests.statistics.simulate import (
+    Benchmark,
+    answers,
+    frame,
+    real_benchmarks,
+    rho_for,
+    sums_by_unit,
+    true_score,
+    write_run,
+)
+
+MU = 0.4  # about 66 % of documents right
+DISCORDANCES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2)
+RESAMPLES = 1_000
+POLICY = load_policy().model_copy(update={"resamples": RESAMPLES})
+MARGINS = POLICY.margins_for("ten")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One row of the table."""
+
+    name: str
+    target: str
+    measured: str
+    reached: bool
+
+
+def aligned(shape: Benchmark, right: NDArray[np.bool_]) -> AlignedTask:
+    """What `compare.align` would make of these answers, without files and texts."""
+    return AlignedTask(
+        task=shape.task,
+        aggregator=shape.aggregator,
+        samples=tuple(pd.DataFrame({"score": row.astype(float)}) for row in right),
+        units=np.arange(shape.units).astype(object),
+        statistics=np.stack([sums_by_unit(shape, row) for row in right]),
+    )
+
+
+def in_parallel(job: Callable[[int], Any], count: int) -> list[Any]:
+    """`job(seed)` for `count` seeds on all cores."""
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(job, range(count), chunksize=max(1, count // 64)))
+
+
+# --- false regressions ---------------------------------------------------------------------------
+
+
+def simulated_suite(
+    rng: np.random.Generator, rho: float, drops: dict[str, float] | None = None
+) -> list[AlignedTask]:
+    """Baseline and candidate on the ten; `drops` lowers the candidate's mu on some."""
+    return [
+        aligned(shape, answers(rng, shape, [MU, MU - (drops or {}).get(task, 0.0)], rho))
+        for task, shape in real_benchmarks().items()
+    ]
+
+
+def verdicts_of(suite: list[AlignedTask], always: bool = False) -> list[Verdict]:
+    """The gate's verdicts.
+
+    Without a significant drop nothing can be "regressed"; then the bootstrap, which takes most
+    of the time, is spared unless `always`.
+    """
+    if not always and not significant_drops(suite):
+        return []
+    return judge([resample(each, RESAMPLES) for each in suite], MARGINS, POLICY)
+
+
+def significant_drops(suite: list[AlignedTask]) -> set[str]:
+    """Benchmarks (and the average) with a drop that is significant after Holm."""
+    empty = np.zeros((2, RESAMPLES))
+    nulls = [Resampled(each, each.scores, empty).null_draws(0, 1) for each in suite]
+    changes = [float(each.scores[1] - each.scores[0]) for each in suite]
+    p = [
+        exact_or_swap(each.aggregator, *each.statistics, null)[0]
+        for each, null in zip(suite, nulls, strict=True)
+    ]
+    changes.append(float(np.mean(changes)))
+    p.append(two_sided(changes[-1], np.mean(nulls, axis=0)))
+    names = [*(each.task for each in suite), AVERAGE]
+    return {
+        name
+        for name, change, adjusted in zip(names, changes, holm(p), strict=True)
+        if change < 0 and adjusted <= POLICY.alpha
+    }
+
+
+def false_regression(seed: int) -> bool:
+    """Whether the gate calls one of two equal models regressed anywhere."""
+    rng = np.random.default_rng([1, seed])
+    rho = rho_for(DISCORDANCES[seed % len(DISCORDANCES)], MU)
+    return any(each.verdict == "regressed" for each in verdicts_of(simulated_suite(rng, rho)))
+
+
+# --- power -----------------------------------------------------------------------------------
+
+
+def detectable(task: str, discordance: float) -> float:
+    """The benchmark's minimum detectable effect at its n, units and this discordance."""
+    shape = real_benchmarks()[task]
+    rho = rho_for(discordance, MU)
+    rng = np.random.default_rng([2, shape.rows])
+    pairs = [aligned(shape, answers(rng, shape, [MU, MU], rho)) for _ in range(12)]
+    variances = [np.var(np.diff(resample(pair, 400).draws, axis=0)) for pair in pairs]
+    return minimum_detectable_effect(float(np.sqrt(np.mean(variances))), pairs[0].items)
+
+
+def mu_for(shape: Benchmark, drop: float) -> float:
+    """How much lower a candidate's mu must be for its true score to fall by `drop` points."""
+    from scipy import optimize
+
+    goal = true_score(shape, MU) - drop
+    return float(optimize.brentq(lambda lower: true_score(shape, MU - lower) - goal, 0, 6))
+
+
+def planted_drop(
+    seed: int, task: str, discordance: float, lower: float, always: bool = False
+) -> tuple[bool, bool]:
+    """Whether a planted drop was found significant, and whether its verdict was "regressed"."""
+    rng = np.random.default_rng([3, seed, len(task), int(1000 * discordance)])
+    suite = simulated_suite(rng, rho_for(discordance, MU), {task: lower})
+    if not always:
+        return task in significant_drops(suite), False
+    verdict = next(each for each in verdicts_of(suite, always=True) if each.name == task)
+    return verdict.real_drop, verdict.verdict == "regressed"
+
+
+# --- coverage --------------------------------------------------------------------------------
+
+
+def coverage(seed: int, names: tuple[str, ...]) -> dict[str, bool]:
+    """Which 95 % intervals hold the truth: floor, student and teacher on these benchmarks."""
+    rng = np.random.default_rng([4, seed])
+    mus = [0.2, MU, 0.8]
+    shapes = [real_benchmarks()[name] for name in names]
+    sampled = [
+        resample(aligned(shape, answers(rng, shape, mus, rho_for(0.15, MU))), RESAMPLES)
+        for shape in shapes
+    ]
+    truth = np.array([[true_score(shape, mu) for mu in mus] for shape in shapes])
+    held: dict[str, bool] = {}
+    for shape, one, true in zip(shapes, sampled, truth, strict=True):
+        score = percentile_interval(one.draws[1])
+        held[shape.task] = score.low <= true[1] <= score.high
+        change = percentile_interval(one.draws[1] - one.draws[0])
+        held[f"{shape.task}, difference"] = change.low <= true[1] - true[0] <= change.high
+    draws = np.mean([one.draws for one in sampled], axis=0)
+    floor, student, teacher = truth.mean(0)
+    mean = percentile_interval(draws[1])
+    held["average"] = mean.low <= student <= mean.high
+    change = percentile_interval(draws[1] - draws[0])
+    held["average, difference"] = change.low <= student - floor <= change.high
+    closed, kept = gap_closed(draws[1], draws[0], draws[2]), ratio_interval(draws[1], draws[2])
+    assert closed is not None
+    assert kept is not None
+    held["gap closed"] = closed.low <= (student - floor) / (teacher - floor) <= closed.high
+    held["retention"] = kept.low <= student / teacher <= kept.high
+    return held
+
+
+# --- the whole suite at its real size --------------------------------------------------------
+
+
+def check_at_real_size(folder: Path) -> tuple[float, float, int]:
+    """Seconds, peak memory in GB and exit code of `kd-bench check` on 2 x 259,200 samples."""
+    rng = np.random.default_rng(5)
+    suite: list[dict[str, pd.DataFrame]] = [{}, {}]
+    for task, shape in real_benchmarks().items():
+        for frames, right in zip(
+            suite, answers(rng, shape, [MU, MU], rho_for(0.1, MU)), strict=True
+        ):
+            frames[task] = frame(shape, right)
+    for name, frames in zip(("baseline", "candidate"), suite, strict=True):
+        write_run(folder, name, frames)
+    command = ["check", "candidate", "--against", "baseline", "--results", str(folder)]
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kd_bench", *command], stdout=subprocess.DEVNULL
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - started
+    unit = 1 if sys.platform == "darwin" else 1024
+    return seconds, usage.ru_maxrss * unit / 1e9, os.waitstatus_to_exitcode(status)
+
+
+# --- the table -------------------------------------------------------------------------------
+
+
+def figure_false_regressions(pairs: int = 2_000) -> Figure:
+    """Equal models at the real n, discordance 0 to 20 %, correlated within units."""
+    rate = float(np.mean(in_parallel(false_regression, pairs)))
+    return Figure(
+        f'equal models, {pairs:,} pairs: "regressed" anywhere', "<= 5 %", f"{rate:.1%}",
+        rate <= 0.05,
+    )  # fmt: skip
+
+
+def figure_power(pairs: int = 100, judged: int = 10) -> Figure:
+    """A drop of twice the detectable effect on one benchmark, each of the ten in turn."""
+    found, regressed = [], []
+    for task, shape in real_benchmarks().items():
+        for discordance in (0.05, 0.2):
+            lower = mu_for(shape, 2 * detectable(task, discordance))
+            job = partial(planted_drop, task=task, discordance=discordance, lower=lower)
+            found += [hit for hit, _ in in_parallel(job, pairs)]
+            regressed += [hit for _, hit in in_parallel(partial(job, always=True), judged)]
+    rate = float(np.mean(found))
+    return Figure(
+        f"a drop of twice the detectable effect, {len(found):,} pairs: found",
+        ">= 95 %",
+        f'{rate:.1%} (verdict "regressed" under the shipped margins: {np.mean(regressed):.0%})',
+        rate >= 0.95,
+    )
+
+
+def figures_coverage(worlds: int = 2_000) -> list[Figure]:
+    """95 % intervals against the known truth."""
+    held = pd.DataFrame(in_parallel(partial(coverage, names=tuple(real_benchmarks())), worlds))
+    shown = {
+        "mean, clustered (GQA)": "gqa", "mean, documents (MMMU)": "mmmu", "MME": "mme",
+        "POPE F1": "pope", "circular accuracy (MMBench)": "mmbench_en", "Avg10": "average",
+        "Avg10 difference": "average, difference", "gap closed": "gap closed",
+        "retention": "retention",
+    }  # fmt: skip
+    rates = held.mean()
+    return [
+        Figure(
+            f"95 % interval of {title}, {worlds:,} worlds: coverage", "93.5 to 96.5 %",
+            f"{rates[column]:.1%}", bool(0.935 <= rates[column] <= 0.965),
+        )
+        for title, column in shown.items()
+    ]  # fmt: skip
+
+
+def figures_speed() -> list[Figure]:
+    """`kd-bench check` on the whole suite at its real size, 10,000 resamples."""
+    with tempfile.TemporaryDirectory() as folder:
+        seconds, gigabytes, code = check_at_real_size(Path(folder))
+    return [
+        Figure(
+            "`check`, 2 x 259,200 samples, 10,000 resamples: time", "< 30 s",
+            f"{seconds:.1f} s (exit code {code})", seconds < 30 and code in (0, 3),
+        ),
+        Figure("the same: peak memory", "< 2 GB", f"{gigabytes:.2f} GB", gigabytes < 2),
+    ]  # fmt: skip
+
+
+def main() -> None:
+    """Measure everything and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a tenth of the simulations")
+    share = 10 if parser.parse_args().quick else 1
+    figures = [
+        *figures_speed(),
+        figure_false_regressions(2_000 // share),
+        figure_power(100 // share, 10 // share),
+        *figures_coverage(2_000 // share),
+    ]
+    print("| figure | to reach | measured | |\n|---|---|---|---|")  # noqa: T201
+    for each in figures:
+        mark = "yes" if each.reached else "NO"
+        print(f"| {each.name} | {each.target} | {each.measured} | {mark} |")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
