@@ -1,5 +1,7 @@
 """Gemma 3 and PaliGemma, whose image tokens see each other in both directions."""
 
+import inspect
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -53,7 +55,12 @@ class PaliGemmaPathway(PathwayBase):
     def lm_head(self, hidden: Tensor) -> Tensor:
         logits = super().lm_head(hidden)
         cap = getattr(self.config.get_text_config(), "final_logit_softcapping", None)
-        return logits if cap is None else (logits / cap).tanh() * cap
+        return logits if cap is None or not self._caps else (logits / cap).tanh() * cap
+
+    @cached_property
+    def _caps(self) -> bool:
+        """Whether the installed transformers caps these logits: 5.17 does not, 5.23 does."""
+        return "final_logit_softcapping" in inspect.getsource(type(self._whole).forward)
 
     @property
     def image_token_count(self) -> int | None:
@@ -67,9 +74,6 @@ class PaliGemmaPathway(PathwayBase):
 
 class Gemma3Pathway(PaliGemmaPathway):
     """`Gemma3ForConditionalGeneration`: patches averaged to a fixed number in the projector."""
-
-    def lm_head(self, hidden: Tensor) -> Tensor:
-        return PathwayBase.lm_head(self, hidden)  # transformers caps text-only Gemma 3 alone
 
     @property
     def image_token_count(self) -> int | None:
