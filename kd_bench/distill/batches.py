@@ -468,8 +468,8 @@ class BatchOrder(Sampler[list[int]]):
         return [batches[index] for index in shuffled]
 
     def _by_length(self, order: list[int]) -> list[int]:
-        """Sort by length inside windows of 50 batches: less padding, still mostly random."""
-        window = 50 * self.whole
+        """Sort by length inside windows of 16 batches: less padding, still mostly random."""
+        window = 16 * self.whole
         result: list[int] = []
         for start in range(0, len(order), window):
             part = order[start : start + window]

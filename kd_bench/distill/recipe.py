@@ -238,17 +238,15 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Reci
     names = [_stage_name(stage) for stage in stages] if isinstance(stages, list) else []
     for override in overrides:
         addressed = _address(override, names)
-        key = addressed.partition("=")[0]
         mapping = apply_overrides(mapping, [addressed])
-        if names and key == f"stages.{len(names) - 1}.method":
-            mapping["stages"][-1].pop("terms", None)
-        if names and key in (f"stages.{i}.{other}" for i in range(len(names)) for other in _LENGTH):
-            index = int(key.split(".")[1])
-            mapping["stages"][index].pop(_LENGTH[key.split(".")[2]], None)
+        parts = addressed.partition("=")[0].split(".")
+        if len(parts) == 3 and parts[0] == "stages" and parts[2] in _INSTEAD_OF and names:
+            mapping["stages"][int(parts[1])].pop(_INSTEAD_OF[parts[2]], None)
     return validate(Recipe, mapping, str(path))
 
 
-_LENGTH = {"steps": "epochs", "epochs": "steps"}
+# Of two settings that exclude each other, the one that is given on the command line counts.
+_INSTEAD_OF = {"steps": "epochs", "epochs": "steps", "method": "terms", "terms": "method"}
 
 
 def _stage_name(stage: Any) -> str:

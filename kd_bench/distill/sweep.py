@@ -1,0 +1,85 @@
+"""Methods x seeds, one training after another; the same call continues where it stopped."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from kd_bench.distill.methods import METHODS
+from kd_bench.distill.recipe import Recipe, load_recipe
+from kd_bench.errors import TrainingError, UsageError, closest
+
+__all__ = ["plan", "sweep"]
+
+
+def plan(
+    recipe: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    methods: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+) -> list[Recipe]:
+    """The recipes of a sweep, each with a folder of its own.
+
+    Args:
+        methods: names in `METHODS`, or `all`; by default the recipe's own.
+        seeds: by default the recipe's own.
+
+    Raises:
+        UsageError: an unknown method, or a recipe that does not hold.
+    """
+    base = load_recipe(recipe, overrides)
+    names = list(METHODS) if methods and "all" in methods else list(methods or [])
+    for name in names:
+        if name not in METHODS:
+            raise UsageError(
+                f"There is no method {name!r}.{closest(name, list(METHODS))}",
+                f"Known: {', '.join(METHODS)}, all.",
+            )
+    planned = []
+    for seed in seeds or [base.seed]:
+        for name in names or [None]:
+            settings = [*overrides, f"seed={seed}"]
+            if name is not None:
+                settings.append(f"method={name}")
+            if base.output is not None:
+                settings.append(f"output={base.output}/{name or base.method}-seed{seed}")
+            planned.append(load_recipe(recipe, settings))
+    return planned
+
+
+def sweep(
+    recipe: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    methods: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    console: Console | None = None,
+) -> list[Path]:
+    """Train every method with every seed; returns the folders of the finished students.
+
+    A training that stops does not cost the others.
+
+    Raises:
+        UsageError: before anything is trained.
+        TrainingError: at the end, naming the trainings that stopped.
+    """
+    from kd_bench.distill.trainer import train
+
+    planned = plan(recipe, overrides, methods=methods, seeds=seeds)
+    console = console or Console()
+    finished: list[Path] = []
+    stopped: list[str] = []
+    for number, single in enumerate(planned, start=1):
+        console.rule(f"{number}/{len(planned)}  {single.method}, seed {single.seed}", align="left")
+        try:
+            finished.append(train(single, console=console))
+        except TrainingError as error:
+            stopped.append(f"{single.method} with seed {single.seed}: {error.problem}")
+            console.print(f"Stopped: {error}", highlight=False, soft_wrap=True)
+    if stopped:
+        raise TrainingError(
+            f"{len(stopped)} of {len(planned)} trainings stopped: {' '.join(stopped)}",
+            "Mend that and run the same command again: it continues.",
+        )
+    return finished

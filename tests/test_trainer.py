@@ -1,0 +1,230 @@
+"""The training story: resuming, stopping, refusing, and what lies on disk afterwards."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kd_bench.distill.engine import DistillationTrainer
+from kd_bench.distill.models import weights_digest
+from kd_bench.distill.recipe import load_recipe
+from kd_bench.distill.trainer import train
+from kd_bench.errors import TrainingError, UsageError
+from tests import tiny
+
+KILLED_AT = """
+import os, signal, sys
+from kd_bench.distill.engine import DistillationTrainer
+from kd_bench.distill.recipe import load_recipe
+from kd_bench.distill.trainer import train
+
+step, recipe, *overrides = sys.argv[1:]
+before = DistillationTrainer.training_step
+
+def training_step(self, *arguments, **named):
+    if self.state.global_step == int(step):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return before(self, *arguments, **named)
+
+DistillationTrainer.training_step = training_step
+train(load_recipe(recipe, overrides))
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with teacher, student, data and recipe."""
+    folder = tmp_path_factory.mktemp("training")
+    tiny.write_recipe(folder)
+    return folder
+
+
+def recipe_in(place, output, *overrides):
+    return load_recipe(place / "recipe.yaml", [f"output={place / output}", *overrides])
+
+
+def killed(place, output, step, *overrides):
+    """Run a training in a process that is killed -9 when it reaches `step`."""
+    arguments = [str(step), str(place / "recipe.yaml"), f"output={place / output}", *overrides]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_AT, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+
+
+@pytest.fixture(scope="module")
+def whole(place):
+    """An uninterrupted switch-kd training."""
+    return train(recipe_in(place, "whole"))
+
+
+def test_a_training_leaves_a_checkpoint_log_recipe_and_lineage(place, whole):
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    LlavaForConditionalGeneration.from_pretrained(whole)
+    AutoProcessor.from_pretrained(whole)
+    lines = (place / "whole" / "train_log.jsonl").read_text().splitlines()
+    log = [json.loads(line) for line in lines]
+    assert [entry["step"] for entry in log] == [4, 8, 12]
+    assert log[-1]["loss"] < log[0]["loss"]
+    for entry in log:
+        assert entry["terms"].keys() == {"ce", "align", "switch"}
+        assert sum(entry["terms"].values()) == pytest.approx(entry["loss"], rel=1e-4)
+        assert entry["knee_teacher_p50"] >= 2
+        assert entry["samples_per_second"] > 0
+    lineage = json.loads((whole / "lineage.json").read_text())
+    assert lineage["status"] == "complete"
+    assert lineage["teacher"]["weights_sha256"] == weights_digest(place / "teacher")
+    assert lineage["stages"]["train"]["data"]["conversations"] == 24
+    assert load_recipe(whole / "recipe.yaml") == recipe_in(place, "whole")
+    assert not list(place.glob("whole/stages/*/checkpoint-*"))
+
+
+def test_the_same_command_leaves_a_finished_training_alone(place, whole, capsys):
+    before = (whole / "model.safetensors").stat().st_mtime_ns
+    assert train(recipe_in(place, "whole", "log_every=3")) == whole
+    assert (whole / "model.safetensors").stat().st_mtime_ns == before
+    assert "Already trained" in capsys.readouterr().out
+
+
+def test_another_recipe_does_not_take_over_a_folder(place, whole):
+    with pytest.raises(UsageError, match=r"stages\.0\.learning_rate: 0\.003 there, 0\.01 now"):
+        train(recipe_in(place, "whole", "learning_rate=0.01"))
+
+
+@pytest.mark.parametrize(
+    "step", [6, *(pytest.param(at, marks=pytest.mark.slow) for at in (1, 4, 8, 11))]
+)
+def test_killed_and_resumed_gives_the_very_same_weights(place, whole, step):
+    output = f"killed{step}"
+    killed(place, output, step)
+    assert not (place / output / "final").exists()
+    final = train(recipe_in(place, output))
+    expected, found = load_file(whole / "model.safetensors"), load_file(final / "model.safetensors")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    steps = [json.loads(line)["step"] for line in (place / output / "train_log.jsonl").open()]
+    assert steps == [4, 8, 12]
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_step_and_samples(place, monkeypatch):
+    before = DistillationTrainer.compute_loss
+
+    def compute_loss(self, model, inputs, *arguments, **named):
+        if self.state.global_step == 5:
+            self.model.student.get_output_embeddings().weight.data[0, 0] = float("nan")
+        return before(self, model, inputs, *arguments, **named)
+
+    monkeypatch.setattr(DistillationTrainer, "compute_loss", compute_loss)
+    with pytest.raises(TrainingError, match=r"became nan at step 6, on the samples (image|text)\d"):
+        train(recipe_in(place, "broken"))
+    kept = list((place / "broken").glob("stages/*/checkpoint-*"))
+    assert [path.name for path in kept] == ["checkpoint-4"]
+    assert json.loads((place / "broken" / "lineage.json").read_text())["status"] == "stopped"
+    monkeypatch.undo()
+    train(recipe_in(place, "broken"))
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_whole(place, whole, monkeypatch):
+    before = DistillationTrainer._save_optimizer_and_scheduler
+
+    def full(self, folder):
+        if self.state.global_step == 8:
+            raise OSError(28, "No space left on device")
+        before(self, folder)
+
+    monkeypatch.setattr(DistillationTrainer, "_save_optimizer_and_scheduler", full)
+    with pytest.raises(TrainingError, match="step 8 could not be written.*No space left"):
+        train(recipe_in(place, "full"))
+    kept = [path.name for path in (place / "full").glob("stages/*/*")]
+    assert kept == ["checkpoint-4"]
+    monkeypatch.undo()
+    final = train(recipe_in(place, "full"))
+    assert weights_digest(final) == weights_digest(whole)
+
+
+def test_stages_run_in_order_and_are_not_repeated(place, monkeypatch):
+    stage = {"steps": 4, "batch_size": 4, "learning_rate": 1e-3, "log_every": 2, "method": "sft"}
+    path = tiny.write_recipe(
+        place / "two",
+        stages=[
+            {**stage, "name": "projector", "trainable": ["projector"]},
+            {**stage, "name": "distil", "method": "switch-kd"},
+        ],
+    )
+    recipe = load_recipe(path)
+    final = train(recipe)
+    stages = recipe.output_folder / "stages"
+    start, middle, end = (
+        load_file(folder / "model.safetensors")
+        for folder in (place / "two" / "student", stages / "01-projector" / "model", final)
+    )
+    changed = {name for name in start if not torch.equal(start[name], middle[name])}
+    assert changed
+    assert all("projector" in name for name in changed)
+    assert all(not torch.equal(middle[name], end[name]) for name in end if "embed_tokens" in name)
+    # The first stage is taken as it lies there when the last one has to be made again.
+    digest = weights_digest(final)
+    for folder in (final, stages / "02-distil"):
+        folder.rename(folder.with_name("away-" + folder.name))
+    ran = []
+    before = DistillationTrainer.train
+    monkeypatch.setattr(
+        DistillationTrainer, "train", lambda self, **k: ran.append(self.stage) or before(self, **k)
+    )
+    assert weights_digest(train(recipe)) == digest
+    assert ran == ["distil"]
+
+
+def test_frozen_weights_do_not_move(place):
+    final = train(recipe_in(place, "frozen", "method=dbild", "trainable=[language_model]"))
+    start = load_file(place / "student" / "model.safetensors")
+    end = load_file(final / "model.safetensors")
+    frozen = [name for name in start if "language_model" not in name]
+    assert frozen
+    assert all(torch.equal(start[name], end[name]) for name in frozen)
+
+
+def test_a_switch_term_with_frozen_eyes_is_refused_before_training(place):
+    with pytest.raises(UsageError, match=r"freezes the vision tower.*method=dbild"):
+        train(recipe_in(place, "eyes", "trainable=[projector, language_model]"))
+    assert not (place / "eyes" / "stages").exists()
+
+
+def test_accumulation_gives_the_same_weights_to_rounding(place, whole):
+    final = train(recipe_in(place, "pieces", "gradient_accumulation=2"))
+    expected, found = load_file(whole / "model.safetensors"), load_file(final / "model.safetensors")
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=2e-4, rtol=2e-3, msg=name)
+
+
+def test_unreadable_samples_are_skipped_up_to_the_limit_then_listed(place, tmp_path):
+    data = tiny.write_data(tmp_path / "data", count=12)
+    (tmp_path / "data" / "0.png").write_bytes(b"not a picture")
+    (tmp_path / "data" / "5.png").unlink()
+    settings = (f"data.path={data}", "method=sft", "steps=2")
+    final = train(recipe_in(place, "skips", *settings))
+    unreadable = json.loads((final / "lineage.json").read_text())["stages"]["train"]["unreadable"]
+    assert [name for name, _ in unreadable] == ["image0", "image5"]
+    with pytest.raises(
+        TrainingError, match=r"2 samples .* 1 allowed: image0: .*image5: 5\.png is m"
+    ):
+        train(recipe_in(place, "stops", *settings, "data.unreadable_limit=1"))
+
+
+def test_two_processes_do_not_share_a_folder(place):
+    from filelock import FileLock
+
+    recipe = recipe_in(place, "busy")
+    with FileLock(str(recipe.output_folder) + ".lock"), pytest.raises(UsageError, match="Another"):
+        train(recipe)
