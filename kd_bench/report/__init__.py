@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["render_report", "render_training", "report_text"]
+__all__ = ["print_report", "render_report", "render_training"]
 
 
 def render_report(
@@ -45,21 +45,22 @@ def render_report(
     return page
 
 
-def report_text(
+def print_report(
     results: Path,
     names: Sequence[str] | None = None,
     *,
     suite: str | None = None,
+    console: "Console | None" = None,
     width: int = 100,
     compare: str | None = None,
 ) -> str:
-    """The leaderboard as plain text of at most `width` columns.
+    """The leaderboard on a console, or returned as text of at most `width` columns.
 
     Args:
         compare: `paper` adds the measured rows beside the Switch-KD paper's.
 
     Raises:
-        UsageError: a name fits no run, or there is nothing to compare with.
+        UsageError: a name fits no run, or there is nothing of that name to compare with.
         NotComparableError: the runs are of the embedded mini world.
     """
     from kd_bench.report.facts import comparison
@@ -73,7 +74,7 @@ def report_text(
     tables = terminal_tables(board)
     if compare is not None:
         tables.append(comparison(board, compare))
-    return "\n".join(to_terminal(table, width=width) for table in tables)
+    return "\n".join(to_terminal(table, console, width) for table in tables)
 
 
 def render_training(trainings: Sequence[Path], destination: Path) -> Path:

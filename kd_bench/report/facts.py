@@ -48,7 +48,7 @@ def _published(frame: "pd.DataFrame", specs: list[TaskSpec], title: str) -> Tabl
         marks: tuple[int, ...] = ()
         if spec.published.verdict != "comparable":
             marks = (note(_verdict(spec)),)
-        columns.append(Column(spec.id, info.short, "score", info.group, marks))
+        columns.append(Column(spec.id, info.short, "score", notes=marks))
     columns += [Column("average", "Avg", "score"), Column("source", "Source", "text")]
     rows = []
     for number, record in enumerate(frame.to_dict("records")):

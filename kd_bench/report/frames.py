@@ -420,7 +420,7 @@ def _name(entries: list[Entry]) -> list[Entry]:
 
 
 def _millions(parameters: int) -> str:
-    return f"{parameters / 1e9:.1f}B" if parameters >= 1e9 else f"{parameters / 1e6:.2g}M"
+    return f"{parameters / 1e9:.2g}B" if parameters >= 1e8 else f"{parameters / 1e6:.2g}M"
 
 
 def _slug(text: str) -> str:

@@ -16,6 +16,7 @@ from kd_bench.errors import KdBenchError
 from kd_bench.records import Interval
 from kd_bench.report.frames import AVERAGE, MISSING, Board, Entry, Score, task_aggregator
 from kd_bench.stats import (
+    RESAMPLES,
     gap_closed,
     method_difference,
     paired_bootstrap,
@@ -28,7 +29,7 @@ from kd_bench.store import Run
 __all__ = ["Draws", "Gap", "difference", "draw_scores", "hybrid_gaps", "relate"]
 
 Array = NDArray[np.float64]
-RESAMPLES = 2_000
+
 SCORED = ("document_id", "unit_id", "category", "target", "parsed", "score")
 # Stored samples that miss the stored score by more than this (points) are not resampled.
 AGREES = 0.05
