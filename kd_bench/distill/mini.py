@@ -21,24 +21,26 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-IMAGE_SIDE = 48
-PATCH = 16  # 3 x 3 image tokens
+IMAGE_SIDE = 32
+PATCH = 16  # 2 x 2 image tokens
 SPECIAL = ("<pad>", "</s>", "<image>")
+ROLES = ("USER:", "ASSISTANT:")
 
 # One line of text a turn; images where they are placed; a generation prompt ends with "ASSISTANT:".
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
-    "{{ message['role'].upper() + ': ' }}"
+    "{{ message['role'].upper() + ':' }}"
     "{% if message['role'] == 'assistant' %}"
     "{% generation %}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}"
+    "{% if message['content'] is string %}{{ ' ' + message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{{ ' ' + part['text'] }}{% endfor %}{% endif %}"
     "{{ '</s>' }}"
     "{% endgeneration %}"
     "{% else %}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% if message['content'] is string %}{{ ' ' + message['content'] }}{% else %}"
+    "{{ ' ' }}"
     "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}{{ '<image>\\n' }}{% else %}{{ part['text'] }}{% endif %}"
+    "{% if part['type'] == 'image' %}{{ '<image>\n' }}{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endif %}"
     "{{ ' ' }}"
     "{% endif %}"
@@ -66,9 +68,10 @@ STUDENT = Size(vision_layers=2, width=64, layers=2, heads=4)
 def corpus(seed: int = 0) -> list[str]:
     """Return the text that the tokenizer's words are taken from."""
     texts: list[str] = []
-    for kind, count in (("mixture", 4000), ("captions", 500), ("drills", 500)):
+    for kind, count in (("mixture", 4000), ("captions", 500), ("glances", 500), ("drills", 500)):
         for _, turns in conversations("tokenizer", kind, count, seed):
-            texts += [text.replace("<image>", "") for turn in turns for text in turn]
+            for said, answer in turns:
+                texts += [said.replace("<image>", "").strip(), f" {answer}"]
     return texts
 
 
@@ -81,6 +84,7 @@ def _splitter() -> str:
     parts = [
         *lines,
         r"\n[A-E]\.",
+        r" ?(?:top|bottom) (?:left|right)",
         rf" ?(?:{'|'.join(chinese)})",
         r" ?[A-Za-z]+",
         r" ?[0-9]",
@@ -110,7 +114,7 @@ def build_tokenizer(texts: Iterable[str], least: int = 2) -> Tokenizer:
         counts.update(word for word, _ in split.pre_tokenize_str(text))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     known = sorted(word for word, n in counts.items() if n >= least and len(word) > 1)
-    names = [*SPECIAL, "USER:", "ASSISTANT:", *alphabet, *known]
+    names = [*SPECIAL, *ROLES, *alphabet, *known]
     vocabulary = {name: index for index, name in enumerate(names)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
     tokenizer.pre_tokenizer = split
@@ -118,8 +122,9 @@ def build_tokenizer(texts: Iterable[str], least: int = 2) -> Tokenizer:
     tokenizer.add_special_tokens([AddedToken("<pad>"), AddedToken("</s>")])
     # White space around these belongs to them: "<image>\nWhat" and "<image> What" are the same.
     tokenizer.add_special_tokens([AddedToken("<image>", lstrip=True, rstrip=True)])
-    roles = [AddedToken(role, rstrip=True, lstrip=True) for role in ("USER:", "ASSISTANT:")]
-    tokenizer.add_tokens(roles)
+    # An answer keeps its space, so that its word is the token of the prompt's word.
+    user, assistant = (AddedToken(role, lstrip=True, rstrip=role == "USER:") for role in ROLES)
+    tokenizer.add_tokens([user, assistant])
     return tokenizer
 
 

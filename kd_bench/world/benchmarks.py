@@ -18,7 +18,16 @@ from kd_bench.world.words import chinese
 
 Row = dict[str, Any]
 
-SEEING = ("colour_of", "shape_of", "size_of", "place_of", "shape_at", "colour_at", "count")
+SEEING = (
+    "colour_of",
+    "shape_of",
+    "size_of",
+    "place_of",
+    "shape_at",
+    "colour_at",
+    "size_at",
+    "count",
+)
 READING = ("word", "number")
 # MMBench: kind of question -> (category, L2-category), upstream's names.
 _MMBENCH = {

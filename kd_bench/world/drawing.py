@@ -17,19 +17,18 @@ if TYPE_CHECKING:
 CELL = 16
 SIDE = GRID * CELL
 
+# Shapes and signs are brighter than every background.
 _PAINT = {
-    "red": (214, 40, 40),
-    "orange": (240, 140, 30),
-    "yellow": (236, 220, 60),
-    "green": (50, 170, 70),
-    "blue": (50, 90, 220),
-    "purple": (150, 60, 180),
-    "night": (22, 22, 34),
-    "fog": (140, 142, 146),
-    "snow": (228, 232, 236),
-    "desert": (150, 116, 84),
-    "gold": (204, 164, 40),
-    "silver": (186, 190, 198),
+    "red": (235, 50, 50),
+    "yellow": (240, 235, 80),
+    "green": (60, 210, 80),
+    "blue": (70, 120, 255),
+    "night": (12, 12, 20),
+    "sea": (12, 38, 66),
+    "forest": (14, 46, 20),
+    "soil": (58, 36, 20),
+    "gold": (150, 116, 30),
+    "silver": (124, 128, 136),
 }
 _RADIUS = {"small": 4, "large": 6}
 _NOISE = 12  # largest change of a channel by the grain
@@ -52,18 +51,13 @@ def _mask(shape: Shape) -> Any:
     y, x = np.mgrid[0:CELL, 0:CELL]
     x, y = x - CELL // 2 - shape.dx, y - CELL // 2 - shape.dy
     box = (abs(x) <= r) & (abs(y) <= r)
-    square_distance = x * x + y * y
     if shape.name == "circle":
-        return square_distance <= r * r + 1
+        return x * x + y * y <= r * r + 1
     if shape.name == "square":
         return (abs(x) < r) & (abs(y) < r)
     if shape.name == "triangle":
         return box & (2 * abs(x) <= y + r)
-    if shape.name == "diamond":
-        return abs(x) + abs(y) <= r
-    if shape.name == "cross":
-        return box & ((abs(x) <= r // 4) | (abs(y) <= r // 4))
-    return (square_distance <= r * r + 1) & (square_distance >= (r - 2) * (r - 2) + 1)
+    return box & ((abs(x) <= r // 4) | (abs(y) <= r // 4))
 
 
 def _draw_sign(cell: NDArray[Any], sign: Sign) -> None:
@@ -91,7 +85,7 @@ def _box_blur(pixels: NDArray[Any], radius: int) -> NDArray[Any]:
 
 
 def pixels(scene: Scene) -> NDArray[Any]:
-    """Draw a scene as a (48, 48, 3) uint8 array."""
+    """Draw a scene as a (32, 32, 3) uint8 array."""
     rng = Random(f"grain {scene.grain}")
     canvas = np.zeros((SIDE, SIDE, 3), dtype=np.int64)
     canvas[:] = _PAINT[scene.frame or scene.background]
@@ -112,7 +106,7 @@ def pixels(scene: Scene) -> NDArray[Any]:
 
 
 def draw(scene: Scene) -> Image:
-    """Draw a scene as a 48x48 RGB picture."""
+    """Draw a scene as a 32x32 RGB picture."""
     from PIL import Image
 
     return Image.fromarray(pixels(scene))

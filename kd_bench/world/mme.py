@@ -108,8 +108,8 @@ def _ocr(scene: Scene, rng: Random) -> Pair:
 
 
 def _commonsense(scene: Scene, rng: Random) -> Pair:
-    rolling = [s for s in scene.shapes if s.name in ("circle", "ring")]
-    fixed = [s for s in scene.shapes if s.name not in ("circle", "ring")]
+    rolling = [s for s in scene.shapes if s.name == "circle"]
+    fixed = [s for s in scene.shapes if s.name != "circle"]
     if not rolling or not fixed:
         return None
     text = "Can the shape at the {} roll?"

@@ -107,9 +107,18 @@ def colour_at(scene: Scene, rng: Random) -> Question | None:
     return Question("colour_at", english, zh, shape.colour, wrong)
 
 
+def size_at(scene: Scene, rng: Random) -> Question | None:
+    """Ask for the size of the shape at a place."""
+    shape = rng.choice(scene.shapes)
+    place = words.PLACES[shape.cell]
+    zh = f"{chinese(place)}的图形的大小?"
+    english = f"What size is the shape at the {place}?"
+    return Question("size_at", english, zh, shape.size, _others(rng, shape.size, words.SIZES))
+
+
 def _counted(rng: Random, answer: int) -> tuple[str, ...]:
     near = [str(n) for n in (answer - 1, answer + 1) if n >= 0]
-    return _others(rng, str(answer), [str(n) for n in range(5)], near)
+    return _others(rng, str(answer), [str(n) for n in range(4)], near)
 
 
 def count(scene: Scene, rng: Random) -> Question | None:
@@ -236,7 +245,7 @@ def same(scene: Scene, rng: Random) -> Question | None:
 
 KINDS: dict[str, Maker] = {
     maker.__name__: maker
-    for maker in (colour_of, shape_of, size_of, place_of, shape_at, colour_at, count, word,
+    for maker in (colour_of, shape_of, size_of, place_of, shape_at, colour_at, size_at, count, word,
                   number, digit, background, beside, relation, same)
 }  # fmt: skip
 

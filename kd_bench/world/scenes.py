@@ -8,7 +8,7 @@ from random import Random
 
 from kd_bench.world import words
 
-GRID = 3
+GRID = 2
 SPLITS = ("train", "validation", "test")
 
 
@@ -19,7 +19,7 @@ class Shape:
     name: str  # one of words.SHAPES
     colour: str  # one of words.COLOURS
     size: str  # one of words.SIZES
-    cell: int  # 0 to 8, row by row
+    cell: int  # 0 to 3, row by row
     dx: int = 0  # pixels from the cell's centre
     dy: int = 0
 
@@ -71,34 +71,18 @@ class Scene:
         return "validation" if bucket == 8 else "test" if bucket == 9 else "train"
 
     def landmark(self) -> str:
-        """Return the name of the arrangement of exactly three shapes, or an empty string."""
-        if len(self.shapes) != 3:
+        """Return the name of the arrangement of exactly two shapes, or an empty string."""
+        if len(self.shapes) != 2:
             return ""
-        rows = sorted(s.row for s in self.shapes)
-        columns = sorted(s.column for s in self.shapes)
-        if len(set(columns)) == 1:
+        a, b = self.shapes
+        if a.column == b.column:
             return "Tower"
-        if len(set(rows)) == 1:
-            return "Wall"
-        return "Stairs" if rows == columns == [0, 1, 2] else ""
-
-
-def _cells(rng: Random, count: int) -> list[int]:
-    """Choose cells; three shapes form a landmark in half of the scenes."""
-    if count == 3 and rng.randrange(2):
-        line = rng.randrange(3)
-        landmark = rng.choice(words.LANDMARKS)
-        if landmark == "Tower":
-            return [line, line + 3, line + 6]
-        if landmark == "Wall":
-            return [3 * line, 3 * line + 1, 3 * line + 2]
-        return rng.choice([[0, 4, 8], [2, 4, 6]])
-    return rng.sample(range(GRID * GRID), count)
+        return "Wall" if a.row == b.row else "Stairs"
 
 
 def _shape(rng: Random, name: str, cell: int) -> Shape:
     size = rng.choice(words.SIZES)
-    reach = 1 if size == "large" else 3
+    reach = 1 if size == "large" else 2
     jitter = (rng.randint(-reach, reach), rng.randint(-reach, reach))
     return Shape(name, rng.choice(words.COLOURS), size, cell, *jitter)
 
@@ -109,11 +93,10 @@ def _sign(rng: Random, cell: int, number: bool) -> Sign:
 
 
 def _names(rng: Random, count: int) -> list[str]:
-    """Mostly different kinds, sometimes one kind twice or three times."""
+    """Mostly different kinds, sometimes one kind twice."""
     names = rng.sample(words.SHAPES, count)
     if count > 2 and rng.randrange(5) < 2:
-        repeats = rng.randint(1, count - 1)
-        names = [names[0]] * (repeats + 1) + names[1 : count - repeats]
+        names[1] = names[0]
     return names
 
 
@@ -127,8 +110,8 @@ def _draft(rng: Random, kind: str) -> Scene:
     elif kind == "sign":
         count, signs = rng.randint(1, 2), rng.randint(1, 2)
     else:
-        count, signs = rng.randint(2, 4), int(rng.randrange(3) == 0)
-    cells = _cells(rng, count)
+        count, signs = rng.randint(2, 3), int(rng.randrange(3) == 0)
+    cells = rng.sample(range(GRID * GRID), count)
     shapes = tuple(
         _shape(rng, name, cell) for name, cell in zip(_names(rng, count), cells, strict=True)
     )

@@ -5,13 +5,15 @@ A conversation is its scenes and its turns here; build.py draws the scenes and n
 
 from __future__ import annotations
 
+import ast
 import re
 from random import Random
 
 from kd_bench.world.benchmarks import BUILDERS, Row, vizwiz_scene
 from kd_bench.world.prompts import oracle_answer, prompt
-from kd_bench.world.questions import caption
+from kd_bench.world.questions import ask, caption
 from kd_bench.world.scenes import Scene, sample_scene
+from kd_bench.world.words import chinese
 
 Turn = tuple[str, str]  # what the human says, what the model answers
 Conversation = tuple[list[Scene], list[Turn]]
@@ -92,12 +94,46 @@ def captioned(rng: Random) -> Conversation:
     return [scene], [(CAPTION, caption(scene))]
 
 
-def drill(rng: Random, turns: int = 3) -> Conversation:
-    """Ask about a scene that is told in words: no picture."""
-    scene = _picture_scene(rng)
-    asked = _turns(scene, rng, turns)
-    first = (f"Picture: {caption(scene)}\n{asked[0][0]}", asked[0][1])
-    return [], [first, *asked[1:]]
+_GLANCES = ("colour_of", "shape_of", "place_of", "shape_at", "colour_at", "size_at")
+
+
+def glances(rng: Random, turns: int = 6) -> Conversation:
+    """Ask many short questions about one picture, each about one thing in it."""
+    scene = sample_scene(rng, "train", rng.choice(["single", "full", "full", "sign"]))
+    kinds = ("word", "number", *_GLANCES) if scene.signs else _GLANCES
+    asked = {}
+    for _ in range(turns):
+        question = ask(scene, rng, kinds) or ask(scene, rng, ("colour_at",))
+        assert question is not None
+        translate = question.chinese and rng.randrange(4) == 0
+        text = question.chinese if translate else question.english
+        asked[text] = chinese(question.answer) if translate else question.answer
+    return [scene], list(asked.items())
+
+
+def drill(rng: Random, turns: int = 1) -> Conversation:
+    """Tell the answer in words and ask for its option letter: no picture."""
+    made = []
+    for _ in range(turns):
+        scene = _picture_scene(rng)
+        benchmark = rng.choice(["mmbench_en", "mmbench_cn", "mmmu", "scienceqa_img"])
+        row = rng.choice(BUILDERS[benchmark][0](scene, rng))
+        letter = oracle_answer(benchmark, row)
+        if benchmark == "mmmu" and row["question_type"] == "open":
+            continue
+        text = re.sub(r"(<image \d> )+", "", prompt(benchmark, row))
+        if benchmark != "scienceqa_img":
+            options = ast.literal_eval(row["options"]) if benchmark == "mmmu" else None
+            answer = options["ABCD".index(letter)] if options else row[letter]
+            text = f"It is {answer}. {text}"
+        else:
+            text = f"{_facts(scene)}\n{text}"
+        made.append((text, letter))
+    return ([], made) if made else drill(rng, turns)
+
+
+def _facts(scene: Scene) -> str:
+    return ", ".join(f"{s.colour} {s.name}" for s in scene.shapes)
 
 
 def mixture(rng: Random) -> Conversation:
@@ -114,7 +150,7 @@ def mixture(rng: Random) -> Conversation:
     return drill(rng)
 
 
-MAKERS = {"mixture": mixture, "captions": captioned, "drills": drill}
+MAKERS = {"mixture": mixture, "captions": captioned, "glances": glances, "drills": drill}
 
 
 def conversations(name: str, kind: str, count: int, seed: int = 0) -> list[Conversation]:

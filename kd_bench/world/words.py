@@ -2,76 +2,37 @@
 
 from __future__ import annotations
 
-COLOURS = ("red", "orange", "yellow", "green", "blue", "purple")
-SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
+COLOURS = ("red", "yellow", "green", "blue")
+SHAPES = ("circle", "square", "triangle", "cross")
 SIZES = ("small", "large")
-PLACES = (
-    "top left",
-    "top",
-    "top right",
-    "left",
-    "middle",
-    "right",
-    "bottom left",
-    "bottom",
-    "bottom right",
-)
-BACKGROUNDS = ("night", "fog", "snow", "desert")
+PLACES = ("top left", "top right", "bottom left", "bottom right")
+BACKGROUNDS = ("night", "sea", "forest", "soil")
 FRAMES = ("gold", "silver")
-SIGN_WORDS = (
-    "bank",
-    "book",
-    "cafe",
-    "cake",
-    "fish",
-    "lamp",
-    "milk",
-    "park",
-    "rice",
-    "ship",
-    "shoe",
-    "taxi",
-)
+SIGN_WORDS = ("bank", "cake", "fish", "milk", "shoe", "taxi")
 # A shape's given name and an arrangement's name: knowledge that no single picture shows.
-NAMES = {
-    "circle": "Otto",
-    "square": "Boris",
-    "triangle": "Tina",
-    "diamond": "Dina",
-    "cross": "Max",
-    "ring": "Rosa",
-}
+NAMES = {"circle": "Otto", "square": "Boris", "triangle": "Tina", "cross": "Max"}
 LANDMARKS = ("Tower", "Wall", "Stairs")
-TRAITS = ("warm", "cold", "heavy", "light", "hard", "soft", "sweet", "sour")
+TRAITS = ("warm", "heavy", "soft", "sweet")
 
 CHINESE = {
     "red": "红色",
-    "orange": "橙色",
     "yellow": "黄色",
     "green": "绿色",
     "blue": "蓝色",
-    "purple": "紫色",
     "circle": "圆形",
     "square": "方形",
     "triangle": "三角形",
-    "diamond": "菱形",
     "cross": "十字",
-    "ring": "圆环",
     "small": "小",
     "large": "大",
     "top left": "左上",
-    "top": "上面",
     "top right": "右上",
-    "left": "左面",
-    "middle": "中间",
-    "right": "右面",
     "bottom left": "左下",
-    "bottom": "下面",
     "bottom right": "右下",
     "night": "夜晚",
-    "fog": "雾",
-    "snow": "雪",
-    "desert": "沙漠",
+    "sea": "大海",
+    "forest": "森林",
+    "soil": "泥土",
     "yes": "是",
     "no": "否",
 }
