@@ -18,7 +18,7 @@ from kd_bench.store import Run
 from tests.statistics.simulate import small_frames, write_run
 
 Frames = dict[str, pd.DataFrame]
-FAST = {"resamples": 1000}
+FAST = {"resamples": 1000, "categories": False}
 
 
 def samples(task: str, scores: list[float], **columns: list[str]) -> pd.DataFrame:
@@ -60,7 +60,7 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
 
 @pytest.fixture(scope="module")
 def comparison(suite: list[Run]) -> Comparison:
-    return compare(suite, **FAST)
+    return compare(suite, resamples=1000)
 
 
 # --- what is computed --------------------------------------------------------------------------
@@ -419,7 +419,7 @@ def test_methods_over_seeds(tmp_path: Path) -> None:
     strong = small_frames(seed=7, mu=0.5, rho=0.4, models=3, shrink=12)
     a = [write_run(tmp_path, f"a{n}", each, seed=n) for n, each in enumerate(weak)]
     b = [write_run(tmp_path, f"b{n}", each, seed=n) for n, each in enumerate(strong)]
-    found = compare_methods(a, b, **FAST)
+    found = compare_methods(a, b, resamples=1000)
     assert set(found.tasks) == set(weak[0])
     mean = np.mean([each.difference for each in found.tasks.values()])
     assert found.average.difference == pytest.approx(mean)

@@ -17,6 +17,8 @@ MARKS = {
 }  # fmt: skip
 HEADERS = ("benchmark", "baseline", "candidate", "difference", "95 % interval", "bound", "margin",
            "p (Holm)", "fixed", "broken", "verdict")  # fmt: skip
+# A name must not move the cursor of a terminal.
+_CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 # XML 1.0 has no way to write these.
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
@@ -64,7 +66,7 @@ def as_text(report: GateReport) -> str:
     lines += [f"{MARKS.get(r.state, '?')} {r.name} {r.state}: {r.sentence}" for r in report.rules]
     lines += [f"note: {note}" for note in report.notes]
     lines.append(_headline(report))
-    return "\n".join(lines) + "\n"
+    return _CONTROL.sub("\ufffd", "\n".join(lines)) + "\n"
 
 
 # --- JUnit -----------------------------------------------------------------------------------
@@ -77,10 +79,11 @@ def junit_xml(report: GateReport) -> str:
     """
     suite = ET.Element("testsuite", name="kd-bench check")
     for verdict in report.verdicts:
-        case = ET.SubElement(suite, "testcase", classname="kd-bench.check", name=verdict.name)
+        name = _xml(verdict.name)
+        case = ET.SubElement(suite, "testcase", classname="kd-bench.check", name=name)
         _outcome(case, verdict.verdict, verdict.sentence, advisory=verdict.advisory)
     for rule in report.rules:
-        case = ET.SubElement(suite, "testcase", classname="kd-bench.rules", name=rule.name)
+        case = ET.SubElement(suite, "testcase", classname="kd-bench.rules", name=_xml(rule.name))
         _outcome(case, rule.state, rule.sentence)
     suite.set("tests", str(len(suite)))
     suite.set("failures", str(len(suite.findall("testcase/failure"))))
@@ -92,8 +95,12 @@ def junit_xml(report: GateReport) -> str:
     )
 
 
+def _xml(text: str) -> str:
+    return _NOT_XML.sub("\ufffd", text)
+
+
 def _outcome(case: ET.Element, state: str, sentence: str, advisory: bool = False) -> None:
-    text = _NOT_XML.sub("\ufffd", sentence)
+    text = _xml(sentence)
     if state in ("regressed", "failed") and not advisory:
         ET.SubElement(case, "failure", message=text, type=state)
     elif state in ("inconclusive", "not checked") or advisory:
