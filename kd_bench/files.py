@@ -56,7 +56,9 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write indented UTF-8 JSON atomically; key order is kept."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    # A lone surrogate (from a file name or a model) has no UTF-8, but a JSON escape.
+    write_text(path, text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
 def read_json(path: Path) -> Any:
@@ -68,7 +70,7 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
 
 
@@ -119,9 +121,13 @@ class Journal:
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
         """Append records and wait until they are on disk."""
-        lines = "".join(self._encode(record) for record in records)
+        lines = "".join(self._encode(record) for record in records).encode()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8", newline="\n") as stream:
+        with self.path.open("a+b") as stream:
+            # A tail torn by another process must not swallow the first of these records.
+            if stream.tell() > 0:
+                stream.seek(-1, os.SEEK_END)
+                lines = lines if stream.read(1) == b"\n" else b"\n" + lines
             stream.write(lines)
             stream.flush()
             os.fsync(stream.fileno())
