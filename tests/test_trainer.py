@@ -144,7 +144,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(place, whole, monkeypatch):
         before(self, folder)
 
     monkeypatch.setattr(DistillationTrainer, "_save_optimizer_and_scheduler", full)
-    with pytest.raises(TrainingError, match="step 8 could not be written.*No space left"):
+    with pytest.raises(TrainingError, match=r"step 8 could not be written.*No space left"):
         train(recipe_in(place, "full"))
     kept = [path.name for path in (place / "full").glob("stages/*/*")]
     assert kept == ["checkpoint-4"]

@@ -4,14 +4,21 @@ The student's encoder output is shared by the student and the switch pathway; th
 without gradient, the switch with gradients to the student's encoder only.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kd_bench.distill.image_terms import (
+    AttentionProbe,
+    attention_mse,
+    image_correlation,
+    image_mse,
+)
 from kd_bench.distill.methods import (
-    IMAGE_LOSSES,
     VOCABULARY_LOSSES,
     Term,
     needs_student_logits,
@@ -19,9 +26,28 @@ from kd_bench.distill.methods import (
     needs_teacher,
 )
 from kd_bench.distill.objective import Heads, KneeLog, token_terms
-from kd_bench.distill.pathways import Pathway, answer_positions, pathway_for
+from kd_bench.distill.pathways import Features, Pathway, answer_positions, pathway_for
 
-__all__ = ["Distiller"]
+__all__ = ["Distiller", "Passes"]
+
+AT_IMAGES = ("image_kl", "image_correlation")
+
+
+@dataclass
+class Passes:
+    """What the pathways gave for one batch.
+
+    Attributes:
+        hidden: last hidden states at the answers [N, width], by pathway.
+        at_images: the same at image positions [M, width], of student and teacher.
+        embeddings: projected image tokens, of student and teacher.
+        attention: first-layer weights [batch, heads, length, length], of student and teacher.
+    """
+
+    hidden: dict[str, Tensor] = field(default_factory=dict)
+    at_images: dict[str, Tensor] = field(default_factory=dict)
+    embeddings: dict[str, Features] = field(default_factory=dict)
+    attention: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Distiller(nn.Module):
@@ -53,7 +79,7 @@ class Distiller(nn.Module):
         self.token_terms = tuple(
             term for term in self.terms if term.loss == "ce" or term.loss in VOCABULARY_LOSSES
         )
-        self.image_terms = tuple(term for term in self.terms if term.loss in IMAGE_LOSSES)
+        self.image_terms = tuple(term for term in self.terms if term not in self.token_terms)
         self.head_chunk = head_chunk
         self.vocabulary = vocabulary
         self.pathway = pathway_for(student)
@@ -61,6 +87,7 @@ class Distiller(nn.Module):
         if teacher is not None:
             teacher.requires_grad_(False).eval()
         self._teacher: tuple[Pathway, ...] = () if teacher is None else (pathway_for(teacher),)
+        self.adapter = self._width_adapter()
 
     @property
     def config(self) -> Any:
@@ -71,6 +98,16 @@ class Distiller(nn.Module):
         """The frozen teacher's pathway, where a term needs one."""
         return self._teacher[0] if self._teacher else None
 
+    def _has(self, *names: str) -> bool:
+        return any(term.loss in names for term in self.terms)
+
+    def _width_adapter(self) -> nn.Module | None:
+        """For `image_mse` between language models of different widths."""
+        if self.teacher is None or not self._has("image_mse"):
+            return None
+        ours, theirs = _width(self.pathway), _width(self.teacher)
+        return None if ours == theirs else nn.Linear(theirs, ours, bias=False)
+
     def forward(
         self, batch: Mapping[str, Tensor], items: Tensor | float, knee_log: KneeLog | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -80,42 +117,109 @@ class Distiller(nn.Module):
             batch: what `Collator` makes.
             items: answer positions of the whole batch; sums over pieces are divided by it.
         """
-        positions = answer_positions(batch["labels"])  # [batch, length]
-        targets = batch["labels"][:, 1:][positions[:, :-1]]  # [N]
-        hidden = self.hidden_states(batch, positions)  # each [N, width]
-        head = self.student.get_output_embeddings()
-        heads = Heads(
-            student=self.pathway.lm_head,
-            teacher=self.teacher.lm_head if self.teacher else None,
-            parameters=tuple(head.parameters()),
-            vocabulary=self.vocabulary,
-        )
+        answers = answer_positions(batch["labels"])  # [batch, length]
+        targets = batch["labels"][:, 1:][answers[:, :-1]]  # [N]
+        passes = self.run(batch, answers)
         # A text-only batch has no picture to switch: z_SW is z_T and the term is exactly zero.
-        terms = [term for term in self.token_terms if term.of != "switch" or "switch" in hidden]
-        return token_terms(
+        terms = [t for t in self.token_terms if t.of != "switch" or "switch" in passes.hidden]
+        heads = self._heads()
+        loss, values = token_terms(
             terms,
             heads,
-            hidden,
+            passes.hidden,
             targets,
             items,
             chunk=self.head_chunk,
             knee_log=knee_log,
         )
+        if self.image_terms and passes.embeddings:
+            share = len(targets) / torch.as_tensor(items).clamp(min=1)
+            for term in self.image_terms:
+                value = self._image_value(term, passes, batch, heads) * share
+                loss = loss + term.weight * value
+                values[term.label] = value.detach()
+        return loss, values
 
-    def hidden_states(self, batch: Mapping[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
-        """Last hidden states at the answers, by pathway: only of those that a term needs."""
-        hidden: dict[str, Tensor] = {}
+    def _heads(self) -> Heads:
+        head: Any = self.student.get_output_embeddings()  # type: ignore[operator]
+        return Heads(
+            student=self.pathway.lm_head,
+            teacher=self.teacher.lm_head if self.teacher else None,
+            parameters=tuple(head.parameters()),
+            vocabulary=self.vocabulary,
+        )
+
+    def run(self, batch: Mapping[str, Tensor], answers: Tensor) -> Passes:
+        """Every pathway that a term needs, once.
+
+        Args:
+            answers: positions [batch, length] whose next token is supervised.
+        """
+        passes = Passes()
         features = self.pathway.encode_image(batch)
         if needs_student_logits(self.terms):
             embeddings = self.pathway.project(features, batch)
-            hidden["student"] = self.pathway.decode(embeddings, batch, positions)
+            self._decode("student", self.pathway, embeddings, batch, answers, passes)
         teacher = self.teacher
         if teacher is None:
-            return hidden
+            return passes
         with torch.no_grad():
-            seen = teacher.project(teacher.encode_image(batch), batch)
-            hidden["teacher"] = teacher.decode(seen, batch, positions)
+            embeddings = teacher.project(teacher.encode_image(batch), batch)
+            self._decode("teacher", teacher, embeddings, batch, answers, passes)
         if needs_switch(self.terms) and features is not None:
             seen = teacher.project(features, batch)
-            hidden["switch"] = teacher.decode(seen, batch, positions)
-        return hidden
+            passes.hidden["switch"] = teacher.decode(seen, batch, answers)
+        return passes
+
+    def _decode(
+        self,
+        name: str,
+        pathway: Pathway,
+        embeddings: Features | None,
+        batch: Mapping[str, Tensor],
+        answers: Tensor,
+        passes: Passes,
+    ) -> None:
+        """Run one language model and keep what the terms look at."""
+        if embeddings is None or not self.image_terms:
+            passes.hidden[name] = pathway.decode(embeddings, batch, answers)
+            return
+        passes.embeddings[name] = embeddings
+        places = batch["input_ids"] == pathway.image_token_id  # [batch, length]
+        wanted = answers | places if self._has(*AT_IMAGES) else answers
+        probe = AttentionProbe(pathway) if self._has("attention_mse") else None
+        with probe or contextlib.nullcontext():
+            hidden = pathway.decode(embeddings, batch, wanted)
+        if probe is not None:
+            passes.attention[name] = probe.weights(batch["attention_mask"])
+        passes.hidden[name] = hidden[answers[wanted]]
+        passes.at_images[name] = hidden[places[wanted]]
+
+    def _image_value(
+        self, term: Term, passes: Passes, batch: Mapping[str, Tensor], heads: Heads
+    ) -> Tensor:
+        """One image term's mean over this batch."""
+        places = batch["input_ids"] == self.pathway.image_token_id
+        if term.loss == "image_kl":
+            alike = Term(loss="kl", temperature=term.temperature)
+            nothing = passes.at_images["student"].new_zeros(int(places.sum()), dtype=torch.long)
+            value, _ = token_terms(
+                [alike], heads, passes.at_images, nothing, len(nothing), chunk=self.head_chunk
+            )
+            return value
+        if term.loss == "image_correlation":
+            owners = places.nonzero()[:, 0]  # [M]
+            states = passes.at_images
+            return image_correlation(states["teacher"], states["student"], owners)
+        if term.loss == "image_mse":
+            both = passes.embeddings
+            return image_mse(both["teacher"], both["student"], self.adapter)
+        asks = batch["attention_mask"].bool() & ~places
+        weights = passes.attention
+        return attention_mse(weights["teacher"], weights["student"], asks, places)
+
+
+def _width(pathway: Pathway) -> int:
+    """Hidden size of a language model."""
+    config: Any = pathway.language_model.config
+    return int(config.hidden_size)

@@ -21,7 +21,7 @@ from kd_bench.errors import TrainingError
 
 __all__ = ["DistillationTrainer", "last_checkpoint"]
 
-STATE = "student.safetensors"
+STATE = "weights.safetensors"
 STAGING = ".saving"
 
 
@@ -50,6 +50,7 @@ class DistillationTrainer(Trainer):
     """
 
     model: Distiller
+    optimizer: Any
 
     def __init__(
         self,
@@ -258,14 +259,14 @@ class DistillationTrainer(Trainer):
             )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The student's weights under the names they have in memory, for exact resuming."""
+        """The weights under the names they have in memory, for exact resuming."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super().save_model(output_dir, _internal_call)
             return
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            save_model(self.model.student, str(folder / STATE))
+            save_model(self.model, str(folder / STATE))
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -274,7 +275,7 @@ class DistillationTrainer(Trainer):
         if not state.exists():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        load_model(self.model.student, str(state))
+        load_model(self.model, str(state))
 
 
 def sync_folder(folder: Path) -> None:

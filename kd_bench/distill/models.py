@@ -206,7 +206,8 @@ def set_trainable(model: nn.Module, names: Iterable[str]) -> None:
         if name in wanted:
             part(pathway, name).requires_grad_(True)
     if "language_model" in wanted:
-        head = pathway.model.get_output_embeddings()
+        whole: Any = model
+        head = whole.get_output_embeddings()
         if head is not None:
             head.requires_grad_(True)
 

@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd_bench.distill import losses
-from kd_bench.distill.methods import VOCABULARY_LOSSES, Term
+from kd_bench.distill.methods import Term
 
 __all__ = ["Heads", "KneeLog", "token_terms"]
+
+KNEE_OPTIONS = ("curve", "candidates", "k_min", "k_max")
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,9 @@ class KneeLog:
 
     knees: dict[str, list[Tensor]] = field(default_factory=dict)
 
-    def add(self, side: str, logits: Tensor, term: Term) -> None:
-        """Find the knees of logits [n, vocabulary] as the term finds them, and keep them."""
-        kept = {"curve", "candidates", "k_min", "k_max"}
-        options: dict[str, Any] = {k: v for k, v in term.options.items() if k in kept}
-        self.knees.setdefault(side, []).append(losses.knee(logits.detach(), **options).cpu())
+    def add(self, side: str, k: Tensor) -> None:
+        """Keep the knees [n] found on one side's logits."""
+        self.knees.setdefault(side, []).append(k.cpu())
 
     def summary(self) -> dict[str, float]:
         """Mean and quantiles of k by side, e.g. `knee_teacher_p50`."""
@@ -83,7 +83,7 @@ def token_terms(
     """
     active = [term for term in terms if term.weight]
     names = [name for name, states in hidden.items() if states.requires_grad]
-    parameters = [p for p in heads.parameters if p.requires_grad]
+    parameters = [p for p in heads.parameters if p.requires_grad and "student" in hidden]
     scale = 1.0 / torch.as_tensor(items, dtype=torch.float32, device=targets.device).clamp(min=1)
 
     def run(pieces: Mapping[str, Tensor], wanted: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -111,30 +111,55 @@ def _values(
         assert head is not None  # only a teacher makes teacher or switch states
         logits[name] = head(states)  # [n, vocabulary]
     cut = {name: rows[:, : heads.vocabulary] for name, rows in logits.items()}
-    if knee_log is not None:
-        _log_knees(terms, cut, knee_log)
-    values = []
-    for term in terms:
-        if term.loss == "ce":
-            per_token = F.cross_entropy(logits["student"].float(), targets, reduction="none")
-        else:
-            assert term.loss in VOCABULARY_LOSSES
-            function = getattr(losses, term.loss)
-            per_token = function(cut["teacher"].detach(), cut[term.of], **term.options)
-        values.append(per_token.sum())  # [n] -> scalar
-    return values
+    leads = _Leads(cut, knee_log)
+    return [_value(term, logits, cut, targets, leads) for term in terms]
 
 
-def _log_knees(terms: Sequence[Term], logits: Mapping[str, Tensor], knee_log: KneeLog) -> None:
-    """One distribution a side, found the way its first DBiLD term finds it."""
-    seen: set[str] = set()
-    for term in terms:
-        if term.loss != "dbild":
-            continue
-        for side in ("teacher", term.of):
-            if side not in seen:
-                seen.add(side)
-                knee_log.add(side, logits[side], term)
+def _value(
+    term: Term,
+    logits: Mapping[str, Tensor],
+    cut: Mapping[str, Tensor],
+    targets: Tensor,
+    leads: "_Leads",
+) -> Tensor:
+    """Sum of one term over the positions of one chunk."""
+    if term.loss == "ce":
+        return F.cross_entropy(logits["student"].float(), targets, reduction="sum")
+    options = dict(term.options)
+    if term.loss == "dbild":
+        options["teacher_lead"] = leads.teacher(term)
+    function = getattr(losses, term.loss)
+    per_token: Tensor = function(cut["teacher"].detach(), cut[term.of], **options)  # [n]
+    return per_token.sum()
+
+
+class _Leads:
+    """The teacher's leading logits, found once for all terms that look for them in one way."""
+
+    def __init__(self, logits: Mapping[str, Tensor], knee_log: KneeLog | None) -> None:
+        self.logits = logits
+        self.knee_log = knee_log
+        self.found: dict[tuple[tuple[str, object], ...], losses.Lead] = {}
+        self.logged: set[str] = set()
+
+    def teacher(self, term: Term) -> losses.Lead:
+        options: dict[str, Any] = {
+            name: value for name, value in term.options.items() if name in KNEE_OPTIONS
+        }
+        key = tuple(sorted(options.items()))
+        if key not in self.found:
+            self.found[key] = losses.leading(self.logits["teacher"], **options)
+        if self.knee_log is not None:
+            self._log("teacher", self.found[key].k)
+            if term.of not in self.logged:
+                self._log(term.of, losses.knee(self.logits[term.of].detach(), **options))
+        return self.found[key]
+
+    def _log(self, side: str, k: Tensor) -> None:
+        """One distribution a side, found the way its first DBiLD term finds it."""
+        if self.knee_log is not None and side not in self.logged:
+            self.logged.add(side)
+            self.knee_log.add(side, k)
 
 
 @dataclass(frozen=True)
@@ -191,7 +216,9 @@ def _accumulate(
     piece: slice,
 ) -> None:
     """Add one chunk's gradients: rows of the hidden states, sums for the head's weights."""
-    found = torch.autograd.grad(total, [*leaves, *parameters], allow_unused=True)
+    found: tuple[Tensor | None, ...] = torch.autograd.grad(
+        total, [*leaves, *parameters], allow_unused=True
+    )
     for index, gradient in enumerate(found):
         if gradient is None:
             continue

@@ -29,8 +29,8 @@ def plan(
         UsageError: an unknown method, or a recipe that does not hold.
     """
     base = load_recipe(recipe, overrides)
-    names = list(METHODS) if methods and "all" in methods else list(methods or [])
-    for name in names:
+    asked = list(METHODS) if methods and "all" in methods else list(methods or [])
+    for name in asked:
         if name not in METHODS:
             raise UsageError(
                 f"There is no method {name!r}.{closest(name, list(METHODS))}",
@@ -38,9 +38,9 @@ def plan(
             )
     planned = []
     for seed in seeds or [base.seed]:
-        for name in names or [None]:
+        for name in asked or [""]:
             settings = [*overrides, f"seed={seed}"]
-            if name is not None:
+            if name:
                 settings.append(f"method={name}")
             if base.output is not None:
                 settings.append(f"output={base.output}/{name or base.method}-seed{seed}")

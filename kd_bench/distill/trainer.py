@@ -245,7 +245,9 @@ def _start(recipe: Recipe, folder: Path) -> Path:
     build = {"student": mini.build_student, "teacher": mini.build_teacher}
     name = reference.removeprefix(NEW)
     if name not in build:
-        raise UsageError(f"There is no {reference}.", f"Known: {', '.join(NEW + n for n in build)}.")
+        raise UsageError(
+            f"There is no {reference}.", f"Known: {', '.join(NEW + n for n in build)}."
+        )
     start = folder / "init"
     if not start.exists():
         staging = folder / ".init.saving"
@@ -291,6 +293,8 @@ def _run_stage(
     dataset = _dataset(run, stage, processor)
     set_trainable(student, stage.trainable)
     student.train()
+    seed = run.recipe.seed + 1000 * len(done)
+    torch.manual_seed(seed)  # an adapter between widths starts from it
     distiller = Distiller(
         student, teacher, stage.objective, vocabulary=vocabulary, head_chunk=stage.head_chunk
     )
@@ -302,7 +306,6 @@ def _run_stage(
             f"gradient_accumulation {stage.gradient_accumulation}.",
             f"Use a multiple of {pieces}.",
         )
-    seed = run.recipe.seed + 1000 * len(done)
     order = BatchOrder(
         dataset, stage.batch_size, stage.batch_size // pieces, seed, stage.group_by_length
     )

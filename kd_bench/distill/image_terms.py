@@ -1,0 +1,130 @@
+"""Terms on image tokens, for the methods that Switch-KD is compared with.
+
+LLaVA-KD (arXiv 2410.16236) compares the last layer at image positions, Align-KD (arXiv 2412.01282)
+the projected image tokens and the first layer's attention from text to image.
+"""
+
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kd_bench.distill.pathways import Features, Pathway
+from kd_bench.errors import UsageError
+
+__all__ = ["AttentionProbe", "attention_mse", "image_correlation", "image_mse"]
+
+
+def image_correlation(teacher: Tensor, other: Tensor, owners: Tensor) -> Tensor:
+    """1 - cosine of the two models' self-correlation matrices, averaged over samples; a scalar.
+
+    Args:
+        teacher, other: last hidden states at image positions [M, width]; the widths may differ.
+        owners: sample that each position belongs to [M].
+
+    The source speaks of the language model's output at image positions; hidden states are taken
+    here, not logits (OPEN).
+    """
+    values = []
+    for sample in owners.unique().tolist():
+        chosen = owners == sample
+        left, right = teacher[chosen].detach().float(), other[chosen].float()  # [m, width]
+        relation = (left @ left.T).flatten(), (right @ right.T).flatten()  # [m * m]
+        values.append(1 - F.cosine_similarity(*relation, dim=0))
+    return torch.stack(values).mean()
+
+
+def image_mse(teacher: Features, other: Features, adapter: nn.Module | None) -> Tensor:
+    """Mean squared error of the projected image tokens; a scalar.
+
+    Args:
+        adapter: linear map of the teacher's width to the student's where they differ. It learns
+            with the student and is no part of the checkpoint (upstream: a 1 x 1 convolution).
+    """
+    left = first(teacher).detach()
+    right = first(other)
+    if adapter is not None:
+        left = adapter(left.to(next(adapter.parameters()).dtype))
+    return F.mse_loss(right.float(), left.float())
+
+
+def first(features: Features) -> Tensor:
+    """The tensor that fills the image's places."""
+    return features if isinstance(features, Tensor) else features[0]
+
+
+def attention_mse(teacher: Tensor, other: Tensor, asks: Tensor, seen: Tensor) -> Tensor:
+    """Mean squared error of text-to-image attention, averaged over heads; a scalar.
+
+    Args:
+        teacher, other: attention weights [batch, heads, length, length]; heads may differ.
+        asks: text positions [batch, length], padding excluded.
+        seen: image positions [batch, length].
+    """
+    pairs = asks.unsqueeze(2) & seen.unsqueeze(1)  # [batch, length, length]
+    pairs = pairs & torch.ones_like(pairs[0]).tril()  # nothing is seen before it comes
+    left, right = teacher.detach().float().mean(1), other.float().mean(1)
+    return F.mse_loss(right[pairs], left[pairs])
+
+
+class AttentionProbe:
+    """Attention weights of a language model's first layer, taken while it runs inside a `with`.
+
+    The fused kernels that models use do not give weights, so that one layer's attention is run
+    again in its plain form on the same inputs.
+    """
+
+    def __init__(self, pathway: Pathway) -> None:
+        layers: Any = getattr(pathway.language_model, "layers", None)
+        if layers is None or not hasattr(layers[0], "self_attn"):
+            raise UsageError(
+                f"{type(pathway.language_model).__name__} has no layers[0].self_attn to watch.",
+                "Leave attention_mse out for this model.",
+            )
+        self.module: Any = layers[0].self_attn
+        self.inputs: dict[str, Any] | None = None
+        self._hook: Any = None
+
+    def __enter__(self) -> "AttentionProbe":
+        self._hook = self.module.register_forward_pre_hook(self._keep, with_kwargs=True)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._hook.remove()
+
+    def _keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.inputs is None:
+            names = ("hidden_states", "position_embeddings")
+            self.inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+
+    def weights(self, attention_mask: Tensor) -> Tensor:
+        """[batch, heads, length, length] for a right-padded batch's mask [batch, length]."""
+        assert self.inputs is not None  # the model ran inside the `with`
+        hidden = self.inputs["hidden_states"]
+        length = hidden.shape[1]
+        allowed = (
+            attention_mask.bool()[:, None, None, :]
+            & torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
+        )
+        blocked = torch.zeros(allowed.shape, dtype=hidden.dtype, device=hidden.device)
+        blocked = blocked.masked_fill(~allowed, torch.finfo(hidden.dtype).min)
+        settings = self.module.config
+        before = settings._attn_implementation
+        settings._attn_implementation = "eager"
+        try:
+            _, weights = self.module.forward(
+                hidden_states=hidden,
+                position_embeddings=self.inputs["position_embeddings"],
+                attention_mask=blocked,
+            )
+        finally:
+            settings._attn_implementation = before
+        assert isinstance(weights, Tensor)
+        return weights
