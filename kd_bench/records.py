@@ -202,12 +202,13 @@ def from_json(kind: type[T], mapping: Any, where: str) -> T:
     Raises:
         IncompleteRunError: a field is missing or has the wrong type.
     """
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     from kd_bench.errors import IncompleteRunError
 
     try:
-        return TypeAdapter(kind).validate_python(mapping)
+        validated: T = _validator(kind).validate_python(mapping)
+        return validated
     except ValidationError as error:
         first = error.errors()[0]
         field_name = ".".join(str(part) for part in first["loc"]) or "the file"
@@ -215,3 +216,15 @@ def from_json(kind: type[T], mapping: Any, where: str) -> T:
             f"{where} is damaged: {field_name}: {first['msg']}.",
             "Delete that file (or its run folder) and run the same eval command again.",
         ) from None
+
+
+# Building one costs milliseconds, and a store holds hundreds of records of few kinds.
+_VALIDATORS: dict[type, Any] = {}
+
+
+def _validator(kind: type[T]) -> Any:
+    from pydantic import TypeAdapter
+
+    if kind not in _VALIDATORS:
+        _VALIDATORS[kind] = TypeAdapter(kind)
+    return _VALIDATORS[kind]

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from kd_bench.records import (
     RunStatus,
     TaskResult,
 )
-from kd_bench.report.frames import task_aggregator
+from kd_bench.registry import load_task
 from kd_bench.store import Run
 
 TASKS = (
@@ -125,9 +126,15 @@ def samples(task: str, model: Model, units: int = 30, seed: int = 0) -> pd.DataF
     return pd.DataFrame(frame, columns=list(SAMPLE_COLUMNS))
 
 
+@cache
+def aggregator_of(task: str) -> str:
+    """The benchmark's default aggregator."""
+    return load_task(task).aggregator
+
+
 def result(task: str, frame: pd.DataFrame, fingerprint: str = "") -> TaskResult:
     """The benchmark's result, scored by its aggregator."""
-    score = aggregate(task_aggregator(task), frame) if len(frame) else float("nan")
+    score = aggregate(aggregator_of(task), frame) if len(frame) else float("nan")
     half = 196 * float(frame["score"].std(ddof=0)) / max(1, len(frame)) ** 0.5
     return TaskResult(
         task=task,
@@ -209,10 +216,10 @@ def make_store(
     return results
 
 
-def make_demo(folder: Path, units: int = 30) -> Path:
+def make_demo(folder: Path, units: int = 30, seeds: Sequence[int] = (0, 1, 2)) -> Path:
     """A store as the demo leaves it: training logs and pictures too. Returns `results`."""
     results = folder / "results"
-    for number, model in enumerate(demo_models()):
+    for number, model in enumerate(demo_models(seeds)):
         minute = f"2026-05-01T10:{number:02d}:00+00:00"
         trained = folder / "checkpoints" / model.name
         student = model.role not in ("teacher", "switch")

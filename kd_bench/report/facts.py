@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from kd_bench.errors import NotComparableError, UsageError
 from kd_bench.records import RunManifest
-from kd_bench.registry import TaskSpec, load_suite, load_task, published
-from kd_bench.report.frames import Board, TaskInfo, task_infos
+from kd_bench.registry import TaskSpec, load_suite, load_tasks, published
+from kd_bench.report.frames import Board, task_info
 from kd_bench.report.tables import Cell, Column, Row, Table, format_number
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ def published_tables() -> tuple[Table | None, Table | None]:
     """
     try:
         frame = published()
-        specs = [load_task(name) for name in load_suite("ten").tasks]
+        known = {spec.id: spec for spec in load_tasks()}
+        specs = [known[name] for name in load_suite("ten").tasks]
     except (UsageError, OSError, ValueError):
         return None, None
     if frame.empty:
@@ -44,7 +45,7 @@ def _published(frame: "pd.DataFrame", specs: list[TaskSpec], title: str) -> Tabl
 
     columns = [Column("method", "Method", "text"), Column("llm", "Language model", "text")]
     for spec in specs:
-        info = _info(spec)
+        info = task_info(spec)
         marks: tuple[int, ...] = ()
         if spec.published.verdict != "comparable":
             marks = (note(_verdict(spec)),)
@@ -77,9 +78,9 @@ def paper_table(board: Board) -> Table | None:
         return None
     try:
         frame = published()
-        specs = [load_task(task.id) for task in board.tasks]
     except (UsageError, OSError, ValueError):
         return None
+    specs = [task.spec for task in board.tasks if task.spec is not None]
     fair = [spec for spec in specs if spec.published.verdict != "not comparable"]
     doubtful = [spec for spec in specs if spec.published.verdict != "comparable"]
     notes = list(dict.fromkeys(_verdict(spec) for spec in doubtful))
@@ -144,10 +145,6 @@ def _mean(values: Sequence[float | None]) -> Cell:
 def _verdict(spec: TaskSpec) -> str:
     """Whether a published number may stand beside a measured one, and why not quite."""
     return f"{spec.published.verdict.capitalize()}: {spec.published.why}"
-
-
-def _info(spec: TaskSpec) -> TaskInfo:
-    return task_infos([spec.id])[0]
 
 
 def _on_scale(record: dict[Any, Any], column: str) -> float | None:

@@ -23,7 +23,7 @@ __all__ = [
     "TaskInfo",
     "load_board",
     "method_label",
-    "task_aggregator",
+    "task_info",
     "task_infos",
 ]
 
@@ -59,12 +59,23 @@ class TaskInfo:
     Attributes:
         short: column title.
         group: skill group; columns of one group stand together.
+        spec: the registry's entry; None for a benchmark that it does not know.
     """
 
     id: str
     title: str
     short: str
     group: str
+    spec: TaskSpec | None = None
+
+    def aggregator(self, profile: str) -> str:
+        """Name of the aggregator that the score comes from under a protocol profile."""
+        if self.spec is None:
+            return "mean"
+        try:
+            return self.spec.profile(profile).aggregator or self.spec.aggregator
+        except UsageError:
+            return self.spec.aggregator
 
 
 @dataclass(frozen=True)
@@ -178,39 +189,24 @@ def task_infos(tasks: Iterable[str]) -> tuple[TaskInfo, ...]:
 
     Benchmarks that the registry does not know come last.
     """
-    order = _registered()
-    places = {task: place for place, task in enumerate(order)}
+    specs = {spec.id: spec for spec in load_tasks()}
+    places = {task: place for place, task in enumerate(specs)}
 
     def place(task: str) -> tuple[int, int, str]:
-        if task not in order:
+        if task not in specs:
             return len(SKILLS), 0, task
-        return SKILLS.index(order[task].skill), places[task], task
+        return SKILLS.index(specs[task].skill), places[task], task
 
-    ranked = sorted(set(tasks), key=place)
     return tuple(
-        _info(order[task]) if task in order else TaskInfo(task, task, task, "other")
-        for task in ranked
+        task_info(specs[task]) if task in specs else TaskInfo(task, task, task, "other")
+        for task in sorted(set(tasks), key=place)
     )
 
 
-def task_aggregator(task: str, profile: str = "default") -> str:
-    """Name of the aggregator that a benchmark's score comes from."""
-    spec = _registered().get(task)
-    if spec is None:
-        return "mean"
-    try:
-        return spec.profile(profile).aggregator or spec.aggregator
-    except UsageError:
-        return spec.aggregator
-
-
-def _registered() -> dict[str, TaskSpec]:
-    return {spec.id: spec for spec in load_tasks()}
-
-
-def _info(spec: TaskSpec) -> TaskInfo:
+def task_info(spec: TaskSpec) -> TaskInfo:
+    """What the report says about a benchmark of the registry."""
     group = "OCR" if spec.skill == "ocr" else spec.skill
-    return TaskInfo(spec.id, spec.title, spec.short, group)
+    return TaskInfo(spec.id, spec.title, spec.short, group, spec)
 
 
 def load_board(

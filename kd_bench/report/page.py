@@ -142,7 +142,8 @@ def _title(board: Board) -> str:
         return "No runs yet"
     best = _best_student(board)
     if best is None or board.floor is None or AVERAGE not in best.differences:
-        return f"{len(board.entries)} models on {len(board.tasks)} benchmarks"
+        models = _count(len(board.entries), "model")
+        return f"{models} on {_count(len(board.tasks), 'benchmark')}"
     difference = best.differences[AVERAGE]
     gain = format_number(difference.value, "difference").lstrip("+")
     if difference.interval is not None and difference.interval.low > 0:

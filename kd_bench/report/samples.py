@@ -86,7 +86,7 @@ def choose_samples(board: Board, kept: int = KEPT) -> Chosen | None:
     samples = _within(samples, ANSWER_BUDGET)
     images = _pictures(models, [sample["i"] for sample in samples])
     data = {
-        "models": [{"key": model.key, "name": model.name} for model in models],
+        "models": [{"key": clean(model.key), "name": model.name} for model in models],
         "pair": list(pair), "tasks": tasks, "samples": samples, "images": images,
     }  # fmt: skip
     return Chosen(data, len(samples))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from kd_bench.aggregators import get_aggregator, unit_statistics
 from kd_bench.errors import KdBenchError
 from kd_bench.records import Interval
-from kd_bench.report.frames import AVERAGE, MISSING, Board, Entry, Score, task_aggregator
+from kd_bench.report.frames import AVERAGE, MISSING, Board, Entry, Score, TaskInfo
 from kd_bench.stats import (
     RESAMPLES,
     gap_closed,
@@ -58,7 +58,7 @@ def draw_scores(board: Board, resamples: int = RESAMPLES) -> Draws:
     """Resample every benchmark once for all runs of the board that can be compared."""
     draws = Draws()
     for task in board.tasks:
-        by_run, units = _draw_task(board, task.id, resamples)
+        by_run, units = _draw_task(board, task, resamples)
         draws.scores[task.id] = by_run
         draws.units[task.id] = units
     names = [run.path.name for entry in board.entries for run in entry.runs]
@@ -71,9 +71,10 @@ def draw_scores(board: Board, resamples: int = RESAMPLES) -> Draws:
     return draws
 
 
-def _draw_task(board: Board, task: str, resamples: int) -> tuple[dict[str, Array], int]:
+def _draw_task(board: Board, info: TaskInfo, resamples: int) -> tuple[dict[str, Array], int]:
     """Draws by run folder name; runs over other units than the first one's are left out."""
-    aggregator = get_aggregator(task_aggregator(task, _profile(board, task)))
+    task = info.id
+    aggregator = get_aggregator(info.aggregator(_profile(board, task)))
     names: list[str] = []
     stacked: list[Array] = []
     units: NDArray[np.object_] | None = None
