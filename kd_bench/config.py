@@ -4,6 +4,7 @@ Recipes, suites, task files and policies all come through here, so an unknown ke
 and a missing file read the same everywhere.
 """
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -71,15 +72,13 @@ def apply_overrides(mapping: dict[str, Any], overrides: Iterable[str]) -> dict[s
     return result
 
 
+# YAML 1.1 reads these as text; users mean the number.
+_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+
+
 def _scalar(text: str) -> Any:
-    """YAML 1.1 reads `1e-3` as text; users mean the number."""
     value = yaml.safe_load(text)
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    return float(text) if _EXPONENT.fullmatch(text.strip()) else value
 
 
 def _set(node: Any, keys: list[str], value: Any, override: str) -> None:
@@ -115,7 +114,10 @@ def validate(model: type[Model], mapping: dict[str, Any], where: str) -> Model:
     try:
         return model.model_validate(mapping)
     except ValidationError as error:
-        first = error.errors()[0]
+        errors = error.errors()
+        # A misspelt key often leaves the right one missing: name the cause, not the effect.
+        unknown_keys = [each for each in errors if each["type"] == "extra_forbidden"]
+        first = (unknown_keys or errors)[0]
         key = ".".join(str(part) for part in first["loc"]) or "the file"
         if first["type"] == "extra_forbidden":
             unknown = str(first["loc"][-1])

@@ -9,7 +9,7 @@ samples are written before it.
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -60,7 +60,9 @@ class Run:
     def commit(self, result: TaskResult, samples: "pd.DataFrame") -> None:
         """Store one task: samples first, then the JSON whose presence means done."""
         with atomic_path(self._samples_path(result.task)) as temporary:
-            samples.loc[:, list(SAMPLE_COLUMNS)].to_parquet(temporary, index=False)
+            samples.loc[:, list(SAMPLE_COLUMNS)].to_parquet(
+                temporary, index=False, write_page_checksum=True
+            )
         write_json(self._result_path(result.task), to_json(result))
 
     def discard(self, task: str) -> None:
@@ -94,8 +96,8 @@ class Run:
         try:
             stored = read_schema(path).names
             kept = [column for column in columns if column in stored]
-            frame = pd.read_parquet(path, columns=kept)
-        except (OSError, ValueError) as error:
+            frame = pd.read_parquet(path, columns=kept, page_checksum_verification=True)
+        except Exception as error:  # a flipped bit may surface anywhere inside the reader
             raise IncompleteRunError(
                 f"{path} cannot be read: {type(error).__name__}.",
                 "Delete the task's .json and run the same eval command again.",
@@ -175,18 +177,27 @@ def find_run(results: Path, name: str) -> Run:
     Raises:
         UsageError: none fits.
     """
-    if (Path(name) / "manifest.json").exists():
-        return Run(Path(name))
-    runs = list_runs(results)
-    fits = [run for run in runs if run.path.name == name or run.manifest.model.name == name]
-    fits = fits or [run for run in runs if run.path.name.startswith(name)]
-    if not fits:
-        known = [run.manifest.model.name for run in runs]
-        raise UsageError(
-            f"No run named {name!r} below {results}.{closest(name, known)}",
-            "`kd-bench runs list` shows what is there.",
-        )
-    return fits[-1]
+    for path in (Path(name), results / "runs" / name):
+        with suppress(OSError):  # a name too long for a file is not a path
+            if name and (path / "manifest.json").exists():
+                return Run(path)
+    runs, damaged = [], None
+    for run in (Run(path.parent) for path in (results / "runs").glob("*/manifest.json")):
+        try:
+            runs.append((run.manifest.created, run.path.name, run.manifest.model.name, run))
+        except IncompleteRunError as error:  # must not hide the sound ones
+            damaged = error
+    runs.sort(key=lambda each: each[:2])
+    fits = [run for *_, model, run in runs if model == name]
+    fits = fits or [run for _, folder, _, run in runs if name and folder.startswith(name)]
+    if fits:
+        return fits[-1]
+    if damaged is not None:
+        raise damaged
+    raise UsageError(
+        f"No run named {name!r} below {results}.{closest(name, [model for *_, model, _ in runs])}",
+        "`kd-bench runs list` shows what is there.",
+    )
 
 
 def set_baseline(results: Path, name: str, run: Run) -> None:
@@ -239,7 +250,9 @@ def _read(path: Path) -> Any:
 
 
 def _slug(name: str) -> str:
-    return re.sub(r"[^a-zA-Z0-9._]+", "-", name).strip("-.")[:60] or "model"
+    """The name as part of a folder's name; what that loses is kept apart by a digest."""
+    slug = re.sub(r"[^a-zA-Z0-9._]+", "-", name).strip("-.")[:60] or "model"
+    return slug if slug == name else f"{slug}.{digest_text(name)[:4]}"
 
 
 def _now() -> str:
