@@ -162,7 +162,7 @@ def test_wrong_options_are_named(options):
         knee(torch.zeros(2, 10), **options)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     hnp.arrays(
         np.float32,

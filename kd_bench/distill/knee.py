@@ -31,8 +31,9 @@ SORT_ALL_BELOW = 8192
 BINS = 2048
 BIN_SLACK = 1e-5  # of the value range: far above float32's rounding of a bin's edge
 GAP_SLACK = 1e-6  # gaps up to this are the rounding of a straight line, no knee
-ELEMENTS_AT_A_TIME = {"cpu": 1 << 21, "cuda": 1 << 26}
-"""Logits that pass through the counting at a time, to stay in cache or within some 2 GB."""
+ELEMENTS_AT_A_TIME = {"cpu": 1 << 21}
+ELEMENTS_ELSEWHERE = 1 << 24
+"""Logits that pass through the counting at a time: to stay near the cache, or within 0.3 GB."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,10 @@ class Lead:
 
     k: Tensor
     ids: Tensor
+
+    def to(self, device: torch.device) -> "Lead":
+        """The same on another device."""
+        return Lead(self.k.to(device), self.ids.to(device))
 
     @property
     def mask(self) -> Tensor:
@@ -96,8 +101,11 @@ def leading(
         k_min=min(k_min, vocabulary),
         k_max=vocabulary if k_max is None else min(k_max, vocabulary),
     )
-    at_a_time = max(1, ELEMENTS_AT_A_TIME.get(logits.device.type, 1 << 24) // vocabulary)
-    return join([_lead(chunk, rule) for chunk in logits.detach().split(at_a_time)])
+    chunks = logits.detach()
+    if chunks.device.type == "mps":  # has no double precision
+        chunks = chunks.cpu()
+    at_a_time = max(1, ELEMENTS_AT_A_TIME.get(logits.device.type, ELEMENTS_ELSEWHERE) // vocabulary)
+    return join([_lead(chunk, rule) for chunk in chunks.split(at_a_time)]).to(logits.device)
 
 
 @dataclass(frozen=True)

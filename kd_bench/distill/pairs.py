@@ -54,24 +54,25 @@ def pair_divergence(
         Values [M] and, if asked for, their gradient at `other`'s leading logits [M, largest k],
         zero behind each lead's k. Fewer than two leading logits are worth 0.
     """
+    home = other.device
+    device = torch.device("cpu") if home.type == "mps" else home  # mps has no double precision
     leads, width = lead.ids.shape
     kind = torch.promote_types(other.dtype, torch.float32)
-    values = torch.zeros(leads, dtype=kind, device=other.device)
-    gradients = None
-    if with_gradient:
-        gradients = torch.zeros(leads, width, dtype=kind, device=other.device)
+    values = torch.zeros(leads, dtype=kind, device=device)
+    gradients = torch.zeros(leads, width, dtype=kind, device=device) if with_gradient else None
     divergence = _flat if pairs == "flat" else _row_wise
-    of_other, of_teacher = _gather(other, lead.ids), _gather(teacher, lead.ids)  # [M, largest k]
-    wide = torch.float32 if other.device.type == "mps" else torch.float64
+    of_other = _gather(other, lead.ids).to(device)  # [M, largest k]
+    of_teacher = _gather(teacher, lead.ids).to(device)
+    lead = lead.to(device)
     for group, size in _groups(lead):
-        a = of_other[group, :size].to(wide) / temperature
-        b = of_teacher[group, :size].to(wide) / temperature
+        a = of_other[group, :size].double() / temperature
+        b = of_teacher[group, :size].double() / temperature
         mask = torch.arange(size, device=a.device) < lead.k[group].unsqueeze(-1)
         value, gradient = divergence(a, b, mask, direction, with_gradient)
         values[group] = value.to(kind)
         if gradients is not None and gradient is not None:
             gradients[group, :size] = gradient.div_(temperature).to(kind)
-    return values, gradients
+    return values.to(home), None if gradients is None else gradients.to(home)
 
 
 def _groups(lead: Lead) -> list[tuple[Tensor | slice, int]]:
@@ -204,8 +205,6 @@ def _row_wise(
 
 def _fits(a: Tensor, b: Tensor) -> bool:
     """Whether scaled exponentials of every row stay inside double precision."""
-    if a.dtype != torch.float64:
-        return False
     widest = max((z.amax(dim=-1) - z.amin(dim=-1)).amax() for z in (a, b))
     return bool(widest <= LARGEST_SPREAD)
 
