@@ -1,5 +1,6 @@
 """What a model costs to run: parameters, bytes, latency of one answer, peak memory."""
 
+import contextlib
 import statistics
 import time
 from pathlib import Path
@@ -13,22 +14,43 @@ from kd_bench.records import Cost
 if TYPE_CHECKING:
     from kd_bench.evals.engine import Engine
 
-__all__ = ["measure"]
+__all__ = ["MemoryMeter", "measure"]
 
 REPEATS = 15
 
 
-def measure(engine: "Engine", repeats: int = REPEATS) -> Cost:
+class MemoryMeter:
+    """Peak memory of this process since the meter was made, above what it held then."""
+
+    def __init__(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            return
+        # Linux forgets its high-water mark when asked to; elsewhere nothing is measured.
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        self._before = _status_bytes("VmRSS:")
+
+    def peak(self) -> int | None:
+        """Bytes, None where it cannot be told."""
+        if torch.cuda.is_available():
+            return int(torch.cuda.max_memory_allocated())
+        peak = _status_bytes("VmHWM:")
+        return None if peak is None or self._before is None else max(0, peak - self._before)
+
+
+def measure(engine: "Engine", memory: MemoryMeter, repeats: int = REPEATS) -> Cost:
     """Measure a loaded model on a fixed question about a fixed picture, four tokens an answer.
 
     The latency is the median of `repeats` answers at batch 1, picture encoding included.
     """
+    peak = memory.peak()
     weights = {id(weight): weight for weight in engine.model.parameters()}.values()
     return Cost(
         parameters=sum(weight.numel() for weight in weights),
         weight_bytes=sum(weight.numel() * weight.element_size() for weight in weights),
         latency_ms=round(_latency(engine, repeats), 3),
-        peak_memory_bytes=_peak_memory(),
+        peak_memory_bytes=peak,
     )
 
 
@@ -52,14 +74,10 @@ def _once(picture: Any) -> Any:
     return lambda: [picture]
 
 
-def _peak_memory() -> int | None:
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-    except OSError:
-        return None
-    for line in status.splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
+def _status_bytes(field: str) -> int | None:
+    """One of the memory lines of Linux's /proc/self/status."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith(field):
+                return int(line.split()[1]) * 1024
     return None

@@ -118,6 +118,8 @@ def _judge(prepared: PreparedTask) -> Callable[[Document, str], Judged]:
     special = _JUDGES.get(prepared.spec.id)
 
     def judge(document: Document, answer: str) -> Judged:
+        if document.index not in prepared.task.recorded:  # scored by another process
+            prepared.task.process_results(document, [answer])
         metrics = prepared.task.recorded[document.index]
         if special is None:
             target = prepared.task.doc_to_target(document)

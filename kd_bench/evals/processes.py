@@ -1,0 +1,64 @@
+"""Several processes on one evaluation, as torchrun and accelerate start them.
+
+lmms-eval shares the documents out; what is here keeps the run folder in one hand: process 0 writes
+it, the others only append answers to journals of their own.
+"""
+
+import os
+from typing import Any
+
+__all__ = ["barrier", "broadcast", "gather", "join", "rank", "world_size"]
+
+
+def rank() -> int:
+    """Number of this process, 0 when it is alone."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join() -> None:
+    """Meet the other processes; nothing to do alone."""
+    if world_size() == 1:
+        return
+    import torch
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        on_gpu = torch.cuda.is_available()
+        if on_gpu:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+
+
+def broadcast(value: Any) -> Any:
+    """Process 0's value, everywhere."""
+    if world_size() == 1:
+        return value
+    from torch import distributed
+
+    box = [value]
+    distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather(value: Any) -> list[Any]:
+    """Every process's value at process 0, in order; empty elsewhere."""
+    if world_size() == 1:
+        return [value]
+    from torch import distributed
+
+    box: list[Any] | None = [None] * world_size() if rank() == 0 else None
+    distributed.gather_object(value, box, dst=0)
+    return box or []
+
+
+def barrier() -> None:
+    """Wait for the others."""
+    if world_size() > 1:
+        from torch import distributed
+
+        distributed.barrier()

@@ -1,0 +1,154 @@
+"""The loaded model of one evaluation: its tasks are asked, scored and committed one by one."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kd_bench.evals import processes
+from kd_bench.evals.asking import Asked, TaskJournal, answer_keys, ask
+from kd_bench.evals.checkpoint import Checkpoint
+from kd_bench.evals.progress import SuiteProgress
+from kd_bench.evals.questions import Answer
+from kd_bench.files import digest_text
+from kd_bench.records import Cost, Protocol, TaskResult
+from kd_bench.registry import TaskSpec
+from kd_bench.store import Run
+
+if TYPE_CHECKING:
+    from kd_bench.evals.pictures import PictureStore
+    from kd_bench.evals.tasks import PreparedTask
+
+__all__ = ["ENGINE", "Plan", "Worker"]
+
+ENGINE = "kd-bench 1"
+"""Part of every journal key: counts up when the engine's answers may change."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one call of `evaluate` was asked to do."""
+
+    checkpoint: Checkpoint
+    specs: list[TaskSpec]
+    data: Path
+    protocol: Protocol
+    debug: bool = False
+
+
+class Worker:
+    """A model and what its tasks have in common."""
+
+    def __init__(self, run: Run, plan: Plan, bars: SuiteProgress) -> None:
+        from kd_bench.evals.cost import MemoryMeter
+
+        self._run = run
+        self._plan = plan
+        self._bars = bars
+        self._memory = MemoryMeter()
+        self._source = _load(plan)
+
+    def run_task(self, spec: TaskSpec) -> str:
+        """Answer, score and commit one benchmark; returns a line that says how it went."""
+        started = time.perf_counter()
+        plan = self._plan
+        profile = plan.protocol.profiles.get(spec.id)
+        prepared = _prepare(spec, plan.data, profile, plan.protocol.limit)
+        digests = (plan.checkpoint.ref.weights_digest, plan.checkpoint.setup_digest, ENGINE)
+        keys = answer_keys(prepared, *digests)
+        journal = TaskJournal(self._run, spec.id)
+        known = journal.known()
+        missing = len(set(keys) - known.keys())
+        self._bars.start(spec.id, -(-missing // processes.world_size()))
+
+        def record(pairs: list[tuple[str, Answer]]) -> None:
+            journal.append(pairs)
+            self._bars.advance(len(pairs))
+
+        asked = ask(prepared, self._source, keys, known=known, record=record, debug=plan.debug)
+        if asked is None:
+            return spec.id
+        result = self._result(prepared, asked, time.perf_counter() - started)
+        self._run.commit(result, asked.samples)
+        failed = f", {result.rates['error']:.1%} failed" if result.rates["error"] else ""
+        return (
+            f"{spec.id}: {result.score:.1f} "
+            f"({result.documents} documents, {result.seconds:.1f} s{failed})"
+        )
+
+    def _result(self, prepared: "PreparedTask", asked: Asked, seconds: float) -> TaskResult:
+        from kd_bench.evals.scoring import headline, rates
+        from kd_bench.stats import score_interval
+
+        spec = prepared.spec
+        variant = spec.profile(prepared.profile)
+        aggregator = variant.aggregator or spec.aggregator
+        return TaskResult(
+            task=spec.id,
+            fingerprint=prepared.fingerprint,
+            metric=variant.metric or spec.metric,
+            score=headline(prepared, asked.samples),
+            metrics=asked.metrics,
+            documents=len(asked.samples),
+            units=int(asked.samples["unit_id"].nunique()),
+            rates=rates(asked.samples),
+            interval=score_interval(aggregator, asked.samples),
+            profile=prepared.profile,
+            seconds=round(seconds, 3),
+            computed=asked.computed,
+            resumed=asked.resumed,
+            notes=list(spec.notes),
+            settings={
+                "aggregator": aggregator,
+                "setup_digest": self._plan.checkpoint.setup_digest,
+                "generation": spec.generation.model_dump(),
+                "batch_size": self._source.engine.batch_size,
+                "engine": ENGINE,
+            },
+        )
+
+    def cost(self) -> Cost:
+        """What the model costs to run."""
+        from kd_bench.evals.cost import measure
+
+        return measure(self._source.engine, self._memory)
+
+
+def _load(plan: Plan) -> Any:
+    from kd_bench.evals.adapter import KdBench
+    from kd_bench.evals.upstream import quiet
+
+    with quiet(plan.debug):
+        return KdBench(
+            str(plan.checkpoint.path),
+            batch_size=plan.protocol.batch_size,
+            dtype=plan.protocol.dtype,
+            pictures=_pictures(),
+        )
+
+
+_STORES: "dict[str, PictureStore]" = {}
+_PREPARED: "dict[str, PreparedTask]" = {}
+
+
+def _pictures() -> "PictureStore":
+    """Prepared pictures, shared by all checkpoints that this process evaluates."""
+    from kd_bench.evals.pictures import PictureStore
+
+    return _STORES.setdefault("pictures", PictureStore())
+
+
+def _prepare(
+    spec: TaskSpec, folder: Path, profile: str | None, limit: int | None
+) -> "PreparedTask":
+    """`tasks.prepare`, remembered while the files stay as they are."""
+    from kd_bench.evals.tasks import prepare
+
+    files = sorted(folder.glob(f"{spec.id}*/*.parquet"))
+    stamps = [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files]
+    key = digest_text(spec.model_dump_json(), str(stamps), str(profile), str(limit))
+    if key not in _PREPARED:
+        while len(_PREPARED) >= 24:
+            _PREPARED.pop(next(iter(_PREPARED)))
+        _PREPARED[key] = prepare(spec, folder, profile=profile, limit=limit)
+    return _PREPARED[key]
