@@ -1,0 +1,95 @@
+"""Plots: valid SVG in the page's colours, equal for equal data, honest about what is missing."""
+
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from kd_bench.report.calibration import measure
+from kd_bench.report.frames import load_board
+from kd_bench.report.plots import board_plots, group_scores
+from kd_bench.report.style import DARK, LIGHT, Plot, spread_out
+from kd_bench.report.training import logs_of
+from kd_bench.report.uncertainty import draw_scores, relate
+from tests.report_store import Model, add_run, make_demo
+
+
+@pytest.fixture(scope="module")
+def plots(tmp_path_factory: pytest.TempPathFactory) -> list[Plot]:
+    board = load_board(make_demo(tmp_path_factory.mktemp("demo"), units=5, seeds=(0,)))
+    draws = draw_scores(board, 100)
+    logs = {entry.key: logs_of(entry) for entry in board.entries}
+    return board_plots(relate(board, draws), draws, logs)
+
+
+def test_svg_parses_and_ids_do_not_meet_on_one_page(plots: list[Plot]) -> None:
+    ids: list[str] = []
+    for plot in plots:
+        for text in (plot.svg, plot.standalone()):
+            ElementTree.fromstring(text)
+        ids += re.findall(r'\bid="([^"]*)"', plot.svg)
+        for target in re.findall(r'url\(#([^)]*)\)|href="#([^"]*)"', plot.svg):
+            assert "".join(target) in re.findall(r'\bid="([^"]*)"', plot.svg)
+    assert len(ids) == len(set(ids))
+
+
+def test_colours_follow_the_theme(plots: list[Plot]) -> None:
+    for plot in plots:
+        assert set(re.findall(r"#[0-9a-fA-F]{6}\b", plot.svg)) <= set()
+        assert set(re.findall(r"var\(--(\w+)", plot.svg)) <= set(LIGHT) | {"font"}
+        assert "prefers-color-scheme:dark" in plot.standalone()
+    assert set(LIGHT) == set(DARK)
+
+
+def test_every_plot_says_in_words_what_it_shows(plots: list[Plot]) -> None:
+    for plot in plots:
+        assert plot.summary.endswith((".", "!"))
+        assert f'role="img" aria-label="{plot.summary[:10]}' in plot.svg
+
+
+def test_plots_are_small_enough_to_inline(plots: list[Plot]) -> None:
+    assert sum(len(plot.svg) for plot in plots) < 600_000
+
+
+def test_a_board_without_relations_draws_what_it_can(tmp_path: Path) -> None:
+    add_run(tmp_path, Model("alone", "student", "", 0.4), tasks=("gqa", "mme"), units=4)
+    board = load_board(tmp_path)
+    draws = draw_scores(board, 50)
+    names = [plot.name for plot in board_plots(relate(board, draws), draws)]
+    assert names == ["bars", "reliability"]
+
+
+def test_group_scores_are_means_over_the_groups_benchmarks(tmp_path: Path) -> None:
+    add_run(tmp_path, Model("alone", "student", "", 0.4), units=4)
+    board = load_board(tmp_path)
+    (entry,) = board.entries
+    groups = group_scores(board, entry)
+    assert len(groups) == 5
+    members = [entry.score(task.id).value for task in board.tasks if task.group == "domain"]
+    assert groups["domain"] == pytest.approx(sum(members) / len(members))
+
+
+def test_expected_calibration_error_by_hand() -> None:
+    found = measure([0.95, 0.95, 0.95, 0.95, 0.55, 0.55], [1, 1, 1, 0, 0, 1])
+    assert found is not None
+    assert found.counts == [2, 4]
+    assert found.accuracy == pytest.approx([50.0, 75.0])
+    assert found.error == pytest.approx((2 * 5 + 4 * 20) / 6)
+    assert measure([float("nan")], [1.0]) is None
+
+
+def test_a_calibrated_model_has_no_calibration_error() -> None:
+    generator = np.random.default_rng(0)
+    confidence = generator.random(200_000)
+    found = measure(confidence, generator.random(200_000) < confidence)
+    assert found is not None
+    assert found.error < 0.7
+
+
+def test_labels_keep_apart_and_near() -> None:
+    placed = spread_out([10.0, 10.5, 11.0, 50.0], 5.0)
+    gaps = np.diff(sorted(placed))
+    assert min(gaps) >= 5.0 - 0.2
+    assert placed[3] == 50.0
