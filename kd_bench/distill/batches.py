@@ -6,7 +6,9 @@ batches, and of the whole batch size rather than of the number of devices.
 """
 
 import itertools
+import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,10 +23,21 @@ __all__ = ["IGNORED", "BatchOrder", "Collator", "ConversationDataset", "Encoder"
 
 IGNORED = -100
 MEMORY_BUDGET = 2 << 30  # bytes of encoded samples that are kept in memory
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # an answer's mark in a chat template
 FIRST, AT_A_TIME = 8, 256  # conversations encoded at a time
 PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
 
+SHOWN = 20  # unreadable samples that a message lists
+
 Sample = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A sample that could not be read when its batch was made."""
+
+    index: int
+    reason: str
 
 
 class Encoder:
@@ -47,7 +60,7 @@ class Encoder:
         self.tokens_a_picture: int | None = None
         self.plain_pictures = type(processor).__name__ == "LlavaProcessor"
         template = getattr(processor, "chat_template", None)
-        self.marks_answers = isinstance(template, str) and "{% generation %}" in template
+        self.marks_answers = isinstance(template, str) and bool(GENERATION.search(template))
         if not getattr(self.tokenizer, "is_fast", False):
             raise UsageError(
                 "The student's tokenizer is a slow one, which cannot say where an answer begins.",
@@ -279,8 +292,8 @@ def batched(conversations: Sequence[Conversation], size: int) -> Iterator[Sequen
         yield conversations[start : start + size]
 
 
-class ConversationDataset(Dataset[Sample]):
-    """Encoded samples, made when first asked for and kept while they fit into memory.
+class ConversationDataset(Dataset[Sample | Lost]):
+    """Encoded samples, made when asked for; `prepare` makes and keeps them all.
 
     Args:
         unreadable: samples already given up when the file was read.
@@ -299,45 +312,66 @@ class ConversationDataset(Dataset[Sample]):
         self.encoder = encoder
         self.unreadable = list(unreadable)
         self.unreadable_limit = unreadable_limit
-        self._kept: dict[int, Sample] = {}
+        self._kept: list[Sample] = []
         self.check_limit()
 
     def __len__(self) -> int:
         return len(self.conversations)
 
-    def __getitem__(self, index: int) -> Sample:
-        sample = self._kept.get(index)
-        if sample is None:
+    def __getitem__(self, index: int) -> Sample | Lost:
+        if self._kept:
+            return self._kept[index]
+        try:
             sample = self.encoder.encode(self.conversations[index])
-            sample["sample_index"] = torch.tensor(index)
-            self._kept[index] = sample
+        except Unreadable as error:
+            return Lost(index, str(error))
+        sample["sample_index"] = torch.tensor(index)
         return sample
 
     def prepare(self) -> None:
-        """Encode everything now, give up what cannot be read, and keep the rest in memory."""
-        kept, sound = [], []
+        """Encode everything now and keep it, unless it would not fit into memory.
+
+        What cannot be read is left out of `conversations`.
+        """
+        kept: list[Sample] = []
+        sound: list[Conversation] = []
+        lost: list[tuple[str, str]] = []
         for group in batched(self.conversations, AT_A_TIME):
             made = self.encoder.encode_many(group)
             for conversation, sample in zip(group, made, strict=True):
                 if isinstance(sample, Unreadable):
-                    self.unreadable.append((conversation.id, str(sample)))
-                    self.check_limit()
+                    lost.append((conversation.id, str(sample)))
                 else:
+                    sample["sample_index"] = torch.tensor(len(kept))
                     kept.append(sample)
                     sound.append(conversation)
-        self.conversations = sound
-        for index, sample in enumerate(kept):
-            sample["sample_index"] = torch.tensor(index)
-        self._kept = dict(enumerate(kept))
+            if _bytes(kept) / max(len(kept), 1) * len(self.conversations) > MEMORY_BUDGET:
+                return
+        self.conversations, self._kept = sound, kept
+        self.unreadable += lost
+        self.check_limit()
+
+    def give_up(self, index: int, reason: str) -> None:
+        """Count a sample that could not be read during training.
+
+        Raises:
+            TrainingError: more of them than the recipe allows.
+        """
+        entry = (self.conversations[index].id, reason)
+        if entry not in self.unreadable:
+            self.unreadable.append(entry)
+            self.check_limit()
 
     def check_limit(self) -> None:
         """Stop once more samples were given up than the recipe allows."""
         if len(self.unreadable) <= self.unreadable_limit:
             return
-        listed = "; ".join(f"{name}: {reason}" for name, reason in self.unreadable)
+        shown = [f"{name}: {reason}" for name, reason in self.unreadable[:SHOWN]]
+        if len(self.unreadable) > SHOWN:
+            shown.append(f"and {len(self.unreadable) - SHOWN} more")
         raise TrainingError(
             f"{len(self.unreadable)} samples cannot be used, more than the "
-            f"{self.unreadable_limit} allowed: {listed}.",
+            f"{self.unreadable_limit} allowed: {'; '.join(shown)}.",
             "Repair the data, or raise data.unreadable_limit.",
         )
 
@@ -347,10 +381,14 @@ class ConversationDataset(Dataset[Sample]):
 
     def length(self, index: int) -> int:
         """Tokens of a sample, or its characters while it is not encoded: for grouping only."""
-        if index in self._kept:
+        if self._kept:
             return len(self._kept[index]["input_ids"])
         turns = self.conversations[index].turns
         return sum(len(piece or "") for turn in turns for piece in turn.pieces)
+
+
+def _bytes(samples: list[Sample]) -> int:
+    return sum(tensor.nbytes for sample in samples for tensor in sample.values())
 
 
 class Collator:
@@ -359,7 +397,22 @@ class Collator:
     def __init__(self, pad_token_id: int) -> None:
         self.padding = {"input_ids": pad_token_id, "labels": IGNORED}
 
-    def __call__(self, samples: list[Sample]) -> dict[str, Tensor]:
+    def __call__(self, made: Sequence[Sample | Lost]) -> dict[str, Any]:
+        samples = [sample for sample in made if not isinstance(sample, Lost)]
+        lost = [(sample.index, sample.reason) for sample in made if isinstance(sample, Lost)]
+        if not samples:  # nothing to learn, but every device has to take its step
+            alone = torch.tensor([self.padding["input_ids"]])
+            samples = [
+                {
+                    "input_ids": alone,
+                    "labels": torch.full_like(alone, IGNORED),
+                    "sample_index": torch.tensor(-1),
+                }
+            ]
+        batch = self._joined(samples)
+        return {**batch, "unreadable": lost} if lost else batch
+
+    def _joined(self, samples: list[Sample]) -> dict[str, Tensor]:
         lengths = [len(sample["input_ids"]) for sample in samples]
         longest = max(lengths)
         batch = {

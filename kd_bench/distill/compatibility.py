@@ -1,15 +1,23 @@
 """Do this student and this teacher fit each other? Asked before anything is trained."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from kd_bench.distill import losses
+from kd_bench.distill.distiller import Distiller
 from kd_bench.distill.methods import Term, needs_switch, needs_teacher
-from kd_bench.distill.pathways import pathway_for
-from kd_bench.errors import UsageError
+from kd_bench.distill.pathways import (
+    Pathway,
+    answer_positions,
+    pathway_for,
+    switch_hidden_states,
+)
+from kd_bench.errors import TrainingError, UsageError
 
-__all__ = ["check_pair", "check_terms"]
+__all__ = ["check_pair", "check_terms", "self_divergence", "step_zero", "switch_gap"]
 
 
 def check_terms(terms: Sequence[Term], trainable: Sequence[str], stage: str) -> None:
@@ -139,3 +147,59 @@ def _vocabulary(student: int, teacher: int, truncate: bool) -> int | None:
             "Ignore them with truncate_vocabulary=true.",
         )
     return min(student, teacher)
+
+
+@torch.no_grad()
+def switch_gap(student: Pathway, teacher: Pathway, batch: Mapping[str, Tensor]) -> float:
+    """Largest |z_SW - z_T| over the answers' hidden states of a batch.
+
+    Exactly zero where student and teacher have equal vision weights.
+    """
+    answers = answer_positions(batch["labels"])
+    switched = switch_hidden_states(student, teacher, batch, answers)
+    own = switch_hidden_states(teacher, teacher, batch, answers)
+    return float((switched - own).abs().max()) if switched.numel() else 0.0
+
+
+@torch.no_grad()
+def self_divergence(teacher: Pathway, batch: Mapping[str, Tensor]) -> float:
+    """Largest KL(T || T) over the answers of a batch: zero unless the teacher is not repeatable."""
+    answers = answer_positions(batch["labels"])
+    first, second = (
+        teacher.lm_head(switch_hidden_states(teacher, teacher, batch, answers)[:64])
+        for _ in range(2)
+    )
+    return float(losses.kl(first, second).abs().max()) if len(first) else 0.0
+
+
+def step_zero(distiller: Distiller, batch: Mapping[str, Tensor]) -> dict[str, float]:
+    """Check what must hold before the first step, where it can be known.
+
+    Raises:
+        TrainingError: the switch of equal eyes differs from the teacher, or KL(T || T) is not 0.
+    """
+    teacher = distiller.teacher
+    if teacher is None:
+        return {}
+    found = {"self_divergence": self_divergence(teacher, batch)}
+    if needs_switch(distiller.terms) and _equal_weights(
+        distiller.pathway.vision_tower, teacher.vision_tower
+    ):
+        found["switch_gap"] = switch_gap(distiller.pathway, teacher, batch)
+    for name, value in found.items():
+        if not value == 0:
+            raise TrainingError(
+                f"Before the first step {name} is {value:.3g} and must be 0.",
+                "The teacher does not compute the same twice: look for dropout or remote code.",
+            )
+    return found
+
+
+def _equal_weights(left: nn.Module, right: nn.Module) -> bool:
+    ours, theirs = left.state_dict(), right.state_dict()
+    return ours.keys() == theirs.keys() and all(
+        tensor.shape == theirs[name].shape
+        and tensor.dtype == theirs[name].dtype
+        and torch.equal(tensor.to(theirs[name].device), theirs[name])
+        for name, tensor in ours.items()
+    )

@@ -27,6 +27,8 @@ from kd_bench.distill.methods import (
 )
 from kd_bench.distill.objective import Heads, KneeLog, token_terms
 from kd_bench.distill.pathways import Features, Pathway, answer_positions, pathway_for
+from kd_bench.distill.teacher_cache import TeacherCache
+from kd_bench.errors import UsageError
 
 __all__ = ["Distiller", "Passes"]
 
@@ -60,6 +62,7 @@ class Distiller(nn.Module):
         terms: the objective.
         vocabulary: rows that both LM heads are cut to; None is all of them.
         head_chunk: answer positions that pass through heads and losses at a time.
+        cache: the teacher's hidden states of earlier passes over the same samples.
     """
 
     accepts_loss_kwargs = True  # the Trainer shall count the answers of the whole batch
@@ -72,6 +75,7 @@ class Distiller(nn.Module):
         *,
         vocabulary: int | None = None,
         head_chunk: int = 512,
+        cache: TeacherCache | None = None,
     ) -> None:
         super().__init__()
         self.student = student
@@ -88,10 +92,13 @@ class Distiller(nn.Module):
             teacher.requires_grad_(False).eval()
         self._teacher: tuple[Pathway, ...] = () if teacher is None else (pathway_for(teacher),)
         self.adapter = self._width_adapter()
-
-    @property
-    def config(self) -> Any:
-        return self.student.config
+        self.cache = cache
+        if cache is not None and self.image_terms:
+            raise UsageError(
+                "teacher_cache keeps the teacher's states at answers only, but the term "
+                f"{self.image_terms[0].label!r} looks at pictures.",
+                "Take teacher_cache out.",
+            )
 
     @property
     def teacher(self) -> Pathway | None:
@@ -164,12 +171,28 @@ class Distiller(nn.Module):
         if teacher is None:
             return passes
         with torch.no_grad():
-            embeddings = teacher.project(teacher.encode_image(batch), batch)
-            self._decode("teacher", teacher, embeddings, batch, answers, passes)
+            self._teach(teacher, batch, answers, passes)
         if needs_switch(self.terms) and features is not None:
             seen = teacher.project(features, batch)
             passes.hidden["switch"] = teacher.decode(seen, batch, answers)
         return passes
+
+    def _teach(
+        self, teacher: Pathway, batch: Mapping[str, Tensor], answers: Tensor, passes: Passes
+    ) -> None:
+        """The teacher's own pathway, from the cache where it holds the whole batch."""
+        samples: list[int] = []
+        counts: list[int] = []
+        if self.cache is not None:
+            samples, counts = batch["sample_index"].tolist(), answers.sum(1).tolist()
+            known = self.cache.get(samples, counts)
+            if known is not None:
+                passes.hidden["teacher"] = known.to(answers.device)
+                return
+        embeddings = teacher.project(teacher.encode_image(batch), batch)
+        self._decode("teacher", teacher, embeddings, batch, answers, passes)
+        if self.cache is not None:
+            self.cache.put(samples, counts, passes.hidden["teacher"])
 
     def _decode(
         self,

@@ -5,6 +5,7 @@ Everything else (devices, accumulation, mixed precision, resuming, loggers) is t
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from kd_bench.distill.batches import BatchOrder, Collator, ConversationDataset
+from kd_bench.distill.batches import BatchOrder, Collator
 from kd_bench.distill.distiller import Distiller
 from kd_bench.distill.objective import KneeLog
+from kd_bench.distill.outputs import sync_folder
+from kd_bench.distill.progress import ProgressReport
 from kd_bench.errors import TrainingError
 
 __all__ = ["DistillationTrainer", "last_checkpoint"]
@@ -56,25 +59,26 @@ class DistillationTrainer(Trainer):
         self,
         distiller: Distiller,
         arguments: TrainingArguments,
-        dataset: ConversationDataset,
         order: BatchOrder,
         collator: Collator,
         *,
         stage: str = "train",
         vision_tower_learning_rate: float | None = None,
-        callbacks: list[Any] | None = None,
+        report: ProgressReport,
+        callbacks: Sequence[Any] = (),
     ) -> None:
         super().__init__(
             model=distiller,
             args=arguments,
-            train_dataset=dataset,
+            train_dataset=order.dataset,
             data_collator=collator,
-            callbacks=[_Flow(order), *(callbacks or [])],
+            callbacks=[_Flow(order), *callbacks, report],  # the report shows what the others add
         )
         self.remove_callback(PrinterCallback)
         self.stage = stage
+        self.report = report
         self.order = order
-        self.dataset = dataset
+        self.dataset = order.dataset
         self.vision_tower_learning_rate = vision_tower_learning_rate
         self._sums: dict[str, Tensor] = {}
         self._summed_from = 0
@@ -100,6 +104,11 @@ class DistillationTrainer(Trainer):
         )
         return self.accelerator.prepare(loader)
 
+    def first_batch(self) -> dict[str, Tensor]:
+        """The first batch of all, on this process's device."""
+        samples = [self.dataset[index] for index in next(iter(self.order))]
+        return self._prepare_inputs(self.data_collator(samples))
+
     # One step
 
     def training_step(
@@ -118,7 +127,8 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
         """The distiller's loss; keeps every term's value for the log."""
-        samples = inputs.pop("sample_index")
+        self._give_up(inputs)
+        samples = inputs["sample_index"]
         items = num_items_in_batch
         if items is None:
             items = (inputs["labels"][:, 1:] != -100).sum()
@@ -132,6 +142,11 @@ class DistillationTrainer(Trainer):
         if self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
         return (loss, values) if return_outputs else loss
+
+    def _give_up(self, inputs: dict[str, Any]) -> None:
+        """Count the samples that could not be read for this batch."""
+        for index, reason in inputs.pop("unreadable", []):
+            self.dataset.give_up(index, reason)
 
     def _logs_after_this_step(self) -> bool:
         return (self.state.global_step + 1) % self.args.logging_steps == 0
@@ -148,7 +163,7 @@ class DistillationTrainer(Trainer):
         for step, loss, samples in pending:
             if bool(torch.isfinite(loss)):
                 continue
-            names = ", ".join(self.dataset.conversations[i].id for i in samples.tolist())
+            names = ", ".join(self.dataset.conversations[i].id for i in samples.tolist() if i >= 0)
             raise TrainingError(
                 f"Stage {self.stage!r}: the loss became {float(loss)} at step {step}, on the "
                 f"samples {names}.",
@@ -276,14 +291,6 @@ class DistillationTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         load_model(self.model, str(state))
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until every file of a folder is on disk, so that its rename means it is whole."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
 
 
 def last_checkpoint(folder: Path) -> Path | None:

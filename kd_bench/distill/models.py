@@ -16,9 +16,11 @@ from kd_bench.files import digest_files
 
 __all__ = [
     "PARTS",
+    "checkpoint_activations",
     "load_model",
     "load_processor",
     "parameter_counts",
+    "quiet",
     "set_trainable",
     "weights_digest",
 ]
@@ -63,6 +65,14 @@ def load_model(
         ) from error
     model.eval()
     return model if device is None else model.to(device)
+
+
+def quiet() -> None:
+    """Keep the libraries' progress bars and reminders out of our own output."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Any:
@@ -210,6 +220,24 @@ def set_trainable(model: nn.Module, names: Iterable[str]) -> None:
         head = whole.get_output_embeddings()
         if head is not None:
             head.requires_grad_(True)
+
+
+def checkpoint_activations(model: Any, *, frozen: bool = False) -> None:
+    """Recompute each layer's activations in the backward pass instead of keeping them.
+
+    Args:
+        frozen: a teacher that the switch's gradient passes through. Its layers alone are marked
+            as training, which is what makes them recompute; dropout inside them stays off.
+    """
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    if enable is not None:
+        enable({"use_reentrant": False})
+    else:  # transformers before 5.20 or so
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if frozen:
+        for module in model.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                module.training = True
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:

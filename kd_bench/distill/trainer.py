@@ -12,34 +12,36 @@ The same command continues a stopped training and leaves a finished one alone.
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from rich.console import Console
-from torch import nn
 
 from kd_bench import provenance
 from kd_bench.distill.batches import BatchOrder, Collator, ConversationDataset, Encoder
-from kd_bench.distill.compatibility import check_pair, check_terms
+from kd_bench.distill.build import add_lora, build_student, merge_lora
+from kd_bench.distill.compatibility import check_pair, check_terms, step_zero
 from kd_bench.distill.data import data_digest, read_conversations
 from kd_bench.distill.distiller import Distiller
-from kd_bench.distill.engine import DistillationTrainer, last_checkpoint, sync_folder
+from kd_bench.distill.engine import DistillationTrainer, last_checkpoint
 from kd_bench.distill.methods import needs_teacher
 from kd_bench.distill.models import (
+    checkpoint_activations,
     load_model,
     load_processor,
     parameter_counts,
+    quiet,
     set_trainable,
     weights_digest,
 )
+from kd_bench.distill.outputs import is_done, only_one, save_whole
 from kd_bench.distill.progress import LogWriter, ProgressReport, cut_log
-from kd_bench.distill.recipe import Recipe, Stage, load_recipe, recipe_yaml
-from kd_bench.errors import KdBenchError, TrainingError, UsageError
+from kd_bench.distill.recipe import Recipe, Stage, StudentParts, recipe_yaml
+from kd_bench.distill.teacher_cache import TeacherCache, cache_folder
+from kd_bench.errors import KdBenchError, UsageError
 from kd_bench.files import digest_text, write_json, write_text
 from kd_bench.world.embedded import resolve
 
@@ -47,9 +49,6 @@ __all__ = ["train"]
 
 NEW = "embedded:new/"
 SMALL_DATA = 50_000  # conversations that are encoded before the first step and kept in memory
-# Settings that change how a training is watched, not what it computes.
-WATCHING = ("output", "report_to")
-WATCHING_STAGE = ("log_every", "save_every", "workers")
 
 
 @dataclass
@@ -61,6 +60,10 @@ class Run:
     console: Console
     lineage: dict[str, Any]
     is_main: bool
+    processor: Any = None
+    teacher: Any = None
+    teacher_processor: Any = None
+    done: list[str] = field(default_factory=list)
 
     def note(self, **changes: Any) -> None:
         """Update lineage.json."""
@@ -83,103 +86,46 @@ def train(recipe: Recipe, *, resume: bool = True, console: Console | None = None
         UsageError: recipe, checkpoints or data do not fit; nothing was trained.
         TrainingError: training stopped; the last checkpoint is kept.
     """
+    quiet()
     folder = recipe.output_folder
     final = folder / "final"
     console = console or Console()
     is_main = int(os.environ.get("RANK", "0")) == 0
-    with _only_one(folder, is_main):
+    with only_one(folder) if is_main else contextlib.nullcontext():
         if not resume and is_main:
             shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True, exist_ok=True)
-        if _is_done(recipe, folder):
-            if is_main:
-                console.print(f"Already trained: {final}", highlight=False, soft_wrap=True)
-            return final
+            folder.mkdir(parents=True)
+        wait_for_everyone()
         run = Run(recipe, folder, console, _lineage(recipe), is_main)
+        if is_done(recipe, folder):
+            run.say(f"Already trained: {final}")
+            return final
+        wait_for_everyone()
         if is_main:
             write_text(folder / "recipe.yaml", recipe_yaml(recipe))
         run.note(status="running")
         try:
             student = _run_stages(run)
             run.note(status="complete", finished=_now())
-            _save_final(run, student, final)
+            if is_main:
+                _save_final(run, student, final)
+            wait_for_everyone()
         except KeyboardInterrupt:
             run.note(status="interrupted")
             raise
         except KdBenchError as error:
             run.note(status="stopped", problem=error.problem)
             raise
+    run.say(f"Trained: {final}")
     return final
 
 
-@contextlib.contextmanager
-def _only_one(folder: Path, is_main: bool) -> Iterator[None]:
-    """Keep a second process from writing into the same folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not is_main:
-        yield
-        return
-    lock = FileLock(str(folder) + ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UsageError(
-            f"Another process is training in {folder}.", "Wait for it, or set output=."
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
+def wait_for_everyone() -> None:
+    """Let all processes of a distributed training come this far."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState
 
-
-def _is_done(recipe: Recipe, folder: Path) -> bool:
-    """Whether the folder holds this very training, finished.
-
-    Raises:
-        UsageError: it holds a different one.
-    """
-    written = folder / "recipe.yaml"
-    if not written.exists():
-        return False
-    before = load_recipe(written)
-    if _identity(before) != _identity(recipe):
-        raise UsageError(
-            f"{folder} holds a training with another recipe ({_difference(before, recipe)}).",
-            "Set output= to another folder, or delete that one.",
-        )
-    return (folder / "final" / "config.json").exists()
-
-
-def _identity(recipe: Recipe) -> dict[str, Any]:
-    """The recipe without what only changes how it is watched."""
-    mapping = recipe.model_dump(mode="json", exclude=set(WATCHING))
-    for stage in mapping["stages"]:
-        for name in WATCHING_STAGE:
-            stage.pop(name, None)
-    return mapping
-
-
-def _difference(before: Recipe, now: Recipe) -> str:
-    old, new = _flat(_identity(before)), _flat(_identity(now))
-    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    first = changed[0]
-    return f"{first}: {old.get(first)} there, {new.get(first)} now"
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    entries = (
-        value.items()
-        if isinstance(value, dict)
-        else enumerate(value)
-        if isinstance(value, list)
-        else None
-    )
-    if entries is None:
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, entry in entries:
-        flat.update(_flat(entry, f"{prefix}.{key}" if prefix else str(key)))
-    return flat
+        PartialState().wait_for_everyone()
 
 
 def _now() -> str:
@@ -200,161 +146,153 @@ def _lineage(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _run_stages(run: Run) -> tuple[nn.Module, Any]:
-    """Train the stages that are not done yet; returns the student and its processor."""
+def _save_final(run: Run, student: Any, final: Path) -> None:
+    """The last stage's model again, with where it came from beside it."""
+    student.eval()
+    save_whole(student, _Notes(run), final)
+
+
+class _Notes:
+    """Saves processor, lineage and recipe in one go, so that final/ appears with all of them."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def save_pretrained(self, folder: Path) -> None:
+        self.run.processor.save_pretrained(folder)
+        for name in ("lineage.json", "recipe.yaml"):
+            shutil.copyfile(self.run.folder / name, folder / name)
+
+
+def _run_stages(run: Run) -> Any:
+    """Train the stages that are not done yet; returns the student."""
     recipe = run.recipe
     for stage in recipe.stages:
         check_terms(stage.objective, stage.trainable, stage.name)
-    start = _start(recipe, run.folder)
-    processor = load_processor(start, trust_remote_code=recipe.trust_remote_code)
-    teacher, teacher_processor = _load_teacher(run)
+    start = _start(run)
+    run.processor = load_processor(start, trust_remote_code=recipe.trust_remote_code)
+    _load_teacher(run)
     run.note(student={"path": str(recipe.student), "weights_sha256": weights_digest(start)})
-    student: nn.Module | None = None
-    done: list[str] = []
+    student = None
     for index, stage in enumerate(recipe.stages):
         folder = run.folder / "stages" / f"{index + 1:02d}-{stage.name}"
         if not (folder / "model").exists():
-            if student is None:
-                student = _load(recipe, start, stage)
-            rows = None
-            if teacher is not None:
-                rows = check_pair(
-                    student,
-                    teacher,
-                    processor,
-                    teacher_processor,
-                    stage.objective,
-                    truncate_vocabulary=recipe.truncate_vocabulary,
-                )
-            _run_stage(run, stage, folder, student, teacher, processor, rows, done)
-            _save_whole(student, processor, folder / "model", run.is_main)
-            for leftover in folder.glob("checkpoint-*"):
-                shutil.rmtree(leftover, ignore_errors=True)
+            student = _load(recipe, start) if student is None else student
+            student = _run_stage(run, stage, folder, student)
         start = folder / "model"
-        done.append(stage.name)
-    return student or _load(recipe, start, recipe.stages[-1]), processor
+        run.done.append(stage.name)
+    return _load(recipe, start) if student is None else student
 
 
-def _start(recipe: Recipe, folder: Path) -> Path:
-    """The checkpoint that the first stage starts from."""
-    reference = str(recipe.student)
-    if not reference.startswith(NEW):
-        return resolve(reference)
-    from kd_bench.distill import mini
-
-    build = {"student": mini.build_student, "teacher": mini.build_teacher}
-    name = reference.removeprefix(NEW)
-    if name not in build:
-        raise UsageError(
-            f"There is no {reference}.", f"Known: {', '.join(NEW + n for n in build)}."
-        )
-    start = folder / "init"
-    if not start.exists():
-        staging = folder / ".init.saving"
-        shutil.rmtree(staging, ignore_errors=True)
-        build[name](staging, seed=recipe.seed)
-        staging.rename(start)
+def _start(run: Run) -> Path:
+    """The checkpoint that the first stage starts from, built where the recipe asks for that."""
+    recipe = run.recipe
+    if isinstance(recipe.student, str) and not recipe.student.startswith(NEW):
+        return resolve(recipe.student)
+    start = run.folder / "init"
+    if run.is_main and not start.exists():
+        _build_start(recipe, run.folder, start)
+    wait_for_everyone()
     return start
 
 
-def _load(recipe: Recipe, path: Path, stage: Stage) -> nn.Module:
+def _build_start(recipe: Recipe, folder: Path, start: Path) -> None:
+    staging = folder / ".init.saving"
+    shutil.rmtree(staging, ignore_errors=True)
+    if isinstance(recipe.student, StudentParts):
+        build_student(recipe.student, staging, recipe.seed)
+    else:
+        _build_embedded(recipe.student.removeprefix(NEW), staging, recipe.seed)
+    staging.rename(start)
+
+
+def _build_embedded(name: str, folder: Path, seed: int) -> None:
+    from kd_bench.distill import mini
+
+    build = {"student": mini.build_student, "teacher": mini.build_teacher}
+    if name not in build:
+        raise UsageError(
+            f"There is no {NEW}{name}.", f"Known: {', '.join(NEW + known for known in build)}."
+        )
+    build[name](folder, seed=seed)
+
+
+def _load(recipe: Recipe, path: Path) -> Any:
     return load_model(
         path, allow_pickle=recipe.allow_pickle, trust_remote_code=recipe.trust_remote_code
     )
 
 
-def _load_teacher(run: Run) -> tuple[nn.Module | None, Any]:
+def _load_teacher(run: Run) -> None:
     recipe = run.recipe
     if recipe.teacher is None or not any(needs_teacher(s.objective) for s in recipe.stages):
-        return None, None
+        return
     mixed = any(stage.precision == "bfloat16" for stage in recipe.stages)
     path = resolve(recipe.teacher)
-    teacher = load_model(
+    run.teacher = load_model(
         path,
         dtype=torch.bfloat16 if mixed else torch.float32,
         allow_pickle=recipe.allow_pickle,
         trust_remote_code=recipe.trust_remote_code,
     )
+    run.teacher_processor = load_processor(path, trust_remote_code=recipe.trust_remote_code)
     run.note(teacher={"path": recipe.teacher, "weights_sha256": weights_digest(path)})
-    return teacher, load_processor(path, trust_remote_code=recipe.trust_remote_code)
 
 
-def _run_stage(
-    run: Run,
-    stage: Stage,
-    folder: Path,
-    student: nn.Module,
-    teacher: nn.Module | None,
-    processor: Any,
-    vocabulary: int | None,
-    done: list[str],
-) -> None:
-    """Train one stage in place, from its last checkpoint where there is one."""
-    dataset = _dataset(run, stage, processor)
-    set_trainable(student, stage.trainable)
-    student.train()
-    seed = run.recipe.seed + 1000 * len(done)
-    torch.manual_seed(seed)  # an adapter between widths starts from it
-    distiller = Distiller(
-        student, teacher, stage.objective, vocabulary=vocabulary, head_chunk=stage.head_chunk
-    )
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    pieces = stage.gradient_accumulation * world
-    if stage.batch_size % pieces:
-        raise UsageError(
-            f"batch_size {stage.batch_size} cannot be shared by {world} processes with "
-            f"gradient_accumulation {stage.gradient_accumulation}.",
-            f"Use a multiple of {pieces}.",
+def _run_stage(run: Run, stage: Stage, folder: Path, student: Any) -> Any:
+    """Train one stage from its last checkpoint and save its model; returns the student."""
+    recipe = run.recipe
+    teacher = run.teacher if needs_teacher(stage.objective) else None
+    rows = None
+    if teacher is not None:
+        rows = check_pair(
+            student,
+            teacher,
+            run.processor,
+            run.teacher_processor,
+            stage.objective,
+            truncate_vocabulary=recipe.truncate_vocabulary,
         )
-    order = BatchOrder(
-        dataset, stage.batch_size, stage.batch_size // pieces, seed, stage.group_by_length
+    dataset = _dataset(run, stage)
+    order, seed = _order(run, stage, dataset)
+    set_trainable(student, stage.trainable)
+    torch.manual_seed(seed)  # adapters start from it
+    if stage.lora is not None:
+        student = add_lora(student, stage.lora)
+    if stage.gradient_checkpointing:
+        checkpoint_activations(student)
+        if teacher is not None:
+            checkpoint_activations(teacher, frozen=True)
+    distiller = Distiller(
+        student,
+        teacher,
+        stage.objective,
+        vocabulary=rows,
+        head_chunk=stage.head_chunk,
+        cache=_cache(run, stage, teacher, dataset),
     )
-    steps = stage.steps or max(round((stage.epochs or 1) * order.steps), 1)
-    log = run.folder / "train_log.jsonl"
-    report = ProgressReport(stage.name, run.console)
-    tokenizer = processor.tokenizer
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    trainer = DistillationTrainer(
-        distiller,
-        _arguments(run, stage, folder, steps, order.batch_size, seed),
-        dataset,
-        order,
-        Collator(pad),
-        stage=stage.name,
-        vision_tower_learning_rate=stage.vision_tower_learning_rate,
-        callbacks=[LogWriter(log, stage.name, stage.batch_size), report],
-    )
+    trainer = _trainer(run, stage, folder, distiller, order, seed)
     checkpoint = last_checkpoint(folder)
-    reached = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-    if run.is_main:
-        cut_log(log, done, stage.name, reached)
-    counts = parameter_counts(student)
-    run.lineage["stages"][stage.name] = {
-        "method": stage.method_name,
-        "steps": steps,
-        "data": data_digest(dataset.conversations),
-        "unreadable": dataset.unreadable,
-        "parameters": counts,
-    }
-    run.note()
-    run.say(
-        f"{stage.name}: {stage.method_name}, {steps} steps of {stage.batch_size} out of "
-        f"{len(dataset)} samples, {counts['trainable']:,} of {counts['total']:,} weights learn"
-        + (f"; resuming at step {reached}" if reached else "")
-    )
-    try:
+    _announce(run, stage, trainer, checkpoint)
+    with contextlib.closing(trainer.report):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.check_finite()
-    finally:
-        report.close()
+    student = merge_lora(student)
+    if run.is_main:
+        save_whole(student, run.processor, folder / "model")
+        for leftover in folder.glob("checkpoint-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+    wait_for_everyone()
+    return student
 
 
-def _dataset(run: Run, stage: Stage, processor: Any) -> ConversationDataset:
+def _dataset(run: Run, stage: Stage) -> ConversationDataset:
+    """The stage's samples, all encoded in advance where they are few."""
     source = run.recipe.data_of(stage)
     conversations, broken = read_conversations(source)
     dataset = ConversationDataset(
         conversations,
-        Encoder(processor, stage.max_length),
+        Encoder(run.processor, stage.max_length),
         unreadable=broken,
         unreadable_limit=source.unreadable_limit,
     )
@@ -363,72 +301,114 @@ def _dataset(run: Run, stage: Stage, processor: Any) -> ConversationDataset:
     return dataset
 
 
-def _arguments(run: Run, stage: Stage, folder: Path, steps: int, piece: int, seed: int) -> Any:
+def _order(run: Run, stage: Stage, dataset: ConversationDataset) -> tuple[BatchOrder, int]:
+    """The order of batches, and the stage's own seed."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    pieces = stage.gradient_accumulation * world
+    if stage.batch_size % pieces:
+        raise UsageError(
+            f"batch_size {stage.batch_size} cannot be shared by {world} processes with "
+            f"gradient_accumulation {stage.gradient_accumulation}.",
+            f"Use a multiple of {pieces}.",
+        )
+    seed = run.recipe.seed + 1000 * len(run.done)
+    piece = stage.batch_size // pieces
+    return BatchOrder(dataset, stage.batch_size, piece, seed, stage.group_by_length), seed
+
+
+def _cache(
+    run: Run, stage: Stage, teacher: Any, dataset: ConversationDataset
+) -> TeacherCache | None:
+    if run.recipe.teacher_cache is None or teacher is None:
+        return None
+    folder = cache_folder(
+        Path(run.recipe.teacher_cache),
+        teacher=run.lineage["teacher"]["weights_sha256"],
+        data=data_digest(dataset.conversations)["sha256"],
+        max_length=stage.max_length,
+        template=run.processor.chat_template,
+        dtype=teacher.dtype,
+    )
+    width = teacher.get_input_embeddings().weight.shape[1]
+    return TeacherCache(folder, width, teacher.dtype, int(os.environ.get("RANK", "0")))
+
+
+def _trainer(
+    run: Run, stage: Stage, folder: Path, distiller: Distiller, order: BatchOrder, seed: int
+) -> DistillationTrainer:
+    tokenizer = run.processor.tokenizer
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    steps = stage.steps or max(round((stage.epochs or 1) * order.steps), 1)
+    report = ProgressReport(stage.name, run.console)
+    log = LogWriter(run.folder / "train_log.jsonl", stage.name, stage.batch_size)
+    return DistillationTrainer(
+        distiller,
+        _arguments(run.recipe, stage, folder, steps, order.batch_size, seed),
+        order,
+        Collator(pad),
+        stage=stage.name,
+        vision_tower_learning_rate=stage.vision_tower_learning_rate,
+        report=report,
+        callbacks=[log],
+    )
+
+
+def _announce(
+    run: Run, stage: Stage, trainer: DistillationTrainer, checkpoint: Path | None
+) -> None:
+    """Note in lineage and log what is about to happen, and say so."""
+    reached = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    if run.is_main:
+        cut_log(run.folder / "train_log.jsonl", run.done, stage.name, reached)
+    dataset, distiller, steps = trainer.dataset, trainer.model, trainer.args.max_steps
+    counts = parameter_counts(distiller.student)
+    run.lineage["stages"][stage.name] = {
+        "method": stage.method_name,
+        "steps": steps,
+        "data": data_digest(dataset.conversations),
+        "unreadable": dataset.unreadable,
+        "parameters": counts,
+        "checks": step_zero(distiller, trainer.first_batch()),
+    }
+    run.note()
+    run.say(
+        f"{stage.name}: {stage.method_name}, {steps} steps of {stage.batch_size} out of "
+        f"{len(dataset)} samples, {counts['trainable']:,} of {counts['total']:,} weights learn"
+        + (f"; resuming at step {reached}" if reached else "")
+    )
+
+
+def _arguments(
+    recipe: Recipe, stage: Stage, folder: Path, steps: int, piece: int, seed: int
+) -> Any:
     """The stage's settings in the Trainer's words."""
     from transformers import TrainingArguments
 
+    schedule = "constant_with_warmup" if stage.schedule == "constant" else stage.schedule
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=piece,
         gradient_accumulation_steps=stage.gradient_accumulation,
         max_steps=steps,
         learning_rate=stage.learning_rate,
-        lr_scheduler_type=stage.schedule
-        if stage.schedule != "constant"
-        else "constant_with_warmup",
+        lr_scheduler_type=schedule,
         warmup_steps=stage.warmup,
         weight_decay=stage.weight_decay,
         adam_beta1=stage.betas[0],
         adam_beta2=stage.betas[1],
         max_grad_norm=stage.max_grad_norm,
         bf16=stage.precision == "bfloat16",
-        activation_checkpointing=False,
         logging_steps=stage.log_every,
         logging_nan_inf_filter=False,
         save_strategy="steps" if stage.save_every else "no",
         save_steps=stage.save_every or 500,
-        report_to=list(run.recipe.report_to) or "none",
+        report_to=list(recipe.report_to) or "none",
         seed=seed,
         disable_tqdm=True,
         remove_unused_columns=False,
         label_names=["labels"],
         dataloader_num_workers=stage.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
-        ddp_find_unused_parameters=True,
+        ddp_find_unused_parameters=True,  # a text-only batch leaves the vision tower out
         average_tokens_across_devices=True,
     )
-
-
-def _save_whole(student: Any, processor: Any, folder: Path, is_main: bool) -> None:
-    """Save a checkpoint so that its folder appears only when everything in it is on disk.
-
-    Raises:
-        TrainingError: it cannot be written; nothing that was there is touched.
-    """
-    if not is_main:
-        return
-    staging = folder.with_name(f".{folder.name}.saving")
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        staging.mkdir(parents=True)
-        student.save_pretrained(staging)
-        processor.save_pretrained(staging)
-        sync_folder(staging)
-    except OSError as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise TrainingError(
-            f"The model could not be written to {folder}: {error.strerror or error}.",
-            "Make room and run the same command again.",
-        ) from error
-    shutil.rmtree(folder, ignore_errors=True)
-    staging.rename(folder)
-
-
-def _save_final(run: Run, trained: tuple[Any, Any], final: Path) -> None:
-    student, processor = trained
-    student.eval()
-    _save_whole(student, processor, final, run.is_main)
-    if run.is_main:
-        for name in ("lineage.json", "recipe.yaml"):
-            shutil.copyfile(run.folder / name, final / name)
-        run.say(f"Trained: {final}")

@@ -1,0 +1,226 @@
+"""Put models together: a student from parts, a LoRA student, the switch as a model of its own."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kd_bench.distill.models import load_model
+from kd_bench.distill.pathways import pathway_for
+from kd_bench.distill.recipe import LoraSettings, StudentParts
+from kd_bench.errors import MissingExtraError, UsageError
+from kd_bench.world.embedded import resolve
+
+__all__ = ["add_lora", "build_student", "merge_lora", "switch_model", "tinyllava_template"]
+
+TEMPLATES = Path(__file__).parent / "templates"
+IMAGE_TOKEN = "<image>"
+
+
+def tinyllava_template() -> str:
+    """The prompt that TinyLLaVA's base models are trained on, as a chat template."""
+    return (TEMPLATES / "tinyllava.jinja").read_text(encoding="utf-8").strip()
+
+
+def build_student(parts: StudentParts, folder: Path, seed: int = 0) -> None:
+    """Save a LLaVA made of a vision tower, a fresh projector and a language model.
+
+    Raises:
+        UsageError: a part cannot be loaded.
+    """
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    tower, pictures = _vision(parts.vision_tower)
+    language, tokenizer = _language(parts.language_model)
+    if IMAGE_TOKEN not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"extra_special_tokens": {"image_token": IMAGE_TOKEN}})
+    image_token_id = int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+    if image_token_id >= language.config.vocab_size:
+        language.resize_token_embeddings(len(tokenizer))
+    has_class_token = _has_class_token(tower)
+    side, patch = tower.config.image_size // tower.config.patch_size, tower.config.patch_size
+    drops_first = parts.vision_feature_select_strategy == "default"
+    tied = bool(language.config.tie_word_embeddings)
+    config = LlavaConfig(
+        vision_config=tower.config,
+        text_config=language.config,
+        image_token_id=image_token_id,
+        image_seq_length=side * side + int(has_class_token) - int(drops_first),
+        projector_hidden_act=parts.projector_act,
+        vision_feature_layer=parts.vision_feature_layer,
+        vision_feature_select_strategy=parts.vision_feature_select_strategy,
+        tie_word_embeddings=tied,
+    )
+    torch.manual_seed(seed)
+    student = LlavaForConditionalGeneration(config)  # the projector keeps what is drawn here
+    student.model.vision_tower.load_state_dict(tower.state_dict())
+    student.model.language_model.load_state_dict(language.get_decoder().state_dict())
+    if not tied:
+        student.lm_head.load_state_dict(language.get_output_embeddings().state_dict())
+    student.generation_config.eos_token_id = tokenizer.eos_token_id
+    student.generation_config.pad_token_id = tokenizer.pad_token_id
+    student.save_pretrained(folder)
+    make_processor(
+        pictures,
+        tokenizer,
+        patch_size=patch,
+        additional_tokens=int(has_class_token),
+        strategy=parts.vision_feature_select_strategy,
+        template=_template(parts.chat_template),
+    ).save_pretrained(folder)
+
+
+def make_processor(
+    pictures: Any,
+    tokenizer: Any,
+    *,
+    patch_size: int,
+    additional_tokens: int,
+    strategy: str,
+    template: str,
+) -> Any:
+    """A LlavaProcessor; the tokenizer must know `<image>`."""
+    from transformers import LlavaProcessor
+
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return LlavaProcessor(
+        image_processor=pictures,
+        tokenizer=tokenizer,
+        patch_size=patch_size,
+        num_additional_image_tokens=additional_tokens,
+        vision_feature_select_strategy=strategy,
+        image_token=IMAGE_TOKEN,
+        chat_template=template,
+    )
+
+
+def _template(path: str | None) -> str:
+    if path is None:
+        return tinyllava_template()
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}.", "Check student.chat_template.") from None
+
+
+def _vision(path: str) -> tuple[Any, Any]:
+    """A vision tower, alone or out of a two-tower or vision-language model; and its processor."""
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel
+
+    where = str(resolve(path)) if path.startswith("embedded:") else path
+    try:
+        config = AutoConfig.from_pretrained(where)
+        pictures = AutoImageProcessor.from_pretrained(where)
+        if hasattr(config, "text_config") and type(config).__name__ in _vision_language_configs():
+            return pathway_for(load_model(where)).vision_tower, pictures
+        inner = getattr(config, "vision_config", config)
+        with torch.device("meta"):
+            kind = type(AutoModel.from_config(inner))
+        return kind.from_pretrained(where, config=inner, dtype=torch.float32), pictures
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise _unusable(path, "vision tower", error) from error
+
+
+def _vision_language_configs() -> set[str]:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    return {kind.__name__ for kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING}
+
+
+def _language(path: str) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = str(resolve(path)) if path.startswith("embedded:") else path
+    try:
+        language = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32)
+        return language, AutoTokenizer.from_pretrained(where)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise _unusable(path, "language model", error) from error
+
+
+def _unusable(path: str, what: str, error: Exception) -> UsageError:
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    return UsageError(
+        f"{path} could not be loaded as a {what}: {reason[0]}",
+        "Give a folder written by save_pretrained, or a hub name.",
+    )
+
+
+def _has_class_token(tower: nn.Module) -> bool:
+    return any(name.endswith("class_embedding") for name, _ in tower.named_parameters())
+
+
+def add_lora(student: Any, settings: LoraSettings) -> Any:
+    """Adapters on the language model's linear layers; everything else keeps its own setting.
+
+    Raises:
+        MissingExtraError: peft is not installed.
+        UsageError: no layer of those names.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise MissingExtraError("train", "train", "peft") from None
+
+    learning = {name for name, p in student.named_parameters() if p.requires_grad}
+    inside = pathway_for(student).language_model
+    prefix = next(name for name, module in student.named_modules() if module is inside)
+    names = [
+        f"{prefix}.{name}"
+        for name, module in inside.named_modules()
+        if isinstance(module, nn.Linear) and _chosen(name, settings.target_modules)
+    ]
+    if not names:
+        raise UsageError(
+            f"No layer of the language model is called {settings.target_modules!r}.",
+            "Set lora.target_modules to names such as [q_proj, v_proj], or to all-linear.",
+        )
+    wrapped = get_peft_model(
+        student,
+        LoraConfig(
+            r=settings.r,
+            lora_alpha=settings.alpha,
+            lora_dropout=settings.dropout,
+            target_modules=names,
+        ),
+    )
+    for name, parameter in wrapped.named_parameters():
+        plain = name.removeprefix("base_model.model.")
+        if plain in learning and not plain.startswith((prefix, "lm_head")):
+            parameter.requires_grad_(True)
+    return wrapped
+
+
+def _chosen(name: str, wanted: list[str] | str) -> bool:
+    return wanted == "all-linear" or name.rpartition(".")[2] in wanted
+
+
+def merge_lora(student: Any) -> Any:
+    """The plain model with its adapters folded into the weights; others come back as they are."""
+    return student.merge_and_unload() if hasattr(student, "merge_and_unload") else student
+
+
+def switch_model(student: nn.Module, teacher: nn.Module) -> Any:
+    """The visual switch as an ordinary model: the student's vision tower in the teacher.
+
+    Saved with `save_pretrained` and the teacher's processor it can be evaluated like any other.
+
+    Raises:
+        UsageError: one of the two cannot be taken apart there.
+    """
+    hybrid: Any = copy.deepcopy(teacher)
+    eyes = pathway_for(student).vision_tower
+    place = pathway_for(hybrid).vision_tower
+    name = next((n for n, module in hybrid.named_modules() if module is place), None)
+    if name is None or type(place) is not type(eyes):
+        raise UsageError(
+            f"A {type(eyes).__name__} cannot take the place of a {type(place).__name__}.",
+            "Both models must be of one family.",
+        )
+    hybrid.set_submodule(name, copy.deepcopy(eyes))
+    given: Any = student
+    hybrid.config.vision_config = copy.deepcopy(given.config.vision_config)
+    return hybrid.eval()

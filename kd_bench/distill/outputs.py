@@ -1,0 +1,119 @@
+"""What a training leaves on disk, and how a folder tells which training it holds."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from kd_bench.distill.recipe import Recipe, load_recipe
+from kd_bench.errors import TrainingError, UsageError
+
+__all__ = ["is_done", "only_one", "save_whole", "sync_folder"]
+
+# Settings that change how a training is watched or spread, not what it computes.
+WATCHING = ("output", "report_to", "teacher_cache")
+WATCHING_STAGE = ("log_every", "save_every", "workers", "head_chunk", "gradient_checkpointing")
+
+
+@contextlib.contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Keep a second process from writing into the same folder.
+
+    Raises:
+        UsageError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(str(folder) + ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UsageError(
+            f"Another process is training in {folder}.", "Wait for it, or set output=."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_done(recipe: Recipe, folder: Path) -> bool:
+    """Whether the folder holds this very training, finished.
+
+    Raises:
+        UsageError: it holds a different one.
+    """
+    written = folder / "recipe.yaml"
+    if not written.exists():
+        return False
+    before = load_recipe(written)
+    if _identity(before) != _identity(recipe):
+        raise UsageError(
+            f"{folder} holds a training with another recipe ({_difference(before, recipe)}).",
+            "Set output= to another folder, or delete that one.",
+        )
+    return (folder / "final" / "config.json").exists()
+
+
+def _identity(recipe: Recipe) -> dict[str, Any]:
+    """The recipe without what only changes how it is watched."""
+    mapping = recipe.model_dump(mode="json", exclude=set(WATCHING))
+    for stage in mapping["stages"]:
+        for name in WATCHING_STAGE:
+            stage.pop(name, None)
+    return mapping
+
+
+def _difference(before: Recipe, now: Recipe) -> str:
+    """The first setting that differs, with both values."""
+    old, new = _flat(_identity(before)), _flat(_identity(now))
+    first = min(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    return f"{first}: {old.get(first)} there, {new.get(first)} now"
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves of nested mappings and lists by dotted key."""
+    if isinstance(value, dict):
+        entries = list(value.items())
+    elif isinstance(value, list):
+        entries = list(enumerate(value))
+    else:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, entry in entries:
+        flat.update(_flat(entry, f"{prefix}.{key}" if prefix else str(key)))
+    return flat
+
+
+def save_whole(student: Any, processor: Any, folder: Path) -> None:
+    """Save a checkpoint so that its folder appears only when everything in it is on disk.
+
+    Raises:
+        TrainingError: it cannot be written; nothing that was there is touched.
+    """
+    staging = folder.with_name(f".{folder.name}.saving")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        staging.mkdir(parents=True)
+        student.save_pretrained(staging)
+        processor.save_pretrained(staging)
+        sync_folder(staging)
+    except OSError as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise TrainingError(
+            f"The model could not be written to {folder}: {error.strerror or error}.",
+            "Make room and run the same command again.",
+        ) from error
+    shutil.rmtree(folder, ignore_errors=True)
+    staging.rename(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until every file of a folder is on disk, so that its rename means it is whole."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
