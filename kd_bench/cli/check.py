@@ -24,6 +24,7 @@ def check(
     from rich.console import Console
 
     from kd_bench import gate
+    from kd_bench.report.ci import write_github, write_junit
     from kd_bench.report.tables import to_terminal
     from kd_bench.report.verdicts import verdict_table
     from kd_bench.store import baseline_run, find_run
@@ -36,4 +37,8 @@ def check(
         typer.echo(report.to_json())
     else:
         to_terminal(verdict_table(report), Console())
+    if junit is not None:
+        write_junit(report, junit)
+    for line in write_github(report):
+        typer.echo(line, err=True)  # beside the table or the JSON, not in it
     raise typer.Exit(report.exit_code)

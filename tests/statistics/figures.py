@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from kd_bench.aggregators import get_aggregator
 from kd_bench.compare.align import AlignedTask
 from kd_bench.compare.differences import Resampled, resample
 from kd_bench.gate import AVERAGE, Verdict, judge, load_policy
@@ -45,8 +46,10 @@ from tests.statistics.simulate import (
 )
 
 MU = 0.4  # about 66 % of documents right
+Array = NDArray[np.float64]
 DISCORDANCES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2)
 RESAMPLES = 1_000
+SMALL = 10_000  # units; larger benchmarks are drawn collapsed
 POLICY = load_policy().model_copy(update={"resamples": RESAMPLES})
 MARGINS = POLICY.margins_for("ten")
 
@@ -72,6 +75,38 @@ def aligned(shape: Benchmark, right: NDArray[np.bool_]) -> AlignedTask:
     )
 
 
+class Collapsed(Resampled):
+    """Resampled with units of equal content drawn together.
+
+    The same distribution as the program's own draws (a test compares them), and hundreds of
+    times faster for VQAv2's 40,504 pictures, which hold few different sums of rights and wrongs.
+    """
+
+    def null_draws(self, first: int, second: int, seed: int = 0) -> Array:
+        one, other = self.aligned.statistics[first], self.aligned.statistics[second]
+        changes, counts = np.unique(other - one, axis=0, return_counts=True)
+        swapped = np.random.default_rng(seed).binomial(counts, 0.5, (RESAMPLES, len(counts)))
+        moved = swapped @ changes
+        combine = get_aggregator(self.aligned.aggregator).combine
+        drawn: Array = combine(other.sum(0) - moved) - combine(one.sum(0) + moved)
+        return drawn
+
+
+def resampled(task: AlignedTask, seed: int, draws: bool = True) -> Resampled:
+    """Bootstrap a simulated benchmark; the program's own code but for VQAv2."""
+    models, units, width = task.statistics.shape
+    empty = np.zeros((models, RESAMPLES))
+    if units < SMALL:
+        return resample(task, RESAMPLES) if draws else Resampled(task, task.scores, empty)
+    if not draws:
+        return Collapsed(task, task.scores, empty)
+    flat = task.statistics.transpose(1, 0, 2).reshape(units, -1)
+    distinct, counts = np.unique(flat, axis=0, return_counts=True)
+    weights = np.random.default_rng([6, seed]).multinomial(units, counts / units, RESAMPLES)
+    sums = (weights @ distinct).reshape(RESAMPLES, models, width)
+    return Collapsed(task, task.scores, get_aggregator(task.aggregator).combine(sums).T)
+
+
 def in_parallel(job: Callable[[int], Any], count: int) -> list[Any]:
     """`job(seed)` for `count` seeds on all cores."""
     with ProcessPoolExecutor(os.cpu_count()) as pool:
@@ -91,21 +126,21 @@ def simulated_suite(
     ]
 
 
-def verdicts_of(suite: list[AlignedTask], always: bool = False) -> list[Verdict]:
+def verdicts_of(suite: list[AlignedTask], seed: int, always: bool = False) -> list[Verdict]:
     """The gate's verdicts.
 
     Without a significant drop nothing can be "regressed"; then the bootstrap, which takes most
     of the time, is spared unless `always`.
     """
-    if not always and not significant_drops(suite):
+    if not always and not significant_drops(suite, seed):
         return []
-    return judge([resample(each, RESAMPLES) for each in suite], MARGINS, POLICY)
+    policy = POLICY.model_copy(update={"seed": seed})
+    return judge([resampled(each, seed) for each in suite], MARGINS, policy)
 
 
-def significant_drops(suite: list[AlignedTask]) -> set[str]:
+def significant_drops(suite: list[AlignedTask], seed: int) -> set[str]:
     """Benchmarks (and the average) with a drop that is significant after Holm."""
-    empty = np.zeros((2, RESAMPLES))
-    nulls = [Resampled(each, each.scores, empty).null_draws(0, 1) for each in suite]
+    nulls = [resampled(each, seed, draws=False).null_draws(0, 1, seed) for each in suite]
     changes = [float(each.scores[1] - each.scores[0]) for each in suite]
     p = [
         exact_or_swap(each.aggregator, *each.statistics, null)[0]
@@ -125,7 +160,7 @@ def false_regression(seed: int) -> bool:
     """Whether the gate calls one of two equal models regressed anywhere."""
     rng = np.random.default_rng([1, seed])
     rho = rho_for(DISCORDANCES[seed % len(DISCORDANCES)], MU)
-    return any(each.verdict == "regressed" for each in verdicts_of(simulated_suite(rng, rho)))
+    return any(each.verdict == "regressed" for each in verdicts_of(simulated_suite(rng, rho), seed))
 
 
 # --- power -----------------------------------------------------------------------------------
@@ -137,7 +172,7 @@ def detectable(task: str, discordance: float) -> float:
     rho = rho_for(discordance, MU)
     rng = np.random.default_rng([2, shape.rows])
     pairs = [aligned(shape, answers(rng, shape, [MU, MU], rho)) for _ in range(12)]
-    variances = [np.var(np.diff(resample(pair, 400).draws, axis=0)) for pair in pairs]
+    variances = [np.var(np.diff(resampled(pair, 0).draws, axis=0)) for pair in pairs]
     return minimum_detectable_effect(float(np.sqrt(np.mean(variances))), pairs[0].items)
 
 
@@ -156,8 +191,8 @@ def planted_drop(
     rng = np.random.default_rng([3, seed, len(task), int(1000 * discordance)])
     suite = simulated_suite(rng, rho_for(discordance, MU), {task: lower})
     if not always:
-        return task in significant_drops(suite), False
-    verdict = next(each for each in verdicts_of(suite, always=True) if each.name == task)
+        return task in significant_drops(suite, seed), False
+    verdict = next(each for each in verdicts_of(suite, seed, always=True) if each.name == task)
     return verdict.real_drop, verdict.verdict == "regressed"
 
 
@@ -170,7 +205,7 @@ def coverage(seed: int, names: tuple[str, ...]) -> dict[str, bool]:
     mus = [0.2, MU, 0.8]
     shapes = [real_benchmarks()[name] for name in names]
     sampled = [
-        resample(aligned(shape, answers(rng, shape, mus, rho_for(0.15, MU))), RESAMPLES)
+        resampled(aligned(shape, answers(rng, shape, mus, rho_for(0.15, MU))), seed)
         for shape in shapes
     ]
     truth = np.array([[true_score(shape, mu) for mu in mus] for shape in shapes])
@@ -231,7 +266,7 @@ def figure_false_regressions(pairs: int = 2_000) -> Figure:
     )  # fmt: skip
 
 
-def figure_power(pairs: int = 100, judged: int = 10) -> Figure:
+def figures_power(pairs: int = 100, judged: int = 10) -> list[Figure]:
     """A drop of twice the detectable effect on one benchmark, each of the ten in turn."""
     found, regressed = [], []
     for task, shape in real_benchmarks().items():
@@ -240,13 +275,17 @@ def figure_power(pairs: int = 100, judged: int = 10) -> Figure:
             job = partial(planted_drop, task=task, discordance=discordance, lower=lower)
             found += [hit for hit, _ in in_parallel(job, pairs)]
             regressed += [hit for _, hit in in_parallel(partial(job, always=True), judged)]
-    rate = float(np.mean(found))
-    return Figure(
-        f"a drop of twice the detectable effect, {len(found):,} pairs: found",
-        ">= 95 %",
-        f'{rate:.1%} (verdict "regressed" under the shipped margins: {np.mean(regressed):.0%})',
-        rate >= 0.95,
-    )
+    rate, called = float(np.mean(found)), float(np.mean(regressed))
+    return [
+        Figure(
+            f"a drop of twice the detectable effect, {len(found):,} pairs: found",
+            ">= 95 %", f"{rate:.1%}", rate >= 0.95,
+        ),
+        Figure(
+            f'the same, {len(regressed):,} pairs: verdict "regressed" under the shipped margins',
+            "reported", f"{called:.1%}", True,
+        ),
+    ]  # fmt: skip
 
 
 def figures_coverage(worlds: int = 2_000) -> list[Figure]:
@@ -286,16 +325,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a tenth of the simulations")
     share = 10 if parser.parse_args().quick else 1
-    figures = [
-        *figures_speed(),
-        figure_false_regressions(2_000 // share),
-        figure_power(100 // share, 10 // share),
-        *figures_coverage(2_000 // share),
-    ]
     print("| figure | to reach | measured | |\n|---|---|---|---|")  # noqa: T201
-    for each in figures:
-        mark = "yes" if each.reached else "NO"
-        print(f"| {each.name} | {each.target} | {each.measured} | {mark} |")  # noqa: T201
+    for measure in (
+        figures_speed,
+        lambda: [figure_false_regressions(2_000 // share)],
+        lambda: figures_power(100 // share, 10 // share),
+        lambda: figures_coverage(2_000 // share),
+    ):
+        for each in measure():
+            mark = "yes" if each.reached else "NO"
+            row = f"| {each.name} | {each.target} | {each.measured} | {mark} |"
+            print(row, flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from scipy.stats import kstest
 
 from kd_bench.aggregators import aggregate, get_aggregator, unit_statistics
+from tests.statistics import figures
 from tests.statistics.simulate import (
     answers,
     frame,
@@ -59,3 +61,21 @@ def test_discordance_is_the_one_asked_for(discordance: float) -> None:
         a, b = answers(rng, shape, [0.4, 0.4], rho)
         rates.append(np.mean(a != b))
     assert np.mean(rates) == pytest.approx(discordance, rel=0.08)
+
+
+@pytest.mark.parametrize("task", ["gqa", "pope", "mme"])
+def test_drawing_equal_units_together_has_the_programs_distribution(
+    task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = BENCHMARKS[task]
+    made = figures.aligned(shape, answers(np.random.default_rng(3), shape, [0.4, 0.3], 0.8))
+    monkeypatch.setattr(figures, "RESAMPLES", 4000)
+    own = figures.resampled(made, 0)
+    monkeypatch.setattr(figures, "SMALL", 0)
+    fast = figures.resampled(made, 0)
+    assert isinstance(fast, figures.Collapsed)
+    for one, other in (
+        (own.draws[1] - own.draws[0], fast.draws[1] - fast.draws[0]),
+        (own.null_draws(0, 1), fast.null_draws(0, 1)),
+    ):
+        assert kstest(one, other).pvalue > 1e-3
