@@ -59,7 +59,7 @@ def unit_seed(units: Sequence[str] | NDArray[np.object_], seed: int = 0) -> tupl
     not depend on which others stand beside it, and benchmarks over the same questions (MMBench
     EN and CN) are resampled together.
     """
-    return seed, int(digest_text(*map(str, units))[:16], 16)
+    return seed, int(digest_text("\n".join(map(str, units)))[:16], 16)
 
 
 def bootstrap_sums(
