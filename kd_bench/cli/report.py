@@ -17,12 +17,21 @@ def report(
         str | None, typer.Option(help="Only runs of this suite; default: the newest run's.")
     ] = None,
     to: Annotated[Path, typer.Option("--to", help="Folder of the page.")] = Path("reports/latest"),
+    compare: Annotated[
+        str | None, typer.Option(help="`paper`: measured rows beside the Switch-KD paper's.")
+    ] = None,
+    training: Annotated[
+        list[Path] | None,
+        typer.Option(help="Plot this training folder instead, finished or not; may be repeated."),
+    ] = None,
 ) -> None:
     """Render the leaderboard: terminal, Markdown and a self-contained page."""
     from rich.console import Console
 
-    from kd_bench.report import print_report, render_report
+    from kd_bench.report import render_report, render_training
 
-    print_report(results, runs, suite=suite, console=Console())
-    page = render_report(results, to, runs, suite=suite)
+    if training:
+        page = render_training(training, to)
+    else:
+        page = render_report(results, to, runs, suite=suite, compare=compare, console=Console())
     typer.echo(f"Report: {page}")

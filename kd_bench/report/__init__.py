@@ -16,6 +16,7 @@ def render_report(
     names: Sequence[str] | None = None,
     *,
     suite: str | None = None,
+    compare: str | None = None,
     console: "Console | None" = None,
 ) -> Path:
     """Render the named runs (default: all) of one suite; returns the path of `index.html`.
@@ -24,11 +25,14 @@ def render_report(
         results: the store.
         names: runs, run id prefixes or model names, as `store.find_run` takes them.
         suite: default: that of the newest run.
+        compare: `paper` also prints the measured rows beside the Switch-KD paper's.
         console: where the tables are printed too; None prints nothing.
 
     Raises:
-        UsageError: a name fits no run.
+        UsageError: a name fits no run, or there is nothing of that name to compare with.
+        NotComparableError: mini scores were to stand beside the paper's.
     """
+    from kd_bench.report.facts import comparison
     from kd_bench.report.frames import load_board
     from kd_bench.report.leaderboard import terminal_tables
     from kd_bench.report.page import render
@@ -38,9 +42,12 @@ def render_report(
     board = load_board(results, names, suite)
     draws = draw_scores(board)
     board = relate(board, draws)
+    tables = terminal_tables(board)
+    if compare is not None:
+        tables.append(comparison(board, compare))
     page = render(board, destination, draws)
     if console is not None:
-        for table in terminal_tables(board):
+        for table in tables:
             to_terminal(table, console)
     return page
 

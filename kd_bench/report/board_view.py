@@ -14,6 +14,7 @@ __all__ = [
     "css_series",
     "interval_text",
     "row_sections",
+    "score_notes",
     "status_of",
 ]
 
@@ -53,6 +54,13 @@ def column_groups(board: Board) -> list[tuple[str, int]]:
     """Group headings and how many columns each spans."""
     groups = [(clean(g), len(list(m))) for g, m in groupby(board.tasks, key=lambda t: t.group)]
     return [*groups, ("overall", 1), ("relation", 3), ("cost", 4)]
+
+
+def score_notes(board: Board) -> list[str]:
+    """What the numbered marks on scores mean, in order of appearance."""
+    keys = [*(task.id for task in board.tasks), AVERAGE]
+    marks = (mark for e in board.entries for key in keys for mark in e.score(key).marks)
+    return list(dict.fromkeys(clean(mark) for mark in marks))
 
 
 def row_sections(board: Board, numbers: dict[str, int]) -> list[dict[str, Any]]:
@@ -101,8 +109,9 @@ def _starts(board: Board) -> list[tuple[Any, bool]]:
 
 
 def _row(board: Board, entry: Entry, color: int) -> dict[str, Any]:
-    cells = [_score_cell(board, entry, task.id, first) for task, first in _starts(board)]
-    cells.append(_score_cell(board, entry, AVERAGE, first=True))
+    notes = score_notes(board)
+    cells = [_score_cell(board, entry, task.id, first, notes) for task, first in _starts(board)]
+    cells.append(_score_cell(board, entry, AVERAGE, True, notes))
     cells += _relation_cells(entry)
     cells += _cost_cells(entry)
     return {
@@ -117,9 +126,16 @@ def _row(board: Board, entry: Entry, color: int) -> dict[str, Any]:
     }
 
 
-def _score_cell(board: Board, entry: Entry, key: str, first: bool) -> dict[str, Any]:
-    views = [_view(board, entry, key, mode) for mode, _ in MODES]
-    return {"first": first, "views": views, "marked": not entry.score(key).comparable}
+def _score_cell(
+    board: Board, entry: Entry, key: str, first: bool, notes: list[str]
+) -> dict[str, Any]:
+    score = entry.score(key)
+    return {
+        "first": first,
+        "views": [_view(board, entry, key, mode) for mode, _ in MODES],
+        "marked": not score.comparable,
+        "notes": ",".join(str(notes.index(clean(mark)) + 1) for mark in score.marks),
+    }
 
 
 def _view(board: Board, entry: Entry, key: str, mode: Mode) -> dict[str, str]:
@@ -207,6 +223,7 @@ def _plain(
         "first": first,
         "views": None,
         "marked": False,
+        "notes": "",
         "text": format_number(value, kind),
         "number": "" if value is None else f"{value:.6g}",
         "small": small,

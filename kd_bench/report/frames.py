@@ -38,6 +38,8 @@ ROLE_TITLES = {
     "baseline": "Baselines",
     "sft": "SFT (floor)",
 }
+# Shares of answers above which a score carries a mark; hovering tells every share.
+TOLERATED = {"error": 0.0, "unparsed": 0.05}
 LABELS = {
     "sft": "SFT",
     "kl": "KL",
@@ -331,9 +333,9 @@ def _fold_scores(results: list[TaskResult | None]) -> Score:
     marks = []
     if len(values) < len(results):
         marks.append(f"{len(values)} of {len(results)} seeds")
-    marks.extend(
-        f"{rate:.1%} {kind}" for kind in ("error", "unparsed") if (rate := _rate(found, kind)) > 0
-    )
+    for kind, most in TOLERATED.items():
+        if (rate := _rate(found, kind)) > most:
+            marks.append(f"{rate:.1%} {kind}")
     return Score(
         value=sum(values) / len(values),
         spread=_spread(values),

@@ -14,6 +14,7 @@ from kd_bench.report.board_view import (
     css_series,
     interval_text,
     row_sections,
+    score_notes,
     status_of,
 )
 from kd_bench.report.facts import paper_table, published_tables, run_facts
@@ -124,6 +125,7 @@ def _context(
         "column_groups": column_groups(board),
         "row_sections": row_sections(board, numbers),
         "rows": bool(board.entries),
+        "score_notes": score_notes(board),
         "plot_sections": plot_sections(plots, PLOTS),
         "samples_json": Markup(embed_json(chosen.data)) if chosen else None,
         "sample_count": chosen.count if chosen else 0,

@@ -194,7 +194,9 @@ def both_comparable(one: Score, other: Score) -> bool:
 def _ranks(board: Board, draws: Draws, key: str) -> dict[str, int]:
     """1 + how many students are better beyond doubt (95 % interval); ties share a rank."""
     students = [e for e in board.students if e.score(key).known and e.score(key).comparable]
-    ranks = {}
+    ranks: dict[str, int] = {}
+    if len(students) < 2:
+        return ranks
     for entry in students:
         better = 0
         for other in students:
