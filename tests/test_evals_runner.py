@@ -1,0 +1,343 @@
+"""One checkpoint over one suite: run folders, resuming, lineage, bad input."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from kd_bench.errors import UsageError
+from kd_bench.evals.runner import evaluate
+from kd_bench.files import Journal, read_json, write_json
+from kd_bench.store import Run
+from tests.eval_world import TEN, save_talker, write_replicas
+
+QUICK = [task for task in TEN if task != "mmbench_en"]  # its cap is 1,024 tokens
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_replicas(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_talker(tmp_path_factory.mktemp("talker"))
+
+
+def go(checkpoint: Path, data: Path, results: Path, **options: Any) -> Run:
+    settings: dict[str, Any] = {"tasks": QUICK, "limit": 24, "progress": False, "debug": False}
+    return evaluate(checkpoint, data=data, results=results, **{**settings, **options})
+
+
+def frames(run: Run) -> dict[str, pd.DataFrame]:
+    return {task: run.samples(task) for task in run.manifest.tasks if run.done(task)}
+
+
+def same(first: Run, second: Run) -> None:
+    """Equal samples; probabilities up to the rounding that neighbours in a batch may change."""
+    for (task, one), (_, two) in zip(frames(first).items(), frames(second).items(), strict=True):
+        pd.testing.assert_frame_equal(one, two, check_exact=False, atol=3e-4, obj=task)
+        assert first.result(task).score == second.result(task).score
+        assert first.result(task).fingerprint == second.result(task).fingerprint
+
+
+def entries(run: Run) -> list[dict[str, Any]]:
+    files = sorted((run.path / "journal").glob("*.jsonl"))
+    return [entry for file in files for entry in Journal(file).read()]
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return go(checkpoint, data, tmp_path_factory.mktemp("whole"))
+
+
+def test_a_run_holds_what_was_asked(whole: Run, checkpoint: Path) -> None:
+    manifest = whole.manifest
+    assert manifest.status == "complete", manifest.notes
+    assert manifest.tasks == QUICK
+    assert manifest.model.architecture == "LlavaForConditionalGeneration"
+    assert manifest.model.path == str(checkpoint)
+    assert manifest.cost.parameters is not None
+    assert manifest.cost.parameters > 200_000
+    assert manifest.cost.weight_bytes == 4 * manifest.cost.parameters
+    assert manifest.cost.latency_ms is not None
+    assert manifest.cost.latency_ms > 0
+    assert manifest.provenance["versions"]["lmms-eval"]
+    for task in QUICK:
+        result = whole.result(task)
+        assert result.documents >= 24
+        assert result.computed == len(
+            {row["key"] for row in Journal(whole.path / "journal" / f"{task}.jsonl").read()}
+        )
+        assert result.resumed == 0
+        assert result.interval is not None
+        assert result.interval.low <= result.score <= result.interval.high
+        frame = whole.samples(task)
+        assert (frame["image_digest"].str.len() == 32).all()
+        assert set(frame["status"]) <= {"ok", "empty", "truncated"}
+    assert len({tuple(frame["answer"]) for frame in frames(whole).values()}) == len(QUICK)
+
+
+def test_a_finished_run_is_returned_without_loading_the_model(
+    whole: Run, checkpoint: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kd_bench.evals.runner.Worker", None)
+    again = go(checkpoint, data, whole.path.parents[1])
+    assert again.path == whole.path
+    assert again.manifest.status == "complete"
+    assert again.manifest.cost == whole.manifest.cost
+
+
+@pytest.mark.parametrize("batch_size", [1, 8, 16])
+def test_batch_size_changes_nothing(
+    batch_size: int, whole: Run, checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    tasks = ["mme", "mmmu", "textvqa", "pope"]
+    run = go(checkpoint, data, tmp_path, tasks=tasks, batch_size=batch_size)
+    for task in tasks:
+        pd.testing.assert_frame_equal(
+            run.samples(task), whole.samples(task), check_exact=False, atol=3e-4
+        )
+
+
+def in_child(work: Any) -> int:
+    """Run `work` in a forked process that shares what is already imported."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return child
+
+
+def dying_journal(appends: int, torn: int) -> Any:
+    """Replaces `Journal.append`: kills the process at an append, `torn` bytes into it."""
+    append, left = Journal.append, [appends]
+
+    def dying(self: Journal, records: Any) -> None:
+        records = list(records)
+        left[0] -= 1
+        if left[0] < 0:
+            line = "".join(self._encode(record) for record in records).encode()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab") as stream:
+                stream.write(line[: torn % (len(line) + 1)])
+            os.kill(os.getpid(), signal.SIGKILL)
+        append(self, records)
+
+    return dying
+
+
+def killed_until_done(checkpoint: Path, data: Path, results: Path, kills: int, seed: int) -> int:
+    """Evaluate again and again, killed each time; returns how many kills met a living process."""
+    dice = random.Random(seed)
+    met = 0
+    for number in range(kills):
+
+        def work(number: int = number) -> None:
+            if number % 2:
+                Journal.append = dying_journal(dice.randrange(4), dice.randrange(2000))  # type: ignore[method-assign]
+            go(checkpoint, data, results, batch_size=4)
+
+        child = in_child(work)
+        if number % 2 == 0:
+            time.sleep(dice.random() * 2)
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        met += os.WIFSIGNALED(status)
+    return met
+
+
+@pytest.mark.parametrize("kills", [6, pytest.param(50, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_and_resumed(
+    kills: int, whole: Run, checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    assert killed_until_done(checkpoint, data, tmp_path, kills, seed=kills) > kills // 3
+    run = go(checkpoint, data, tmp_path, batch_size=4)
+    assert run.manifest.status == "complete"
+    same(run, whole)
+    counts = Counter(entry["key"] for entry in entries(run))
+    assert max(counts.values()) == 1
+    assert sum(counts.values()) == len({entry["key"] for entry in entries(whole)})
+
+
+def test_a_flipped_bit_in_the_journal_is_computed_again(
+    whole: Run, checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    go(checkpoint, data, tmp_path, tasks=["gqa"])
+    run = go(checkpoint, data, tmp_path, tasks=["gqa"])
+    file = run.path / "journal" / "gqa.jsonl"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    run.discard("gqa")
+    again = go(checkpoint, data, tmp_path, tasks=["gqa"])
+    assert again.result("gqa").computed == 1
+    pd.testing.assert_frame_equal(
+        again.samples("gqa"), whole.samples("gqa"), check_exact=False, atol=3e-4
+    )
+
+
+def test_a_retrained_checkpoint_at_the_same_path_is_a_new_run(data: Path, tmp_path: Path) -> None:
+    folder = save_talker(tmp_path / "model", seed=3)
+    first = go(folder, data, tmp_path / "results", tasks=["gqa"])
+    save_talker(folder, seed=4)
+    second = go(folder, data, tmp_path / "results", tasks=["gqa"])
+    assert first.path != second.path
+    assert second.result("gqa").computed == first.result("gqa").computed
+    assert not first.samples("gqa")["answer"].equals(second.samples("gqa")["answer"])
+
+
+def test_another_chat_template_is_answered_anew(
+    checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "model"))
+    first = go(folder, data, tmp_path / "results", tasks=["gqa"])
+    before = first.samples("gqa")
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text().replace("ASSISTANT:", "ASSISTANT: the"))
+    second = go(folder, data, tmp_path / "results", tasks=["gqa"])
+    assert second.path == first.path
+    assert second.result("gqa").resumed == 0
+    assert not before["answer"].equals(second.samples("gqa")["answer"])
+
+
+def test_lineage_names_method_seed_and_role(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    run_folder = tmp_path / "switch-s1"
+    folder = Path(shutil.copytree(checkpoint, run_folder / "final"))
+    lineage = {"method": "switch-kd", "seed": 1, "recipe": "mini"}
+    write_json(folder / "lineage.json", lineage)
+    model = go(folder, data, tmp_path / "results", tasks=["gqa"]).manifest
+    assert (model.model.method, model.model.seed, model.model.role) == ("switch-kd", 1, "kd")
+    assert model.model.name == "switch-s1"
+    assert model.training is not None
+    assert model.training["recipe"] == "mini"
+    write_json(folder / "lineage.json", {**lineage, "method": "sft"})
+    assert go(folder, data, tmp_path / "other", tasks=["gqa"]).manifest.model.role == "sft"
+    told = go(folder, data, tmp_path / "third", tasks=["gqa"], role="baseline", name="x y/z")
+    assert (told.manifest.model.role, told.manifest.model.name) == ("baseline", "x y/z")
+
+
+def test_unreadable_pictures_make_a_run_unhealthy_and_are_tried_again(
+    checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    damaged = Path(shutil.copytree(data, tmp_path / "data"))
+    file = next((damaged / "pope").glob("*.parquet"))
+    table = pq.read_table(file)
+    rows = table.to_pylist()
+    for row in rows[:3]:
+        row["image"] = {"bytes": row["image"]["bytes"][:200], "path": None}
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), file)
+    run = go(checkpoint, damaged, tmp_path / "results", tasks=["pope", "gqa"])
+    assert run.manifest.status == "unhealthy"
+    assert "pope: 12.5% of the answers failed" in run.manifest.notes
+    result, frame = run.result("pope"), run.samples("pope")
+    assert result.rates["error"] == pytest.approx(3 / 24)
+    assert (frame["status"][:3] == "error").all()
+    failed = [entry for entry in entries(run) if entry["status"] == "error"]
+    assert len(failed) == 3
+    assert all("picture cannot be decoded" in entry["error"] for entry in failed)
+    again = go(checkpoint, damaged, tmp_path / "results", tasks=["pope", "gqa"])
+    assert again.path == run.path
+    assert again.result("pope").computed == 3
+    assert again.manifest.status == "unhealthy"
+
+
+def test_one_task_that_cannot_be_scored_does_not_cost_the_others(
+    checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    damaged = Path(shutil.copytree(data, tmp_path / "data"))
+    file = next((damaged / "pope").glob("*.parquet"))
+    table = pq.read_table(file)
+    rows = table.to_pylist()
+    rows[5]["answer"] = "maybe"
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), file)
+    run = go(checkpoint, damaged, tmp_path / "results", tasks=["pope", "gqa"])
+    assert run.manifest.status == "partial"
+    assert run.done("gqa")
+    assert not run.done("pope")
+    (note,) = run.manifest.notes
+    assert note.startswith("pope: failed: pope: document 5 cannot be scored: AssertionError")
+
+
+def problem(**options: Any) -> str:
+    with pytest.raises(UsageError) as caught:
+        evaluate(**{"progress": False, **options})
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_bad_input_is_named_in_one_line(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    def say(**options: Any) -> str:
+        good: dict[str, Any] = {"checkpoint": checkpoint, "data": data, "results": tmp_path}
+        return problem(**{**good, **options})
+
+    assert "no checkpoint at" in say(checkpoint=tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "not a checkpoint" in say(checkpoint=tmp_path / "empty")
+    assert "Did you mean 'mmbench_en'" in say(tasks=["mmbench"])
+    assert "no suite 'tne'. Did you mean 'ten'" in say(suite="tne")
+    assert "no role 'kdd'" in say(role="kdd")
+    assert "no data folder" in say(data=tmp_path / "absent")
+    assert "mme/test-*.parquet" in say(data=tmp_path)
+    assert "dtype 'float23'" in say(dtype="float23")
+    assert "profile 'first'" in say(profiles={"pope": "first"})
+    assert not (tmp_path / "runs").exists() or all(
+        json.loads(file.read_text())["status"] == "running"
+        for file in (tmp_path / "runs").glob("*/manifest.json")
+    )
+
+
+def test_wrong_columns_are_named(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    damaged = Path(shutil.copytree(data, tmp_path / "data"))
+    file = next((damaged / "vqav2").glob("*.parquet"))
+    table = pq.read_table(file)
+
+    def say() -> str:
+        return problem(checkpoint=checkpoint, data=damaged, results=tmp_path / "r", tasks=["vqav2"])
+
+    pq.write_table(
+        table.rename_columns(
+            ["queston" if name == "question" else name for name in table.column_names]
+        ),
+        file,
+    )
+    assert f"vqav2: {file} has no column 'question'. Did you mean 'queston'?" in say()
+    pq.write_table(
+        table.set_column(table.column_names.index("answers"), "answers", table["question"]), file
+    )
+    assert "column 'answers'" in say()
+    file.write_bytes(b"not parquet")
+    assert f"vqav2: {file} cannot be read" in say()
+    gqa = next((damaged / "gqa_images").glob("*.parquet"))
+    pictures = pq.read_table(gqa)
+    pq.write_table(pictures.slice(3), gqa)
+    line = problem(checkpoint=checkpoint, data=damaged, results=tmp_path / "r", tasks=["gqa"])
+    assert "lacks the picture" in line
+
+
+def test_two_processes_cannot_write_one_run(whole: Run, checkpoint: Path, data: Path) -> None:
+    with whole.locked():
+        child = in_child(lambda: go(checkpoint, data, whole.path.parents[1]))
+        _, status = os.waitpid(child, 0)
+    assert os.WEXITSTATUS(status) == 1
+    assert read_json(whole.path / "manifest.json")["status"] == "complete"
