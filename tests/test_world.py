@@ -57,7 +57,7 @@ def test_rows_are_the_same_on_every_machine(split: str) -> None:
     assert sha(fingerprint(split).encode()) == GOLDEN[f"rows {split}"]
 
 
-@pytest.mark.parametrize("kind", ["mixture", "captions", "drills"])
+@pytest.mark.parametrize("kind", ["mixture", "captions", "looks", "glances", "lists", "drills"])
 def test_conversations_are_the_same_on_every_machine(kind: str) -> None:
     assert sha(repr(conversations("golden", kind, 200)).encode()) == GOLDEN[f"train {kind}"]
 
@@ -159,7 +159,7 @@ def test_parquet_files_decode_as_pictures(world: Path) -> None:
         if benchmark == "gqa":
             assert "image" not in table.column_names
             continue
-        assert table[0][column].size == (48, 48)
+        assert table[0][column].size == (32, 32)
     known = set(load(world, "gqa_images")["id"])
     assert set(load(world, "gqa")["imageId"]) == known
 

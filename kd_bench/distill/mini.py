@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 IMAGE_SIDE = 32
 PATCH = 16  # 2 x 2 image tokens
+CORPUS = {"mixture": 4000, "captions": 500, "glances": 500, "lists": 500, "drills": 500}
 SPECIAL = ("<pad>", "</s>", "<image>")
 ROLES = ("USER:", "ASSISTANT:")
 
@@ -68,7 +69,13 @@ STUDENT = Size(vision_layers=2, width=64, layers=2, heads=4)
 def corpus(seed: int = 0) -> list[str]:
     """Return the text that the tokenizer's words are taken from."""
     texts: list[str] = []
-    for kind, count in (("mixture", 4000), ("captions", 500), ("glances", 500), ("drills", 500)):
+    for kind, count in (
+        ("mixture", 4000),
+        ("captions", 500),
+        ("glances", 500),
+        ("lists", 500),
+        ("drills", 500),
+    ):
         for _, turns in conversations("tokenizer", kind, count, seed):
             for said, answer in turns:
                 texts += [said.replace("<image>", "").strip(), f" {answer}"]

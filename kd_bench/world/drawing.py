@@ -31,8 +31,8 @@ _PAINT = {
     "silver": (124, 128, 136),
 }
 _RADIUS = {"small": 4, "large": 6}
-_NOISE = 12  # largest change of a channel by the grain
-_TINT = 20  # largest change of a shape's whole colour
+_NOISE = 6  # largest change of a channel by the grain
+_TINT = 10  # largest change of a shape's whole colour
 
 # Rows of 3x5 glyphs, three bits a row, from the top.
 _GLYPHS = {
@@ -49,7 +49,7 @@ def _mask(shape: Shape) -> Any:
     """Return the shape's pixels inside its cell as a (16, 16) boolean array."""
     r = _RADIUS[shape.size]
     y, x = np.mgrid[0:CELL, 0:CELL]
-    x, y = x - CELL // 2 - shape.dx, y - CELL // 2 - shape.dy
+    x, y = x - CELL // 2, y - CELL // 2
     box = (abs(x) <= r) & (abs(y) <= r)
     if shape.name == "circle":
         return x * x + y * y <= r * r + 1

@@ -20,8 +20,6 @@ class Shape:
     colour: str  # one of words.COLOURS
     size: str  # one of words.SIZES
     cell: int  # 0 to 3, row by row
-    dx: int = 0  # pixels from the cell's centre
-    dy: int = 0
 
     @property
     def row(self) -> int:
@@ -59,7 +57,7 @@ class Scene:
     grain: int = 0  # seed of the pixel noise
 
     def canonical(self) -> str:
-        """Return what the scene shows, without noise or the exact pixel positions."""
+        """Return what the scene shows, without the pixel noise."""
         shapes = sorted(f"{s.cell} {s.size} {s.colour} {s.name}" for s in self.shapes)
         signs = sorted(f"{s.cell} {s.text}" for s in self.signs)
         parts = [self.background, self.frame, str(self.blur), *shapes, *signs]
@@ -81,10 +79,7 @@ class Scene:
 
 
 def _shape(rng: Random, name: str, cell: int) -> Shape:
-    size = rng.choice(words.SIZES)
-    reach = 1 if size == "large" else 2
-    jitter = (rng.randint(-reach, reach), rng.randint(-reach, reach))
-    return Shape(name, rng.choice(words.COLOURS), size, cell, *jitter)
+    return Shape(name, rng.choice(words.COLOURS), rng.choice(words.SIZES), cell)
 
 
 def _sign(rng: Random, cell: int, number: bool) -> Sign:
@@ -101,12 +96,14 @@ def _names(rng: Random, count: int) -> list[str]:
 
 
 def _draft(rng: Random, kind: str) -> Scene:
-    """Sample one scene of any split; kind is full | single | sign."""
+    """Sample one scene of any split; kind is full | single | sign | plate."""
     background = rng.choice(words.BACKGROUNDS)
     frame = rng.choice(words.FRAMES) if rng.randrange(4) == 0 else ""
     grain = rng.getrandbits(32)
     if kind == "single":
         count, signs = 1, 0
+    elif kind == "plate":
+        count, signs = 0, 1
     elif kind == "sign":
         count, signs = rng.randint(1, 2), rng.randint(1, 2)
     else:
@@ -125,7 +122,7 @@ def _draft(rng: Random, kind: str) -> Scene:
 
 
 def sample_scene(rng: Random, split: str, kind: str = "full", blur: int = 0) -> Scene:
-    """Sample a scene of the given split: kind is full, single (one shape) or sign."""
+    """Sample a scene of a split: kind is full, sign, single (one shape) or plate (one sign)."""
     while True:
         draft = _draft(rng, kind)
         scene = Scene(draft.background, draft.shapes, draft.signs, draft.frame, blur, draft.grain)

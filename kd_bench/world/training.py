@@ -9,8 +9,9 @@ import ast
 import re
 from random import Random
 
+from kd_bench.world import words
 from kd_bench.world.benchmarks import BUILDERS, Row, vizwiz_scene
-from kd_bench.world.prompts import oracle_answer, prompt
+from kd_bench.world.prompts import OPTIONS, oracle_answer, prompt
 from kd_bench.world.questions import ask, caption
 from kd_bench.world.scenes import Scene, sample_scene
 from kd_bench.world.words import chinese
@@ -43,24 +44,21 @@ def _turn(benchmark: str, scene: Scene, rng: Random) -> tuple[Row, Turn] | None:
 def _turns(scene: Scene, rng: Random, count: int) -> list[Turn]:
     """Ask about one scene in the forms of different benchmarks."""
     pool = [name for name, weight in _WEIGHTS.items() for _ in range(weight)]
-    turns: list[Turn] = []
-    asked: set[str] = set()
+    turns: dict[str, str] = {}
     while len(turns) < count:
         benchmark = rng.choice(pool)
-        made = None if benchmark in asked else _turn(benchmark, scene, rng)
-        asked.add(benchmark)
-        if made:
-            turns.append(made[1])
-        if len(asked) == len(_WEIGHTS):
-            break
-    return turns
+        rows = BUILDERS[benchmark][0](scene, rng)
+        if rows:
+            row = rng.choice(rows)
+            turns.setdefault(prompt(benchmark, row), oracle_answer(benchmark, row))
+    return list(turns.items())
 
 
 def _picture_scene(rng: Random) -> Scene:
     return sample_scene(rng, "train", "sign" if rng.randrange(3) == 0 else "full")
 
 
-def picture_conversation(rng: Random, turns: int = 3) -> Conversation:
+def picture_conversation(rng: Random, turns: int = 6) -> Conversation:
     """Ask several questions about one picture."""
     scene = _picture_scene(rng)
     return [scene], _turns(scene, rng, turns)
@@ -83,14 +81,16 @@ def several_pictures(rng: Random) -> Conversation:
 
 
 def captioned(rng: Random) -> Conversation:
-    """Describe one picture."""
-    draw = rng.randrange(8)
-    if draw == 0:
-        scene = vizwiz_scene(rng, "train")
-        if scene.blur > 2:
-            return captioned(rng)
-    else:
-        scene = sample_scene(rng, "train", "single") if draw == 1 else _picture_scene(rng)
+    """Describe one picture, often of a single thing."""
+    kind = rng.choice(["single", "single", "plate", "full", "sign"])
+    scene = sample_scene(rng, "train", kind, blur=int(rng.randrange(8) == 0))
+    return [scene], [(CAPTION, caption(scene))]
+
+
+def first_looks(rng: Random) -> Conversation:
+    """Describe a picture of a single thing, sometimes slightly blurred."""
+    kind = rng.choice(["single", "single", "plate"])
+    scene = sample_scene(rng, "train", kind, blur=int(rng.randrange(8) == 0))
     return [scene], [(CAPTION, caption(scene))]
 
 
@@ -109,6 +109,38 @@ def glances(rng: Random, turns: int = 6) -> Conversation:
         text = question.chinese if translate else question.english
         asked[text] = chinese(question.answer) if translate else question.answer
     return [scene], list(asked.items())
+
+
+_POOLS: tuple[tuple[str, ...], ...] = (
+    words.COLOURS,
+    words.SHAPES,
+    words.PLACES,
+    words.BACKGROUNDS,
+    words.SIGN_WORDS,
+    words.TRAITS,
+    words.SIZES,
+    ("0", "1", "2", "3"),
+    ("first", "second", "third"),
+)
+
+_WORDS = tuple(word for pool in _POOLS for word in pool)
+
+
+def lists(rng: Random, turns: int = 3) -> Conversation:
+    """Name the letter of every option, twice over and in any order: no picture."""
+    made = []
+    for _ in range(turns):
+        pool = rng.choice(_POOLS)
+        options = rng.sample(pool, min(len(pool), rng.choice([2, 3, 4, 4])))
+        if rng.randrange(3) == 0:
+            options = [chinese(option) for option in options]
+        elif rng.randrange(2):
+            options = [" ".join(rng.sample(_WORDS, rng.randint(2, 3))) for _ in range(3)]
+        marked = list(zip("ABCD", options, strict=False))
+        listed = "".join(f"\n{letter}. {option}" for letter, option in marked)
+        named = rng.sample(marked * 2, 2 * len(marked))
+        made.append((OPTIONS + listed, " ".join(f"{option} {letter}" for letter, option in named)))
+    return [], made
 
 
 def drill(rng: Random, turns: int = 1) -> Conversation:
@@ -150,7 +182,14 @@ def mixture(rng: Random) -> Conversation:
     return drill(rng)
 
 
-MAKERS = {"mixture": mixture, "captions": captioned, "glances": glances, "drills": drill}
+MAKERS = {
+    "mixture": mixture,
+    "captions": captioned,
+    "looks": first_looks,
+    "glances": glances,
+    "lists": lists,
+    "drills": drill,
+}
 
 
 def conversations(name: str, kind: str, count: int, seed: int = 0) -> list[Conversation]:
