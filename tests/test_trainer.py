@@ -208,6 +208,99 @@ def test_accumulation_gives_the_same_weights_to_rounding(place, whole):
         torch.testing.assert_close(found[name], tensor, atol=2e-4, rtol=2e-3, msg=name)
 
 
+def test_recomputation_and_small_chunks_give_the_same_weights_to_rounding(place, whole):
+    final = train(recipe_in(place, "recomputed", "gradient_checkpointing=true", "head_chunk=5"))
+    expected, found = load_file(whole / "model.safetensors"), load_file(final / "model.safetensors")
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=2e-4, rtol=2e-3, msg=name)
+
+
+def test_adapters_are_merged_into_an_ordinary_checkpoint(place):
+    final = train(recipe_in(place, "adapted", "lora={r: 2, alpha: 4}", "steps=6"))
+    start = load_file(place / "student" / "model.safetensors")
+    end = load_file(final / "model.safetensors")
+    assert start.keys() == end.keys()
+    moved = {name for name in start if not torch.equal(start[name], end[name])}
+    assert "language_model.model.layers.0.mlp.up_proj.weight" in moved
+    assert "language_model.model.embed_tokens.weight" not in moved
+    assert any("vision_tower" in name for name in moved)
+    log = json.loads((place / "adapted" / "lineage.json").read_text())
+    counts = log["stages"]["train"]["parameters"]
+    assert counts["trainable"] < counts["total"]
+
+
+def test_adapters_resume_to_the_very_same_weights(place):
+    settings = ("lora={r: 2, alpha: 4}", "steps=6")
+    whole = train(recipe_in(place, "adapted", *settings))
+    killed(place, "adapted-killed", 5, *settings)
+    again = train(recipe_in(place, "adapted-killed", *settings))
+    assert weights_digest(again) == weights_digest(whole)
+
+
+def test_a_cached_teacher_gives_the_same_losses(place, whole):
+    cached = [f"teacher_cache={place / 'cache'}", "log_every=1", "steps=12"]
+    folders = [train(recipe_in(place, name, *cached)).parent for name in ("first", "second")]
+    plain = train(recipe_in(place, "uncached", "log_every=1", "steps=12")).parent
+    logs = [
+        [json.loads(line) for line in (folder / "train_log.jsonl").open()]
+        for folder in (plain, *folders)
+    ]
+    for entries in zip(*logs, strict=True):
+        for name, value in entries[0]["terms"].items():
+            for entry in entries[1:]:
+                assert entry["terms"][name] == pytest.approx(value, abs=1e-6)
+
+
+def test_the_caches_answers_spare_the_teachers_forward(place, monkeypatch):
+    from kd_bench.distill.distiller import Distiller
+
+    settings = [f"teacher_cache={place / 'spared'}", "method=dbild", "steps=6"]
+    train(recipe_in(place, "fills", *settings))
+    calls = []
+    before = Distiller._decode
+    monkeypatch.setattr(
+        Distiller,
+        "_decode",
+        lambda self, name, *rest: calls.append(name) or before(self, name, *rest),
+    )
+    train(recipe_in(place, "reads", *settings))
+    assert set(calls) == {"student"}
+
+
+def test_image_terms_and_a_cache_do_not_go_together(place):
+    with pytest.raises(UsageError, match=r"'image_kl' looks at pictures"):
+        train(recipe_in(place, "both", f"teacher_cache={place / 'c'}", "method=llava-kd"))
+
+
+def test_samples_are_also_read_on_the_way(place, tmp_path, monkeypatch):
+    from kd_bench.distill import batches, trainer
+
+    whole = train(recipe_in(place, "ahead", "method=sft", "steps=6"))
+    monkeypatch.setattr(trainer, "SMALL_DATA", 0)
+    lazily = train(recipe_in(place, "lazily", "method=sft", "steps=6"))
+    assert weights_digest(lazily) == weights_digest(whole)
+    monkeypatch.undo()
+    monkeypatch.setattr(batches, "MEMORY_BUDGET", 1)
+    assert weights_digest(
+        train(recipe_in(place, "big", "method=sft", "steps=6"))
+    ) == weights_digest(whole)
+
+
+def test_a_picture_that_vanishes_on_the_way_is_skipped_and_counted(place, tmp_path, monkeypatch):
+    from kd_bench.distill import trainer
+
+    monkeypatch.setattr(trainer, "SMALL_DATA", 0)
+    data = tiny.write_data(tmp_path / "data", count=8)
+    for index in (0, 1):
+        (tmp_path / "data" / f"{index}.png").unlink()
+    settings = (f"data.path={data}", "method=sft", "steps=4", "batch_size=2")
+    final = train(recipe_in(place, "vanished", *settings))
+    unreadable = json.loads((final / "lineage.json").read_text())["stages"]["train"]["unreadable"]
+    assert sorted(name for name, _ in unreadable) == ["image0", "image1"]
+    with pytest.raises(TrainingError, match=r"more than the 1 allowed"):
+        train(recipe_in(place, "vanished-stops", *settings, "data.unreadable_limit=1"))
+
+
 def test_unreadable_samples_are_skipped_up_to_the_limit_then_listed(place, tmp_path):
     data = tiny.write_data(tmp_path / "data", count=12)
     (tmp_path / "data" / "0.png").write_bytes(b"not a picture")

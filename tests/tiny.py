@@ -154,3 +154,10 @@ def write_recipe(folder: Path, **changes: Any) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return path
+
+
+def picture(colour: str, side: int = 16) -> Any:
+    """A plain square."""
+    from PIL import Image
+
+    return Image.new("RGB", (side, side), colour)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from kd_bench.distill.pathways import Pathway, pathway_for
@@ -57,7 +58,7 @@ def load_model(
         settings["attn_implementation"] = attention
     try:
         model = AutoModelForImageTextToText.from_pretrained(str(path), **settings)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UsageError(
             f"{path} could not be loaded as a vision-language model: {reason[0]}",
@@ -229,14 +230,17 @@ def checkpoint_activations(model: Any, *, frozen: bool = False) -> None:
         frozen: a teacher that the switch's gradient passes through. Its layers alone are marked
             as training, which is what makes them recompute; dropout inside them stays off.
     """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     enable = getattr(model, "activation_checkpointing_enable", None)
     if enable is not None:
         enable({"use_reentrant": False})
-    else:  # transformers before 5.20 or so
+    else:  # the name before transformers 5.20 or so
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if frozen:
+        model.disable_input_require_grads()  # only pictures carry a gradient here
         for module in model.modules():
-            if getattr(module, "gradient_checkpointing", False):
+            if isinstance(module, GradientCheckpointingLayer):
                 module.training = True
 
 

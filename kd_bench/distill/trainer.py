@@ -259,10 +259,6 @@ def _run_stage(run: Run, stage: Stage, folder: Path, student: Any) -> Any:
     torch.manual_seed(seed)  # adapters start from it
     if stage.lora is not None:
         student = add_lora(student, stage.lora)
-    if stage.gradient_checkpointing:
-        checkpoint_activations(student)
-        if teacher is not None:
-            checkpoint_activations(teacher, frozen=True)
     distiller = Distiller(
         student,
         teacher,
@@ -271,6 +267,10 @@ def _run_stage(run: Run, stage: Stage, folder: Path, student: Any) -> Any:
         head_chunk=stage.head_chunk,
         cache=_cache(run, stage, teacher, dataset),
     )
+    if stage.gradient_checkpointing:
+        checkpoint_activations(student)
+        if teacher is not None:
+            checkpoint_activations(teacher, frozen=True)
     trainer = _trainer(run, stage, folder, distiller, order, seed)
     checkpoint = last_checkpoint(folder)
     _announce(run, stage, trainer, checkpoint)
