@@ -116,6 +116,7 @@ def test_every_section_and_plot_is_there(report: Path) -> None:
     assert "Embedded mini world: not the real benchmarks" in page
 
 
+@pytest.mark.slow
 def test_two_renderings_are_equal_byte_for_byte(demo: Path, report: Path, tmp_path: Path) -> None:
     """In another process with another hash seed, time zone and locale, over an older report."""
     again = tmp_path / "again"

@@ -163,10 +163,9 @@ def _tip(board: Board, entry: Entry, key: str, mode: Mode) -> str:
     task = next((t for t in board.tasks if t.id == key), None)
     name = task.short if task else board.average_title
     lines = [f"{clean(entry.name)}, {clean(name)}", interval_text(score, KINDS[mode])]
+    if (documents := entry.score(key).documents) > 0:
+        lines.append(f"{documents:,} samples" + (" a seed" if len(entry.runs) > 1 else ""))
     if mode == "scores":
-        if score.documents:
-            each = " a seed" if len(entry.runs) > 1 else ""
-            lines.append(f"{score.documents:,} samples{each}")
         if len(score.seeds) > 1:
             lines.append("by seed: " + ", ".join(format_number(v, "score") for v in score.seeds))
         if score.rank is not None:
