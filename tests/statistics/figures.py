@@ -232,8 +232,8 @@ def coverage(seed: int, names: tuple[str, ...]) -> dict[str, bool]:
 # --- the whole suite at its real size --------------------------------------------------------
 
 
-def check_at_real_size(folder: Path) -> tuple[float, float, int]:
-    """Seconds, peak memory in GB and exit code of `kd-bench check` on 2 x 259,200 samples."""
+def check_at_real_size(folder: Path) -> tuple[float, float, float, int]:
+    """`kd-bench check` on 2 x 259,200 samples: seconds, busy seconds, peak GB, exit code."""
     rng = np.random.default_rng(5)
     suite: list[dict[str, pd.DataFrame]] = [{}, {}]
     for task, shape in real_benchmarks().items():
@@ -251,7 +251,8 @@ def check_at_real_size(folder: Path) -> tuple[float, float, int]:
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - started
     unit = 1 if sys.platform == "darwin" else 1024
-    return seconds, usage.ru_maxrss * unit / 1e9, os.waitstatus_to_exitcode(status)
+    busy = usage.ru_utime + usage.ru_stime
+    return seconds, busy, usage.ru_maxrss * unit / 1e9, os.waitstatus_to_exitcode(status)
 
 
 # --- the table -------------------------------------------------------------------------------
@@ -310,11 +311,12 @@ def figures_coverage(worlds: int = 2_000) -> list[Figure]:
 def figures_speed() -> list[Figure]:
     """`kd-bench check` on the whole suite at its real size, 10,000 resamples."""
     with tempfile.TemporaryDirectory() as folder:
-        seconds, gigabytes, code = check_at_real_size(Path(folder))
+        seconds, busy, gigabytes, code = check_at_real_size(Path(folder))
     return [
         Figure(
             "`check`, 2 x 259,200 samples, 10,000 resamples: time", "< 30 s",
-            f"{seconds:.1f} s (exit code {code})", seconds < 30 and code in (0, 3),
+            f"{seconds:.1f} s, {busy:.1f} s of them busy (exit code {code})",
+            seconds < 30 and code in (0, 3),
         ),
         Figure("the same: peak memory", "< 2 GB", f"{gigabytes:.2f} GB", gigabytes < 2),
     ]  # fmt: skip
