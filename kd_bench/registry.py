@@ -67,32 +67,36 @@ class Generation(StrictModel):
     until: list[str] = Field(default=[])
 
 
-class Profile(StrictModel):
-    """A variant of a benchmark's protocol.
-
-    Attributes:
-        prompt: changes to upstream's `lmms_eval_specific_kwargs`.
-        metric, scale, aggregator: where they differ from the benchmark's.
-        rescore: name of our own rule over the raw answers, where upstream has none.
-        scored: False writes a submission file and no score.
-    """
-
-    title: str
-    prompt: dict[str, Any] = Field(default={})
-    metric: str | None = None
-    scale: float | None = None
-    aggregator: str | None = None
-    rescore: str | None = None
-    split: str | None = None
-    scored: bool = True
-
-
 class Published(StrictModel):
     """Whether a published number of this benchmark may be put beside ours."""
 
     column: str
     verdict: Literal["comparable", "near", "not comparable"]
     why: str
+
+
+class Profile(StrictModel):
+    """A variant of a benchmark's protocol; what is not given is the benchmark's own.
+
+    Attributes:
+        prompt: changes to upstream's `lmms_eval_specific_kwargs`.
+        columns: further required columns.
+        rescore: name of our own rule over the raw answers, where upstream has none.
+        upstream, split, documents: another upstream task and its data.
+        scored: False writes a submission file and no score.
+    """
+
+    title: str
+    prompt: dict[str, Any] = Field(default={})
+    columns: dict[str, ColumnKind] = Field(default={})
+    metric: str | None = None
+    aggregator: str | None = None
+    rescore: str | None = None
+    upstream: str | None = None
+    split: str | None = None
+    documents: int | None = None
+    scored: bool = True
+    published: Published | None = None
 
 
 class TaskSpec(StrictModel):

@@ -100,7 +100,7 @@ def ask(
         IncompleteRunError: a document cannot be scored, or samples and upstream disagree.
     """
     from kd_bench.evals.adapter import Journalled
-    from kd_bench.evals.scoring import agree, samples_frame
+    from kd_bench.evals.scoring import agree, own_metrics, rescored, samples_frame
     from kd_bench.evals.upstream import quiet, simple_evaluate
 
     known = dict(known or {})
@@ -118,7 +118,10 @@ def ask(
     metrics = _metrics(outcome, prepared.task.task_name)
     samples = samples_frame(prepared, answers)
     agree(prepared, samples, metrics)
-    return Asked(samples, metrics, sum(computed for _, computed in shares), before)
+    metrics |= own_metrics(prepared, samples)
+    return Asked(
+        rescored(prepared, samples), metrics, sum(computed for _, computed in shares), before
+    )
 
 
 def _metrics(outcome: dict[str, Any], task: str) -> dict[str, float]:

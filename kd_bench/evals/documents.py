@@ -175,16 +175,20 @@ def open_picture(encoded: bytes) -> "Image":
     return picture
 
 
-def load_documents(spec: TaskSpec, folder: Path, split: str | None = None) -> Documents:
+def load_documents(spec: TaskSpec, folder: Path, profile: str | None = None) -> Documents:
     """Read one benchmark's rows from a data folder.
 
     Raises:
         UsageError: the folder, a file or a column is missing or has the wrong type.
     """
-    split = split or spec.dataset.split
+    variant = spec.profile(profile)
+    split = variant.split or spec.dataset.split
     files = _files(folder, spec.id, split)
-    schema = _check_columns(spec, files)
-    kinds = {**spec.columns, **spec.optional_columns}
+    required = {**spec.columns, **variant.columns}
+    if not variant.scored:  # nobody has the answers of a test split
+        required.pop("answers", None)
+    kinds = {**spec.optional_columns, **spec.columns, **variant.columns}
+    schema = _check_columns(spec.id, files, required, kinds)
     media = [name for name in schema.names if kinds.get(name) == "image"]
     plain = [name for name in schema.names if name not in media]
     table = pa.concat_tables([pq.read_table(file, columns=plain) for file in files])
@@ -209,26 +213,27 @@ def _files(folder: Path, name: str, split: str) -> list[Path]:
     )
 
 
-def _check_columns(spec: TaskSpec, files: list[Path]) -> pa.Schema:
+def _check_columns(
+    task: str, files: list[Path], required: dict[str, Any], kinds: dict[str, Any]
+) -> pa.Schema:
     """The schema of the first file, after every file was checked."""
     first: pa.Schema | None = None
     for file in files:
         try:
             schema = pq.read_schema(file)
         except (OSError, pa.ArrowException) as error:
-            reason = str(error).splitlines()[0]
-            problem = f"{spec.id}: {file} cannot be read: {reason}"
+            problem = f"{task}: {file} cannot be read: {str(error).splitlines()[0]}"
             raise UsageError(problem, "Fetch it again.") from None
-        for column in spec.columns:
+        for column in required:
             if column not in schema.names:
                 raise UsageError(
-                    f"{spec.id}: {file} has no column {column!r}.{closest(column, schema.names)}",
+                    f"{task}: {file} has no column {column!r}.{closest(column, schema.names)}",
                     f"Its columns are {', '.join(schema.names)}.",
                 )
-        for column, kind in {**spec.columns, **spec.optional_columns}.items():
+        for column, kind in kinds.items():
             if column in schema.names and not _fits(schema.field(column).type, kind):
                 raise UsageError(
-                    f"{spec.id}: column {column!r} of {file} is {schema.field(column).type}.",
+                    f"{task}: column {column!r} of {file} is {schema.field(column).type}.",
                     f"It must hold: {kind}.",
                 )
         first = first or schema

@@ -20,7 +20,7 @@ from kd_bench.records import SAMPLE_COLUMNS
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["agree", "headline", "rates", "samples_frame"]
+__all__ = ["agree", "headline", "own_metrics", "rates", "rescored", "samples_frame", "submission"]
 
 # A row's score, its target and the answer as the scorer understood it ("" when it could not).
 Judged = tuple[float, str, str]
@@ -67,9 +67,57 @@ def rates(samples: "pd.DataFrame") -> dict[str, float]:
 
 
 def headline(prepared: PreparedTask, samples: "pd.DataFrame") -> float:
-    """The score on the papers' 0-100 scale."""
-    profile = prepared.spec.profile(prepared.profile)
-    return aggregate(profile.aggregator or prepared.spec.aggregator, samples)
+    """The score on the papers' 0-100 scale; NaN for a profile that only writes a submission."""
+    return aggregate(prepared.aggregator, samples) if prepared.variant.scored else float("nan")
+
+
+def rescored(prepared: PreparedTask, samples: "pd.DataFrame") -> "pd.DataFrame":
+    """The samples under a profile's own rule over the raw answers."""
+    rule = prepared.variant.rescore
+    if rule is None:
+        return samples
+    result = samples.copy()
+    result["parsed"] = [_RULES[rule](answer) for answer in samples["answer"]]
+    result["score"] = (result["parsed"] == result["target"]).astype(float)
+    result.loc[result["status"] == "error", "score"] = 0.0
+    return result
+
+
+def own_metrics(prepared: PreparedTask, samples: "pd.DataFrame") -> dict[str, float]:
+    """Numbers beside upstream's, on the scale 0-1, under names that say whose they are."""
+    if not prepared.variant.scored:
+        return {}
+    if prepared.spec.id == "mmmu":
+        return {"kd_bench_mmmu_acc_strict": aggregate("strict", samples) / 100}
+    if prepared.spec.id == "pope":
+        bare = samples.assign(parsed=[_bare_word(answer) for answer in samples["answer"]])
+        first = samples.assign(parsed=[_pope_llava(answer) for answer in samples["answer"]])
+        return {
+            "kd_bench_pope_f1_normalised": aggregate("f1", bare) / 100,
+            "kd_bench_pope_f1_llava": aggregate("f1_mean", first) / 100,
+        }
+    return {}
+
+
+def submission(prepared: PreparedTask) -> list[dict[str, Any]]:
+    """What the evaluation server wants, one entry a document, in document order."""
+    recorded = prepared.task.recorded
+    return [dict(recorded[index]["submission"]) for index in sorted(recorded)]
+
+
+def _bare_word(answer: str) -> str:
+    """yes or no behind any case and punctuation, when the answer begins with it."""
+    words = re.findall(r"[a-z]+", answer.lower())
+    return words[0] if words and words[0] in ("yes", "no") else ""
+
+
+def _pope_llava(answer: str) -> str:
+    """LLaVA's eval_pope.py: the first sentence without commas; no, not or No say no, else yes."""
+    words = answer.split(".")[0].replace(",", "").split(" ")
+    return "no" if any(word in ("No", "not", "no") for word in words) else "yes"
+
+
+_RULES: dict[str, Callable[[str], str]] = {"pope_llava": _pope_llava}
 
 
 def agree(prepared: PreparedTask, samples: "pd.DataFrame", upstream: dict[str, float]) -> None:
@@ -79,7 +127,7 @@ def agree(prepared: PreparedTask, samples: "pd.DataFrame", upstream: dict[str, f
         IncompleteRunError: they do not; the result must not be stored.
     """
     spec = prepared.spec
-    if spec.metric not in upstream:  # MME cut to cognition: there is no perception to compare
+    if not prepared.variant.scored or spec.metric not in upstream:  # MME cut to cognition
         return
     expected = upstream[spec.metric] * spec.scale
     if spec.aggregator == "mme":
@@ -116,6 +164,8 @@ def _category(prepared: PreparedTask, document: Document) -> str:
 def _judge(prepared: PreparedTask) -> Callable[[Document, str], Judged]:
     """How a row of this benchmark is read; unknown benchmarks use their headline metric."""
     special = _JUDGES.get(prepared.spec.id)
+    if not prepared.variant.scored:
+        special = _unscored
 
     def judge(document: Document, answer: str) -> Judged:
         if document.index not in prepared.task.recorded:  # scored by another process
@@ -185,6 +235,10 @@ def _gqa(document: Document, answer: str, metrics: dict[str, Any]) -> Judged:
     strip = str.maketrans("", "", string.punctuation)
     said = answer.strip().lower().translate(strip)
     return float(metrics["exact_match"]), str(document["answer"]), said
+
+
+def _unscored(document: Document, answer: str, metrics: dict[str, Any]) -> Judged:
+    return float("nan"), "", str(metrics["submission"]["answer"])
 
 
 def _soft(document: Document, answer: str, metrics: dict[str, Any]) -> Judged:

@@ -20,7 +20,7 @@ from kd_bench.evals.documents import Document, Documents, load_documents
 from kd_bench.evals.questions import PLACEHOLDER
 from kd_bench.evals.upstream import lmms_eval, lmms_eval_version, quiet, task_config
 from kd_bench.files import digest_text
-from kd_bench.registry import TaskSpec
+from kd_bench.registry import Profile, TaskSpec
 
 __all__ = ["SCORING_VERSION", "PreparedTask", "prepare", "unit_ids"]
 
@@ -54,9 +54,14 @@ class PreparedTask:
     fingerprint: str
 
     @property
-    def split(self) -> str:
-        """Upstream's split name."""
-        return str(self.task.config.test_split or self.task.config.validation_split)
+    def variant(self) -> Profile:
+        """The profile itself."""
+        return self.spec.profile(self.profile)
+
+    @property
+    def aggregator(self) -> str:
+        """Name of the aggregator that turns the samples into the score."""
+        return self.variant.aggregator or self.spec.aggregator
 
 
 def prepare(
@@ -73,10 +78,11 @@ def prepare(
     """
     name = spec.default_profile if profile in (None, "default") else str(profile)
     variant = spec.profile(name)
-    documents = load_documents(spec, folder, variant.split)
+    documents = load_documents(spec, folder, name)
     if limit is not None and limit < len(documents):
         documents = documents.select(_first_units(spec, documents, limit))
-    config = _configure(spec, variant.prompt)
+    upstream = variant.upstream or spec.upstream
+    config = _configure(spec, upstream, variant.prompt)
     with quiet():
         task = _task_class()(config, documents, spec)
     prompts = [_render(task, document, spec) for document in documents]
@@ -91,7 +97,7 @@ def prepare(
         digest_text(*contents),
         digest_text(*prompts),
         json.dumps(spec.generation.model_dump(), sort_keys=True),
-        f"{spec.upstream} lmms-eval {lmms_eval_version()} scoring {SCORING_VERSION}",
+        f"{upstream} lmms-eval {lmms_eval_version()} scoring {SCORING_VERSION}",
     )
     generation = config["generation_kwargs"]
     return PreparedTask(
@@ -126,8 +132,8 @@ def _first_units(spec: TaskSpec, documents: Documents, limit: int) -> list[int]:
     return sorted(chosen)
 
 
-def _configure(spec: TaskSpec, prompt: dict[str, Any]) -> dict[str, Any]:
-    config = task_config(spec.upstream)
+def _configure(spec: TaskSpec, upstream: str, prompt: dict[str, Any]) -> dict[str, Any]:
+    config = task_config(upstream)
     metrics = [entry for entry in config["metric_list"] if entry["metric"] != "submission"]
     config["metric_list"] = metrics
     config["process_docs"] = None
@@ -202,6 +208,7 @@ def _task_class() -> type[Any]:
         def download(self, dataset_kwargs: Any = None) -> None:
             del dataset_kwargs
             split = self.config.test_split or self.config.validation_split
+            assert split is not None
             self.dataset = {split: self._documents}
             self.dataset_no_image = self.dataset  # pictures are decoded only when asked for
 

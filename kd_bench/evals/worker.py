@@ -10,7 +10,7 @@ from kd_bench.evals.asking import Asked, TaskJournal, answer_keys, ask
 from kd_bench.evals.checkpoint import Checkpoint
 from kd_bench.evals.progress import SuiteProgress
 from kd_bench.evals.questions import Answer
-from kd_bench.files import digest_text
+from kd_bench.files import digest_text, write_json
 from kd_bench.records import Cost, Protocol, TaskResult
 from kd_bench.registry import TaskSpec
 from kd_bench.store import Run
@@ -69,6 +69,8 @@ class Worker:
         if asked is None:
             return spec.id
         result = self._result(prepared, asked, time.perf_counter() - started)
+        if not prepared.variant.scored:
+            self._write_submission(prepared)
         self._run.commit(result, asked.samples)
         failed = f", {result.rates['error']:.1%} failed" if result.rates["error"] else ""
         return (
@@ -81,8 +83,7 @@ class Worker:
         from kd_bench.stats import score_interval
 
         spec = prepared.spec
-        variant = spec.profile(prepared.profile)
-        aggregator = variant.aggregator or spec.aggregator
+        variant, aggregator = prepared.variant, prepared.aggregator
         return TaskResult(
             task=spec.id,
             fingerprint=prepared.fingerprint,
@@ -92,7 +93,7 @@ class Worker:
             documents=len(asked.samples),
             units=int(asked.samples["unit_id"].nunique()),
             rates=rates(asked.samples),
-            interval=score_interval(aggregator, asked.samples),
+            interval=score_interval(aggregator, asked.samples) if variant.scored else None,
             profile=prepared.profile,
             seconds=round(seconds, 3),
             computed=asked.computed,
@@ -106,6 +107,12 @@ class Worker:
                 "engine": ENGINE,
             },
         )
+
+    def _write_submission(self, prepared: "PreparedTask") -> None:
+        from kd_bench.evals.scoring import submission
+
+        path = self._run.path / "submissions" / f"{prepared.spec.id}.json"
+        write_json(path, submission(prepared))
 
     def cost(self) -> Cost:
         """What the model costs to run."""
