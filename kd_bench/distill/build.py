@@ -34,9 +34,7 @@ def build_student(parts: StudentParts, folder: Path, seed: int = 0) -> None:
 
     tower, pictures = _vision(parts.vision_tower)
     language, tokenizer = _language(parts.language_model)
-    if IMAGE_TOKEN not in tokenizer.get_vocab():
-        tokenizer.add_special_tokens({"extra_special_tokens": {"image_token": IMAGE_TOKEN}})
-    image_token_id = int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+    image_token_id = add_image_token(tokenizer)
     if image_token_id >= language.config.vocab_size:
         language.resize_token_embeddings(len(tokenizer))
     has_class_token = _has_class_token(tower)
@@ -70,6 +68,16 @@ def build_student(parts: StudentParts, folder: Path, seed: int = 0) -> None:
         strategy=parts.vision_feature_select_strategy,
         template=_template(parts.chat_template),
     ).save_pretrained(folder)
+
+
+def add_image_token(tokenizer: Any) -> int:
+    """The id of `<image>`, which is added where the tokenizer does not know it."""
+    from transformers import AddedToken
+
+    if IMAGE_TOKEN not in tokenizer.get_vocab():
+        token = AddedToken(IMAGE_TOKEN, special=True, normalized=False)
+        tokenizer.add_tokens([token], special_tokens=True)
+    return int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
 
 
 def make_processor(

@@ -14,7 +14,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from kd_bench.distill.build import IMAGE_TOKEN, make_processor, tinyllava_template
+from kd_bench.distill.build import (
+    IMAGE_TOKEN,
+    add_image_token,
+    make_processor,
+    tinyllava_template,
+)
 from kd_bench.errors import UsageError
 from kd_bench.files import write_json
 
@@ -238,7 +243,7 @@ def _tokenizer(source: Path, config: dict[str, Any]) -> Any:
             f"{source} has no usable tokenizer: {reason[0]}",
             "Copy the language model's tokenizer files into that folder.",
         ) from error
-    tokenizer.add_special_tokens({"extra_special_tokens": {"image_token": IMAGE_TOKEN}})
+    add_image_token(tokenizer)
     return tokenizer
 
 
@@ -253,17 +258,17 @@ def _generation_config(tokenizer: Any) -> Any:
 
 
 def _pictures(config: dict[str, Any]) -> Any:
-    """Pictures are squashed to a square, bicubic, as TinyLLaVA does it."""
-    from transformers import CLIPImageProcessor, SiglipImageProcessor
+    """Pictures are squashed to a square, or padded to one first; bicubic, as TinyLLaVA does it."""
+    from transformers import CLIPImageProcessor, LlavaImageProcessor, SiglipImageProcessor
 
-    if config.get("image_aspect_ratio", "pad") != "square":
-        raise UsageError(
-            "This TinyLLaVA pads its pictures to a square (image_aspect_ratio: pad).",
-            "Only image_aspect_ratio: square has an image processor in transformers.",
-        )
     side = config["vision_config"]["image_size"]
-    if _has_class_token(config):
-        return CLIPImageProcessor(
-            size={"height": side, "width": side}, do_center_crop=False, resample=3
-        )
-    return SiglipImageProcessor(size={"height": side, "width": side}, resample=3)
+    square = {"height": side, "width": side}
+    is_clip = _has_class_token(config)
+    if config.get("image_aspect_ratio", "pad") == "pad":
+        colours: dict[str, Any] = {"size": {"shortest_edge": side}, "crop_size": square}
+        if not is_clip:
+            colours |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+        return LlavaImageProcessor(do_pad=True, resample=3, **colours)
+    if is_clip:
+        return CLIPImageProcessor(size=square, do_center_crop=False, resample=3)
+    return SiglipImageProcessor(size=square, resample=3)
