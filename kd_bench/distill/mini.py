@@ -62,8 +62,8 @@ class Size:
     initializer_range: float = 0.1  # 0.02 does not learn to bind shapes to colours
 
 
-TEACHER = Size(vision_layers=2, width=128, layers=4, heads=4)
-STUDENT = Size(vision_layers=2, width=64, layers=2, heads=4)
+TEACHER = Size(vision_layers=2, width=128, layers=3, heads=4)
+STUDENT = Size(vision_layers=2, width=96, layers=2, heads=2)
 
 
 def corpus(seed: int = 0) -> list[str]:

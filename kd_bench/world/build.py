@@ -13,14 +13,17 @@ from kd_bench.world.drawing import png
 from kd_bench.world.testsets import write_test_sets
 from kd_bench.world.training import Conversation, conversations
 
-VERSION = "1"  # raise it whenever the same seed would give other pixels or rows
+VERSION = "2"  # raise it whenever the same seed would give other pixels or rows
 
 # Training files: folder -> (kind of conversation, how many).
 STUDENT_FILES = {"train": ("mixture", 2000), "captions": ("captions", 1500)}
 TEACHER_FILES = {
-    "teacher/mixture": ("mixture", 16000),
-    "teacher/captions": ("captions", 6000),
-    "teacher/drills": ("drills", 8000),
+    "teacher/looks": ("looks", 6000),
+    "teacher/glances": ("glances", 4000),
+    "teacher/captions": ("captions", 4000),
+    "teacher/lists": ("lists", 4000),
+    "teacher/drills": ("drills", 4000),
+    "teacher/mixture": ("mixture", 8000),
 }
 
 
@@ -28,7 +31,7 @@ def build_world(folder: Path, seed: int = 0, *, teacher: bool = False) -> None:
     """Write the world into a folder, once; a complete one is left as it is.
 
     Several processes may call this at the same time: one writes, the others wait for it.
-    `teacher=True` adds the large training files that only the teacher's own recipe reads.
+    `teacher=True` adds the large training files that the recipes of the teacher and the student base read.
     """
     folder = Path(folder)
     _once(folder, f"world-{VERSION}-seed-{seed}", lambda: _write_world(folder, seed))
