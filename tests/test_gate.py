@@ -17,6 +17,8 @@ from kd_bench.errors import ExitCode, IncompleteRunError, NotComparableError, Us
 from kd_bench.gate import GateReport, Policy, RuleOutcome, Verdict, check, load_policy
 from kd_bench.records import Cost, Interval
 from kd_bench.report import ci
+from kd_bench.report.tables import to_markdown
+from kd_bench.report.verdicts import verdict_table
 from kd_bench.stats import NonInferiority
 from kd_bench.store import Run, find_run
 from tests.statistics.simulate import small_frames, write_run
@@ -165,7 +167,7 @@ def test_one_rule_gives_the_exit_code_the_junit_file_and_the_annotations(
     errors = [line for line in ci.annotations(report) if line.startswith("::error ")]
     assert len(errors) == failed
     assert report.outcome in ci.job_summary(report)
-    assert report.outcome.upper() in ci.as_text(report)
+    assert report.outcome in verdict_table(report).title
     assert json.loads(report.to_json())["exit_code"] == expected
 
 
@@ -363,7 +365,7 @@ def test_names_become_no_markup_and_no_command() -> None:
     (line,) = ci.annotations(report)
     assert "\n" not in line
     assert "%0A" in line
-    assert "\x1b" not in ci.as_text(report)
+    assert "\x1b" not in to_markdown(verdict_table(report))
     assert line.count("::error") == 2  # its own, and one inert inside the text
     assert "%250A" in line
 
@@ -388,15 +390,25 @@ def test_junit_is_written_atomically_and_parses(tmp_path: Path) -> None:
     assert [each.name for each in path.parent.iterdir()] == ["junit.xml"]
 
 
-def test_text_table_has_a_row_a_verdict_and_the_headline_last(tmp_path: Path) -> None:
+def test_the_summary_has_a_row_a_verdict(tmp_path: Path) -> None:
     one, other = small_frames(seed=4, shrink=20)
     new, old = write_run(tmp_path, "new", other), write_run(tmp_path, "old", one)
     report = check(new, old, POLICY)
-    lines = ci.as_text(report).splitlines()
-    assert lines[0].startswith("new (")
-    for each in report.verdicts:
-        assert any(line.startswith(f"{each.name} ") and each.verdict in line for line in lines)
-    assert lines[-1].startswith(report.outcome.upper())
+    rows = [line for line in ci.job_summary(report).splitlines() if line.startswith("| ")]
+    assert len(rows) == 12
+    for each, row in zip(report.verdicts, rows[1:], strict=True):
+        assert row.startswith(f"| {each.name}".replace("_", "\\_"))
+        assert each.verdict in row
+
+
+def test_the_table_explains_what_is_not_fine(tmp_path: Path) -> None:
+    old = with_scores(tmp_path, "old", [1.0, 0.0] * 200)
+    new = with_scores(tmp_path, "new", [1.0, 0.0] * 150 + [0.0] * 100)
+    report = check(new, old, policy(broken_per_thousand=1.0))
+    text = to_markdown(verdict_table(report))
+    assert "mmmu regressed: 50.0" in text
+    assert "bound" in text
+    assert "broken answers failed: 50 of 400 documents broke" in text
 
 
 def test_check_reads_only_what_it_needs(tmp_path: Path) -> None:

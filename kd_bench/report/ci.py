@@ -1,4 +1,4 @@
-"""The gate's report for machines that run CI: text, JUnit XML, GitHub job summary, annotations."""
+"""The gate's report for machines that run CI: JUnit XML, GitHub job summary, annotations."""
 
 import os
 import re
@@ -9,16 +9,11 @@ from pathlib import Path
 from kd_bench.files import write_text
 from kd_bench.gate import GateReport, Verdict
 
-__all__ = ["annotations", "as_text", "job_summary", "junit_xml", "write_github", "write_junit"]
+__all__ = ["annotations", "job_summary", "junit_xml", "write_github", "write_junit"]
 
-MARKS = {
-    "improved": "▲", "equal within margin": "=", "regressed": "▼", "inconclusive": "?",
-    "passed": "=", "failed": "▼", "not checked": "-",
-}  # fmt: skip
+MARKS = {"improved": "▲", "equal within margin": "=", "regressed": "▼", "inconclusive": "?"}
 HEADERS = ("benchmark", "baseline", "candidate", "difference", "95 % interval", "bound", "margin",
            "p (Holm)", "fixed", "broken", "verdict")  # fmt: skip
-# A name must not move the cursor of a terminal.
-_CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 # XML 1.0 has no way to write these.
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
@@ -43,30 +38,6 @@ def _cells(verdict: Verdict) -> tuple[str, ...]:
 
 def _small_drop(verdict: Verdict) -> bool:
     return verdict.real_drop and verdict.verdict == "equal within margin"
-
-
-def _headline(report: GateReport) -> str:
-    counts = [f"{sum(v.verdict == name for v in report.verdicts)} {name}" for name in
-              ("regressed", "inconclusive", "equal within margin", "improved")]  # fmt: skip
-    return f"{report.outcome.upper()}: {', '.join(counts)} (with the average)"
-
-
-def as_text(report: GateReport) -> str:
-    """The table for a terminal or a log, with the further rules and notes below it."""
-    rows = [HEADERS, *(_cells(verdict) for verdict in report.verdicts)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADERS))]
-    lines = [f"{report.candidate} against {report.baseline}", ""]
-    for row in rows:
-        cells = [
-            cell.ljust(width) if column in (0, len(row) - 1) else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    lines.append("")
-    lines += [f"{MARKS.get(r.state, '?')} {r.name} {r.state}: {r.sentence}" for r in report.rules]
-    lines += [f"note: {note}" for note in report.notes]
-    lines.append(_headline(report))
-    return _CONTROL.sub("\ufffd", "\n".join(lines)) + "\n"
 
 
 # --- JUnit -----------------------------------------------------------------------------------

@@ -145,11 +145,16 @@ def verdict_table(report: GateReport) -> Table:
         )
         for verdict in report.verdicts
     )
-    sentences = tuple(rule.sentence for rule in report.rules)
+    explained = tuple(
+        each.sentence
+        for each in report.verdicts
+        if each.verdict in ("regressed", "inconclusive") or each.real_drop
+    )
+    rules = tuple(f"{rule.name} {rule.state}: {rule.sentence}" for rule in report.rules)
     return Table(
         f"{report.candidate} against {report.baseline}: {report.outcome}",
         columns,
         rows,
         caption="Points on the 0-100 scale, 95 % intervals of the paired difference.",
-        notes=(*sentences, *report.notes),
+        notes=(*explained, *rules, *report.notes),
     )
