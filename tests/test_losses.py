@@ -236,7 +236,7 @@ def test_rows_of_very_different_k_are_grouped_without_a_difference(monkeypatch):
     ones = torch.ones(40)
     together = dbild(teacher, other)
     wanted = gradient_of(together, other, ones)
-    monkeypatch.setattr(pairs_module, "ELEMENTS_AT_A_TIME", 300)
+    monkeypatch.setattr(pairs_module, "ELEMENTS_AT_A_TIME", {"cpu": 300})
     assert len(pairs_module._groups(leading(teacher))) >= 5
     apart = dbild(teacher, other)
     torch.testing.assert_close(apart, together, rtol=1e-6, atol=1e-9)

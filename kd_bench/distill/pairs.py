@@ -31,8 +31,9 @@ __all__ = ["PairForm", "pair_divergence"]
 PairForm = Literal["flat", "row-wise"]
 
 LARGEST_SPREAD = 300.0  # exp(-2 * 300) is an ordinary double
-ELEMENTS_AT_A_TIME = 1 << 21
-"""Padded [rows, k] entries worked on at a time: 16 MB a double tensor."""
+ELEMENTS_AT_A_TIME = {"cpu": 1 << 16}
+ELEMENTS_ELSEWHERE = 1 << 21
+"""Padded [leads, k] entries worked on at a time: half a megabyte, or 16, a double tensor."""
 
 
 def pair_divergence(
@@ -80,7 +81,8 @@ def _groups(lead: Lead) -> list[tuple[Tensor | slice, int]]:
     leads, width = lead.ids.shape
     if width < 2:
         return []
-    if leads * width <= ELEMENTS_AT_A_TIME // 8:
+    at_a_time = ELEMENTS_AT_A_TIME.get(lead.k.device.type, ELEMENTS_ELSEWHERE)
+    if leads * width <= at_a_time:
         return [(slice(None), width)]
     order = lead.k.argsort(descending=True)
     falling = lead.k[order].tolist()
@@ -88,7 +90,7 @@ def _groups(lead: Lead) -> list[tuple[Tensor | slice, int]]:
     start = 0
     while start < leads and falling[start] >= 2:
         size, end = falling[start], start + 1
-        most = max(1, ELEMENTS_AT_A_TIME // size)
+        most = max(1, at_a_time // size)
         while end < leads and falling[end] >= max(size / 2, 2) and end - start < most:
             end += 1
         groups.append((order[start:end], size))

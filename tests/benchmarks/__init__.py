@@ -1,0 +1,1 @@
+"""Figures that are measured, not asserted: `python -m tests.benchmarks.<name>` prints a table."""
