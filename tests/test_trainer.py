@@ -321,3 +321,39 @@ def test_two_processes_do_not_share_a_folder(place):
     recipe = recipe_in(place, "busy")
     with FileLock(str(recipe.output_folder) + ".lock"), pytest.raises(UsageError, match="Another"):
         train(recipe)
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(place):
+    """Two gloo processes under torchrun, each with half of every batch."""
+    settings = ("steps=8", "trainable=[vision_tower, projector, language_model]")
+    one = train(recipe_in(place, "one", *settings))
+    code = (
+        "import sys; from kd_bench.distill.recipe import load_recipe;"
+        "from kd_bench.distill.trainer import train; train(load_recipe(sys.argv[1], sys.argv[2:]))"
+    )
+    script = place / "script.py"
+    script.write_text(code)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+         str(script), str(place / "recipe.yaml"), f"output={place / 'two-processes'}", *settings],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "."},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = place / "two-processes" / "final"
+    expected, found = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
+    for name, tensor in expected.items():
+        # Softmax ignores a bias of the keys: its gradient is rounding noise, which Adam scales up.
+        if "vision_tower" in name and name.endswith("k_proj.bias"):
+            continue
+        torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=0, msg=name)
+    logs = [
+        [json.loads(line) for line in (folder.parent / "train_log.jsonl").open()]
+        for folder in (one, two)
+    ]
+    for left, right in zip(*logs, strict=True):
+        assert left["loss"] == pytest.approx(right["loss"], abs=1e-5)
+        assert left["terms"] == pytest.approx(right["terms"], abs=1e-5)

@@ -125,7 +125,8 @@ def wait_for_everyone() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import PartialState
 
-        PartialState().wait_for_everyone()
+        # Without an accelerator the processes find each other only if told to stay on the CPU.
+        PartialState(cpu=not torch.accelerator.is_available()).wait_for_everyone()
 
 
 def _now() -> str:
@@ -272,6 +273,7 @@ def _run_stage(run: Run, stage: Stage, folder: Path, student: Any) -> Any:
         if teacher is not None:
             checkpoint_activations(teacher, frozen=True)
     trainer = _trainer(run, stage, folder, distiller, order, seed)
+    _check_processes(trainer)
     checkpoint = last_checkpoint(folder)
     _announce(run, stage, trainer, checkpoint)
     with contextlib.closing(trainer.report):
@@ -284,6 +286,17 @@ def _run_stage(run: Run, stage: Stage, folder: Path, student: Any) -> Any:
             shutil.rmtree(leftover, ignore_errors=True)
     wait_for_everyone()
     return student
+
+
+def _check_processes(trainer: DistillationTrainer) -> None:
+    """Processes that do not know of each other would each train on a part of every batch."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    joined = trainer.accelerator.num_processes
+    if joined != started:
+        raise UsageError(
+            f"{started} processes were started, but {joined} take part in the training.",
+            "Start them with `accelerate launch` or `torchrun`, one an accelerator.",
+        )
 
 
 def _dataset(run: Run, stage: Stage) -> ConversationDataset:
@@ -398,6 +411,7 @@ def _arguments(
         adam_beta2=stage.betas[1],
         max_grad_norm=stage.max_grad_norm,
         bf16=stage.precision == "bfloat16",
+        use_cpu=not torch.accelerator.is_available(),
         logging_steps=stage.log_every,
         logging_nan_inf_filter=False,
         save_strategy="steps" if stage.save_every else "no",
