@@ -75,6 +75,16 @@ def aligned(shape: Benchmark, right: NDArray[np.bool_]) -> AlignedTask:
     )
 
 
+def distinct_rows(values: Array) -> tuple[Array, NDArray[np.int64]]:
+    """Distinct rows of [units, m] and how often each occurs; one sort of numbers, not of rows."""
+    code = np.zeros(len(values))
+    for column in values.T:
+        levels, place = np.unique(column, return_inverse=True)
+        code = code * len(levels) + place
+    _, first, counts = np.unique(code, return_index=True, return_counts=True)
+    return values[first], counts
+
+
 class Collapsed(Resampled):
     """Resampled with units of equal content drawn together.
 
@@ -84,7 +94,7 @@ class Collapsed(Resampled):
 
     def null_draws(self, first: int, second: int, seed: int = 0) -> Array:
         one, other = self.aligned.statistics[first], self.aligned.statistics[second]
-        changes, counts = np.unique(other - one, axis=0, return_counts=True)
+        changes, counts = distinct_rows(other - one)
         swapped = np.random.default_rng(seed).binomial(counts, 0.5, (RESAMPLES, len(counts)))
         moved = swapped @ changes
         combine = get_aggregator(self.aligned.aggregator).combine
@@ -101,7 +111,7 @@ def resampled(task: AlignedTask, seed: int, draws: bool = True) -> Resampled:
     if not draws:
         return Collapsed(task, task.scores, empty)
     flat = task.statistics.transpose(1, 0, 2).reshape(units, -1)
-    distinct, counts = np.unique(flat, axis=0, return_counts=True)
+    distinct, counts = distinct_rows(flat)
     weights = np.random.default_rng([6, seed]).multinomial(units, counts / units, RESAMPLES)
     sums = (weights @ distinct).reshape(RESAMPLES, models, width)
     return Collapsed(task, task.scores, get_aggregator(task.aggregator).combine(sums).T)
