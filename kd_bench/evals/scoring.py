@@ -20,7 +20,16 @@ from kd_bench.records import SAMPLE_COLUMNS
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["agree", "headline", "own_metrics", "rates", "rescored", "samples_frame", "submission"]
+__all__ = [
+    "RULES",
+    "agree",
+    "headline",
+    "own_metrics",
+    "rates",
+    "rescored",
+    "samples_frame",
+    "submission",
+]
 
 # A row's score, its target and the answer as the scorer understood it ("" when it could not).
 Judged = tuple[float, str, str]
@@ -77,7 +86,7 @@ def rescored(prepared: PreparedTask, samples: "pd.DataFrame") -> "pd.DataFrame":
     if rule is None:
         return samples
     result = samples.copy()
-    result["parsed"] = [_RULES[rule](answer) for answer in samples["answer"]]
+    result["parsed"] = [RULES[rule](answer) for answer in samples["answer"]]
     result["score"] = (result["parsed"] == result["target"]).astype(float)
     result.loc[result["status"] == "error", "score"] = 0.0
     return result
@@ -117,7 +126,7 @@ def _pope_llava(answer: str) -> str:
     return "no" if any(word in ("No", "not", "no") for word in words) else "yes"
 
 
-_RULES: dict[str, Callable[[str], str]] = {"pope_llava": _pope_llava}
+RULES: dict[str, Callable[[str], str]] = {"pope_llava": _pope_llava}
 
 
 def agree(prepared: PreparedTask, samples: "pd.DataFrame", upstream: dict[str, float]) -> None:

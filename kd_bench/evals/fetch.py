@@ -1,0 +1,188 @@
+"""Bring the real data sets to a folder, and check what lies there.
+
+    <folder>/<benchmark id>/<split>-*.parquet      and      <folder>/lock.json
+
+The lock holds the commit of each data set and the digest of each file. Fetching again takes only
+what is missing or changed; evaluating from the folder uses no network.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from kd_bench.errors import IncompleteRunError, MissingExtraError, UsageError, one_line
+from kd_bench.evals.documents import PictureError, load_documents, open_picture
+from kd_bench.files import digest_files, read_json, write_json
+from kd_bench.registry import TaskSpec
+
+__all__ = ["LOCK", "Verified", "fetch", "verify"]
+
+LOCK = "lock.json"
+Report = Callable[[str], None]
+
+
+@dataclass
+class Verified:
+    """What `verify` found in one benchmark's data; no problems means it can be used."""
+
+    task: str
+    documents: int = 0
+    pictures: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+def fetch(
+    specs: Iterable[TaskSpec],
+    folder: Path,
+    *,
+    profiles: dict[str, str] | None = None,
+    report: Report = lambda line: None,
+) -> None:
+    """Download the parquet files of benchmarks; a stopped download is continued.
+
+    Raises:
+        UsageError: the hub is switched off, or a data set lacks the files.
+        IncompleteRunError: the hub cannot be reached, or a download failed.
+    """
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+        raise UsageError("HF_HUB_OFFLINE is set: nothing can be fetched.", "Unset it to fetch.")
+    folder.mkdir(parents=True, exist_ok=True)
+    for spec in specs:
+        split = spec.profile((profiles or {}).get(spec.id)).split or spec.dataset.split
+        parts = [(spec.id, spec.dataset.config)]
+        if spec.dataset.images:
+            parts.append((f"{spec.id}_images", spec.dataset.images))
+        for name, config in parts:
+            _fetch_part(spec, name, config, split, folder, report)
+
+
+def _fetch_part(
+    spec: TaskSpec, name: str, config: str | None, split: str, folder: Path, report: Report
+) -> None:
+    lock = _read_lock(folder)
+    known = lock.get(name, {})
+    revision = spec.dataset.revision or known.get("revision") or "main"
+    commit, wanted = _listing(spec, config, split, str(revision))
+    files = dict(known.get("files", {})) if known.get("revision") == commit else {}
+    for number, path in enumerate(wanted, 1):
+        target = folder / name / PurePosixPath(path).name
+        if target.is_file() and files.get(target.name) == digest_files([target]):
+            report(f"{name}: {target.name} ({number} of {len(wanted)}) is there")
+            continue
+        report(f"{name}: {target.name} ({number} of {len(wanted)})")
+        _download(spec.dataset.repo, path, commit, target)
+        files[target.name] = digest_files([target])
+        lock[name] = {"repo": spec.dataset.repo, "revision": commit, "files": files}
+        write_json(folder / LOCK, lock)
+
+
+def _hub() -> Any:
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise MissingExtraError("tasks fetch", "train", "huggingface-hub") from error
+    return huggingface_hub
+
+
+def _listing(
+    spec: TaskSpec, config: str | None, split: str, revision: str
+) -> tuple[str, list[str]]:
+    """The data set's commit and its parquet files of one split."""
+    repo = spec.dataset.repo
+    try:
+        info = _hub().HfApi().dataset_info(repo, revision=revision)
+    except MissingExtraError:
+        raise
+    except Exception as error:
+        raise IncompleteRunError(
+            f"{spec.id}: {repo} cannot be listed: {one_line(error)[:200]}",
+            "Check the network; the same command goes on where it stopped.",
+        ) from error
+    names = [entry.rfilename for entry in info.siblings or []]
+    split_files = [
+        name for name in names if fnmatch(PurePosixPath(name).name, f"{split}-*.parquet")
+    ]
+    folders = {config} if config else {"data", "default"}
+    chosen = [name for name in split_files if PurePosixPath(name).parent.name in folders]
+    if not chosen:
+        raise UsageError(
+            f"{spec.id}: {repo} has no {config or 'data'}/{split}-*.parquet.",
+            "The data set has moved; correct repo, config or split in its YAML.",
+        )
+    return str(info.sha), sorted(chosen)
+
+
+def _download(repo: str, path: str, commit: str, target: Path) -> None:
+    scratch = target.parent.parent / ".incomplete" / target.parent.name
+    try:
+        got = _hub().hf_hub_download(
+            repo, path, repo_type="dataset", revision=commit, local_dir=scratch
+        )
+    except Exception as error:
+        raise IncompleteRunError(
+            f"{repo}/{path} was not downloaded: {one_line(error)[:200]}",
+            "The same command goes on where it stopped.",
+        ) from error
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(got, target)
+
+
+def _read_lock(folder: Path) -> dict[str, Any]:
+    path = folder / LOCK
+    if not path.exists():
+        return {}
+    try:
+        value = read_json(path)
+    except ValueError as error:
+        raise UsageError(f"{error}.", "Delete that file and fetch again.") from None
+    return value if isinstance(value, dict) else {}
+
+
+def verify(
+    spec: TaskSpec, folder: Path, *, complete: bool = True, profile: str | None = None
+) -> Verified:
+    """Check one benchmark's data: columns, number of rows, digests, and that pictures decode.
+
+    Args:
+        complete: expect the real data set's number of documents.
+    """
+    found = Verified(spec.id)
+    try:
+        documents = load_documents(spec, folder, profile)
+    except UsageError as error:
+        found.problems.append(one_line(error))
+        return found
+    found.documents = len(documents)
+    expected = spec.profile(profile).documents or spec.documents
+    if complete and len(documents) != expected:
+        found.problems.append(f"{spec.id}: {len(documents)} documents, {expected} expected")
+    found.problems += _changed_files(spec, folder)
+    for column in documents.picture_columns:
+        seen: set[str] = set()
+        for index, digest in enumerate(documents.picture_digests(column)):
+            if not digest or digest in seen:
+                continue
+            seen.add(digest)
+            try:
+                open_picture(documents.encoded(index, column) or b"")
+            except PictureError as error:
+                found.problems.append(f"{spec.id}: document {index}, {column}: {error}")
+        found.pictures += len(seen)
+    return found
+
+
+def _changed_files(spec: TaskSpec, folder: Path) -> list[str]:
+    problems = []
+    lock = _read_lock(folder)
+    for name in (spec.id, f"{spec.id}_images"):
+        for file, digest in lock.get(name, {}).get("files", {}).items():
+            path = folder / name / file
+            if not path.is_file():
+                problems.append(f"{spec.id}: {path} is missing")
+            elif digest_files([path]) != digest:
+                problems.append(f"{spec.id}: {path} is not the file that was fetched")
+    return problems
