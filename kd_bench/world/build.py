@@ -31,7 +31,7 @@ def build_world(folder: Path, seed: int = 0, *, teacher: bool = False) -> None:
     """Write the world into a folder, once; a complete one is left as it is.
 
     Several processes may call this at the same time: one writes, the others wait for it.
-    `teacher=True` adds the large training files that the recipes of the teacher and the student base read.
+    `teacher=True` adds the large files that `mini-teacher` and `mini-student` are trained on.
     """
     folder = Path(folder)
     _once(folder, f"world-{VERSION}-seed-{seed}", lambda: _write_world(folder, seed))
