@@ -100,10 +100,9 @@ def _side_by_side(title: str, commands: list[list[str]], workers: int) -> None:
 def _report(methods: list[str], seconds: float) -> None:
     from rich.console import Console
 
-    from kd_bench.report import print_report, render_report
+    from kd_bench.report import render_report
 
-    print_report(RESULTS, console=Console())
-    page = render_report(RESULTS, REPORT)
+    page = render_report(RESULTS, REPORT, console=Console())
     for method in methods:
         if method != FLOOR and FLOOR in methods:
             typer.echo(_verdict(method))
@@ -115,9 +114,10 @@ def _verdict(method: str) -> str:
     from kd_bench.compare import compare_methods
     from kd_bench.store import list_runs
 
-    runs = list_runs(RESULTS)
-    ours = [run for run in runs if run.manifest.model.method == method]
-    floor = [run for run in runs if run.manifest.model.method == FLOOR]
+    # The teacher was trained by SFT too: it is nobody's student here.
+    students = [run for run in list_runs(RESULTS) if run.manifest.model.role != "teacher"]
+    ours = [run for run in students if run.manifest.model.method == method]
+    floor = [run for run in students if run.manifest.model.method == FLOOR]
     found = compare_methods(floor, ours).average
     low, high = found.interval.low, found.interval.high
     if low > 0:
