@@ -118,10 +118,10 @@ def test_pictures_inside_the_question_stand_where_they_are_named(model: Any) -> 
         Question(3, f"two in front, none named {PLACEHOLDER}", of(3, 4), SHORT),
     ]
     engine = Engine(model, processor(), batch_size=4)
-    rows = engine._rows(engine._ready(asked)[0])
-    image = engine._pathway.image_token_id
-    for row, count in zip(rows, (18, 18, 0, 18), strict=True):
-        assert list(row.ids).count(image) == count
+    rows = engine._rows.rows(engine._ready(asked)[0])
+    image, each = engine._pathway.image_token_id, engine._pathway.image_token_count
+    for row, pictures in zip(rows, (2, 2, 0, 2), strict=True):
+        assert list(row.ids).count(image) == pictures * each
     ids = list(rows[0].ids)
     first, last = ids.index(image), len(ids) - 1 - ids[::-1].index(image)
     between = [token for token in ids[first:last] if token != image]
@@ -184,14 +184,14 @@ def test_a_failing_question_does_not_cost_its_neighbours(
     model: Any, one_by_one: dict[int, Answer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = Engine(model, processor(), batch_size=32)
-    rows = engine._rows
+    rows = engine._rows.rows
 
     def poisoned(ready: Any) -> Any:
         if any(item.question.index == 17 for item in ready):
             raise RuntimeError("device-side assert")
         return rows(ready)
 
-    monkeypatch.setattr(engine, "_rows", poisoned)
+    monkeypatch.setattr(engine._rows, "rows", poisoned)
     answers = facts(ask(engine, questions()))
     assert answers.pop(17)[1] == "error"
     expected = facts(one_by_one)
@@ -201,12 +201,16 @@ def test_a_failing_question_does_not_cost_its_neighbours(
 
 def test_batches_hold_equal_settings_and_whole_pictures() -> None:
     seen = []
-    for settings, batch in plan_batches(questions(), 16):
+    for settings, batch in plan_batches(questions(), lambda question: 16):
         assert 0 < len(batch) <= 16
         assert {asked.settings for asked in batch} == {settings}
         seen += [asked.index for asked in batch]
     assert sorted(seen) == list(range(60))
-    batches = [batch for settings, batch in plan_batches(questions(), 16) if settings == SHORT]
+    batches = [
+        batch
+        for settings, batch in plan_batches(questions(), lambda question: 16)
+        if settings == SHORT
+    ]
     homes = [{asked.picture_key for asked in batch} for batch in batches]
     assert sum(map(len, homes)) == 11
 

@@ -26,8 +26,8 @@ def test_resolved_recipe_reads_back_equal(tmp_path):
 
 
 def test_a_stage_key_without_a_stage_goes_to_the_last():
-    plain = load_recipe("mini")
-    changed = load_recipe("mini", ["learning_rate=7e-4", "method=sft", "seed=5"])
+    plain = load_recipe("switch-kd-0.5b")
+    changed = load_recipe("switch-kd-0.5b", ["learning_rate=7e-4", "method=sft", "seed=5"])
     assert changed.stages[-1].learning_rate == 7e-4
     assert changed.stages[-1].method == "sft"
     assert changed.stages[0] == plain.stages[0]
@@ -36,8 +36,8 @@ def test_a_stage_key_without_a_stage_goes_to_the_last():
 
 
 def test_a_stage_is_addressed_by_name_and_by_number():
-    assert load_recipe("mini", ["captions.steps=7"]).stages[0].steps == 7
-    assert load_recipe("mini", ["stages.0.steps=8"]).stages[0].steps == 8
+    assert load_recipe("switch-kd-0.5b", ["pretrain.steps=7"]).stages[0].steps == 7
+    assert load_recipe("switch-kd-0.5b", ["stages.0.steps=8"]).stages[0].steps == 8
 
 
 def test_epochs_take_the_place_of_steps_and_a_method_that_of_terms():

@@ -357,3 +357,21 @@ def test_two_processes_give_what_one_gives(place):
     for left, right in zip(*logs, strict=True):
         assert left["loss"] == pytest.approx(right["loss"], abs=1e-5)
         assert left["terms"] == pytest.approx(right["terms"], abs=1e-5)
+
+
+def test_mixed_precision_trains_float32_weights_and_logs_to_tensorboard(place):
+    settings = ("precision=bfloat16", "steps=4", "report_to=[tensorboard]")
+    final = train(recipe_in(place, "mixed", *settings))
+    tensors = load_file(final / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+    assert list((place / "mixed").rglob("events.out.tfevents*"))
+
+
+@pytest.mark.parametrize("method", ["llava-kd", "align-kd", "jsd", "bild", "vsd"])
+def test_every_other_method_trains(place, method):
+    final = train(
+        recipe_in(place, f"method-{method}", f"method={method}", "steps=2", "log_every=1")
+    )
+    lines = (final.parent / "train_log.jsonl").read_text().splitlines()
+    assert all(value == value for value in json.loads(lines[-1])["terms"].values())

@@ -8,10 +8,12 @@ import torch
 from lmms_eval.api.model import lmms
 
 from kd_bench.distill.models import load_model, load_processor
-from kd_bench.errors import IncompleteRunError, UsageError
+from kd_bench.errors import IncompleteRunError, UsageError, one_line
+from kd_bench.evals.cost import MemoryMeter, measure
 from kd_bench.evals.engine import Engine
 from kd_bench.evals.pictures import PictureStore
 from kd_bench.evals.questions import Answer, Question, settings_of
+from kd_bench.records import Cost
 
 __all__ = ["DTYPES", "Journalled", "KdBench", "StockModel", "torch_dtype"]
 
@@ -52,6 +54,7 @@ class KdBench(_Generative):
         model: Any = None,
         processor: Any = None,
         pictures: PictureStore | None = None,
+        pathway: Any = None,
         **unknown: Any,
     ) -> None:
         super().__init__()
@@ -68,12 +71,28 @@ class KdBench(_Generative):
             model = load_model(pretrained, dtype=torch_dtype(dtype), device=place)
             processor = load_processor(pretrained)
         size = None if batch_size in (None, "auto") else int(batch_size)
-        self._engine = Engine(model, processor, batch_size=size, share=share, pictures=pictures)
+        self._engine = Engine(
+            model, processor, batch_size=size, share=share, pictures=pictures, pathway=pathway
+        )
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
         return self._engine.device
+
+    @property
+    def batch_size(self) -> int | None:
+        """Questions at a time; None for as many as fit."""
+        return self._engine.batch_size
+
+    @property
+    def path(self) -> str:
+        """How the engine answers, for the run's record."""
+        return f"{self._engine.path}, {'shared' if self._engine.share else 'not shared'}"
+
+    def cost(self, memory: MemoryMeter) -> Cost:
+        """What the model costs to run."""
+        return measure(self._engine, memory)
 
     @property
     def engine(self) -> Engine:
@@ -112,18 +131,32 @@ class StockModel:
 
     def __init__(self, model: Any, batch_size: int | None = None) -> None:
         self.model = model
-        self._size = batch_size or 1
+        self.batch_size = batch_size or 1
+        self.path = "lmms-eval"
+
+    def cost(self, memory: MemoryMeter) -> Cost:
+        """Only what can be read off the model's weights, where it shows them."""
+        inner = getattr(self.model, "model", None)
+        if not isinstance(inner, torch.nn.Module):
+            return Cost(peak_memory_bytes=memory.peak())
+        weights = {id(weight): weight for weight in inner.parameters()}.values()
+        return Cost(
+            parameters=sum(weight.numel() for weight in weights),
+            weight_bytes=sum(weight.numel() * weight.element_size() for weight in weights),
+            peak_memory_bytes=memory.peak(),
+        )
 
     def answers(self, requests: Sequence[Any], keys: Sequence[str]) -> Iterator[list[Answer]]:
         """Answers batch by batch; an exception becomes the status of the batch's answers."""
         from lmms_eval.api.instance import unwrap_generation_output
 
-        for start in range(0, len(requests), self._size):
-            batch = list(requests[start : start + self._size])
+        size = self.batch_size
+        for start in range(0, len(requests), size):
+            batch = list(requests[start : start + size])
             try:
                 outputs = self.model.generate_until(batch)
             except Exception as error:
-                text = f"{type(error).__name__}: {error}"[:500]
+                text = f"{type(error).__name__}: {one_line(error)}"[:500]
                 yield [
                     Answer(start + place, "", "error", error=text) for place in range(len(batch))
                 ]
@@ -154,6 +187,8 @@ class Journalled(_Generative):
     ) -> None:
         super().__init__()
         self._source = source
+        # lmms-eval hands chat models messages, simple ones a text and pictures.
+        self.is_simple = bool(getattr(getattr(source, "model", source), "is_simple", True))
         self._key = key
         self._known = known
         self._record = record

@@ -1,14 +1,18 @@
-"""What is known about a checkpoint before it is loaded: identity, lineage, role and name."""
+"""What is known about a model before it is loaded: identity, lineage, role and name.
+
+Three kinds: a checkpoint; a hybrid (the student's eyes before the teacher's projector and language
+model); a stock model of lmms-eval, known by its name and arguments.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kd_bench.errors import UsageError, closest
-from kd_bench.files import digest_files, read_json
+from kd_bench.files import digest_files, digest_text, read_json
 from kd_bench.records import ROLES, ModelRef, Role
 
-__all__ = ["Checkpoint", "inspect_checkpoint"]
+__all__ = ["Checkpoint", "inspect_checkpoint", "inspect_hybrid", "inspect_stock"]
 
 # Files that change answers although the weights stay the same.
 SETUP_FILES = (
@@ -30,17 +34,22 @@ SETUP_FILES = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder.
+    """A model that can be evaluated.
 
     Attributes:
+        path: its folder; of a hybrid, that of the language side.
         setup_digest: of configuration, tokenizer and processor files.
         lineage: what `kd-bench train` wrote beside the weights; None for foreign checkpoints.
+        vision: of a hybrid, the folder whose vision tower sees.
+        stock: of a stock model, its name in lmms-eval and its arguments.
     """
 
     path: Path
     ref: ModelRef
     setup_digest: str
-    lineage: dict[str, Any] | None
+    lineage: dict[str, Any] | None = None
+    vision: Path | None = None
+    stock: tuple[str, str] | None = None
 
 
 def inspect_checkpoint(
@@ -79,6 +88,61 @@ def inspect_checkpoint(
     )
     present = [path / file for file in SETUP_FILES if (path / file).is_file()]
     return Checkpoint(path, reference, digest_files(present), lineage)
+
+
+def inspect_hybrid(
+    vision: Path, language: Path, *, name: str | None = None, seed: int | None = None
+) -> Checkpoint:
+    """Identity of the visual switch: the eyes of one checkpoint, the rest of another.
+
+    Raises:
+        UsageError: one of the two is no checkpoint.
+    """
+    eyes = inspect_checkpoint(vision, seed=seed)
+    mind = inspect_checkpoint(language)
+    reference = ModelRef(
+        name=name or f"{eyes.ref.name}-switch",
+        role="switch",
+        path=f"{vision} + {language}",
+        weights_digest=digest_text("switch", eyes.ref.weights_digest, mind.ref.weights_digest),
+        method=eyes.ref.method,
+        seed=eyes.ref.seed,
+        architecture=mind.ref.architecture,
+    )
+    setup = digest_text(eyes.setup_digest, mind.setup_digest)
+    return Checkpoint(language, reference, setup, eyes.lineage, vision=vision)
+
+
+def inspect_stock(
+    model: str,
+    arguments: str,
+    *,
+    role: str | None = None,
+    name: str | None = None,
+    method: str | None = None,
+    seed: int | None = None,
+) -> Checkpoint:
+    """Identity of a model that lmms-eval knows, run as it is.
+
+    The weights are digested where `pretrained` is a folder; otherwise the name and arguments stand
+    for them, and a model that changes behind them would not be noticed.
+    """
+    from kd_bench.distill.models import weights_digest
+
+    given = dict(part.split("=", 1) for part in arguments.split(",") if "=" in part)
+    place = Path(given.get("pretrained", ""))
+    local = place.is_dir() and any(place.glob("*.safetensors"))
+    reference = ModelRef(
+        name=name or given.get("pretrained", "").rstrip("/").split("/")[-1] or model,
+        role=_role(role or "baseline"),
+        path=f"lmms-eval {model} {arguments}".strip(),
+        weights_digest=weights_digest(place) if local else digest_text(model, arguments),
+        method=method or "",
+        seed=seed,
+        architecture=model,
+    )
+    setup = digest_text("stock", model, arguments)
+    return Checkpoint(place, reference, setup, stock=(model, arguments))
 
 
 def _lineage(path: Path) -> dict[str, Any] | None:

@@ -1,43 +1,44 @@
-"""Answer many questions with one model: group by picture, batch, encode each picture once."""
+"""Answer many questions with one model: group by picture, batch, encode each picture once.
 
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+Three paths, by what the family allows; `path` says which one a model takes:
+
+    prefix     one size of picture (LLaVA): quick prompts, shared prefixes
+    general    any other family that takes embeddings: its own processor, shared prefixes
+    generate   families that look back at the picture from the question (PaliGemma, Gemma 3) or
+               that are not known: `generate` of transformers on left-padded batches
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from kd_bench.distill.pathways import pathway_for
-from kd_bench.errors import one_line
-from kd_bench.evals.generate import Decoded, Decoder, Row
+from kd_bench.distill.pathways import Pathway, pathway_for
+from kd_bench.distill.pathways.gemma import PaliGemmaPathway
+from kd_bench.distill.pathways.llava import LlavaPathway
+from kd_bench.errors import UsageError, one_line
+from kd_bench.evals.budget import MemoryBudget
+from kd_bench.evals.generate import Decoded, Decoder
 from kd_bench.evals.pictures import PictureStore, Prepared
+from kd_bench.evals.plain import PlainDecoder
 from kd_bench.evals.prompts import PromptBuilder
 from kd_bench.evals.questions import Answer, Question, Settings
+from kd_bench.evals.rows import FixedRows, GeneralRows, Ready, RowMaker
 
-__all__ = ["DEFAULT_BATCH", "Engine", "plan_batches"]
-
-DEFAULT_BATCH = 64
-
-
-@dataclass(frozen=True)
-class _Ready:
-    """A question whose pictures are decoded and whose prompt is rendered."""
-
-    question: Question
-    pictures: list[Prepared]
-    prompt: str
+__all__ = ["Engine", "plan_batches"]
 
 
 class Engine:
     """Greedy answers of one vision-language model.
 
     Args:
-        model: a transformers model that `pathway_for` knows.
+        model: a transformers model.
         processor: its processor.
-        batch_size: questions at a time; None for the default.
+        batch_size: questions at a time; None for as many as the memory budget allows.
         share: prefill what the questions of a picture have in common once.
         pictures: store of prepared pictures, when several engines work on the same documents.
+        pathway: where it is not simply the model's own (the visual switch).
+        budget_bytes: memory above the model's own that a batch may take.
     """
 
     def __init__(
@@ -48,32 +49,47 @@ class Engine:
         batch_size: int | None = None,
         share: bool = True,
         pictures: PictureStore | None = None,
+        pathway: Pathway | None = None,
+        budget_bytes: int | None = None,
     ) -> None:
         self.model = model
-        self.batch_size = batch_size or DEFAULT_BATCH
-        self.share = share
-        self._pathway = pathway_for(model)
+        self.batch_size = batch_size
+        self.device = next(model.parameters()).device
+        self._pathway = pathway or _known_pathway(model)
         self._processor = processor
         self._prompts = PromptBuilder(processor)
         self._pictures = pictures or PictureStore()
-        self._features = _FeatureCache()
-        self._embed = model.get_input_embeddings()
-        self.device = next(model.parameters()).device
-        self._decoder = Decoder(
-            self._pathway.language_model,
-            self._pathway.lm_head,
-            self._embed,
-            processor.tokenizer,
-            _end_ids(model, processor.tokenizer),
-        )
+        self.path = _path(self._pathway)
+        self.share = share and self.path != "generate" and not _slides(model)
+        self._decoder: Decoder | PlainDecoder
+        self._rows: RowMaker | None = None
+        if self.path == "generate" or self._pathway is None:
+            self._decoder = PlainDecoder(model, processor)
+        else:
+            embed = model.get_input_embeddings()
+            self._rows = (
+                FixedRows(self._pathway, self._prompts, embed)
+                if self.path == "prefix"
+                else GeneralRows(self._pathway, processor, embed)
+            )
+            self._decoder = Decoder(
+                self._pathway.language_model,
+                self._pathway.lm_head,
+                embed,
+                processor.tokenizer,
+                _end_ids(model, processor.tokenizer),
+            )
+        tokens = None if self._pathway is None else self._pathway.image_token_count
+        self.budget = MemoryBudget(model, tokens, budget_bytes)
 
     def answers(self, questions: Sequence[Question]) -> Iterator[list[Answer]]:
         """Answers batch by batch, in the order that is quickest.
 
-        An exception inside a batch is retried question by question; one that stays becomes an
-        answer with the status `error`.
+        A batch that fails (out of memory, or one bad question in it) is halved and tried again; an
+        exception that stays with a single question becomes an answer with the status `error`.
         """
-        limit = self.batch_size
+        size = self.batch_size
+        limit = self.budget.rows if size is None else lambda question: size
         for settings, planned in plan_batches(questions, limit):
             pending = [planned]
             while pending:
@@ -84,7 +100,7 @@ class Engine:
                 if not ready:
                     continue
                 try:
-                    yield self._batch(ready, settings)
+                    answers = self._batch(ready, settings)
                 except Exception as error:
                     if len(ready) == 1:
                         yield [_failure(ready[0].question, error, ready[0].pictures)]
@@ -93,125 +109,106 @@ class Engine:
                     half = (len(ready) + 1) // 2
                     asked = [item.question for item in ready]
                     pending = [asked[:half], asked[half:], *pending]
+                    continue
+                yield answers
 
-    def _ready(self, batch: Sequence[Question]) -> tuple[list[_Ready], list[Answer]]:
+    def _ready(self, batch: Sequence[Question]) -> tuple[list[Ready], list[Answer]]:
         ready, failed = [], []
+        processor = self._processor.image_processor if self.path == "prefix" else None
         for question in batch:
             try:
-                pictures = self._pictures.get(
-                    question.picture_key, question.pictures, self._processor.image_processor
-                )
+                pictures = self._pictures.get(question.picture_key, question.pictures, processor)
                 prompt = self._prompts.render(question.text, len(pictures))
             except Exception as error:
                 failed.append(_failure(question, error, []))
                 continue
-            ready.append(_Ready(question, pictures, prompt))
+            ready.append(Ready(question, pictures, prompt))
         return ready, failed
 
-    def _batch(self, ready: Sequence[_Ready], settings: Settings) -> list[Answer]:
-        with torch.inference_mode():
-            rows = self._rows(ready)
-        decoded = self._decoder.decode(rows, settings, self.share)
+    def _batch(self, ready: Sequence[Ready], settings: Settings) -> list[Answer]:
+        if self._rows is None:
+            assert isinstance(self._decoder, PlainDecoder)
+            decoded = self._decoder.decode(ready, settings)
+        else:
+            assert isinstance(self._decoder, Decoder)
+            with torch.inference_mode():
+                rows = self._rows.rows(ready)
+            decoded = self._decoder.decode(rows, settings, self.share)
         return [
             self._answer(item, result, settings)
             for item, result in zip(ready, decoded, strict=True)
         ]
 
-    def _rows(self, ready: Sequence[_Ready]) -> list[Row]:
-        features = self._encode([picture for item in ready for picture in item.pictures])
-        counts = [[len(features[p.digest]) for p in item.pictures] for item in ready]
-        ids = self._prompts.encode([item.prompt for item in ready], counts)
-        image_id = self._pathway.image_token_id
-        rows = []
-        for item, tokens in zip(ready, ids, strict=True):
-            tensor = torch.tensor(tokens, device=self.device)
-            places = tensor == image_id
-            # A placeholder may lie outside the embedding table; its row is overwritten.
-            embeddings = self._embed(tensor.masked_fill(places, 0))  # [length, hidden]
-            prefix, key = 0, ""
-            if item.pictures:
-                joined = torch.cat([features[picture.digest] for picture in item.pictures])
-                embeddings[places] = joined.to(embeddings.dtype)
-                prefix = int(places.nonzero()[-1]) + 1
-                key = f"{[p.digest for p in item.pictures]}{tokens[:prefix]}"
-            rows.append(Row(tokens, embeddings, prefix, key))
-        return rows
-
-    def _encode(self, pictures: Sequence[Prepared]) -> dict[str, Tensor]:
-        """Image embeddings [image tokens, hidden] by picture digest."""
-        wanted = {picture.digest: picture for picture in pictures}
-        found = {key: self._features[key] for key in wanted if key in self._features}
-        fresh = [picture for key, picture in wanted.items() if key not in found]
-        if fresh:
-            inputs = {"pixel_values": torch.stack([p.pixels for p in fresh]).to(self.device)}
-            projected = self._pathway.project(self._pathway.encode_image(inputs), inputs)
-            assert isinstance(projected, Tensor)
-            for picture, embedding in zip(fresh, projected, strict=True):
-                found[picture.digest] = self._features[picture.digest] = embedding
-        return found
-
-    def _answer(self, item: _Ready, result: Decoded, settings: Settings) -> Answer:
+    def _answer(self, item: Ready, result: Decoded, settings: Settings) -> Answer:
         text = self._processor.tokenizer.decode(result.tokens, skip_special_tokens=True)
         for stop in settings.until:
             text = text.split(stop)[0] if stop else text
         text = text.strip()
         status = "truncated" if not result.finished else "ok" if text else "empty"
+        confidence = result.confidence
         return Answer(
             index=item.question.index,
             text=text,
             status=status,  # type: ignore[arg-type]
             tokens=len(result.tokens),
-            confidence=round(result.confidence, 4),
+            confidence=None if confidence != confidence else round(confidence, 4),
             image_digest=item.pictures[0].digest if item.pictures else "",
         )
 
 
-class _FeatureCache(OrderedDict[str, Tensor]):
-    """Image embeddings by picture digest, least recently used first, bounded in bytes."""
+def _known_pathway(model: Any) -> Pathway | None:
+    try:
+        return pathway_for(model)
+    except UsageError:
+        return None
 
-    def __init__(self, limit_bytes: int = 256 << 20) -> None:
-        super().__init__()
-        self._limit = limit_bytes
-        self._size = 0
 
-    def __getitem__(self, key: str) -> Tensor:
-        self.move_to_end(key)
-        return super().__getitem__(key)
+def _path(pathway: Any) -> str:
+    """Which way through the engine a family takes."""
+    family = getattr(pathway, "base", pathway)  # the visual switch goes its teacher's way
+    if family is None or isinstance(family, PaliGemmaPathway):
+        return "generate"
+    return "prefix" if type(family) is LlavaPathway else "general"
 
-    def __setitem__(self, key: str, value: Tensor) -> None:
-        super().__setitem__(key, value)
-        self._size += value.numel() * value.element_size()
-        while self._size > self._limit and len(self) > 1:
-            _, dropped = self.popitem(last=False)
-            self._size -= dropped.numel() * dropped.element_size()
+
+def _slides(model: Any) -> bool:
+    """Whether attention is cut to a window, in which padding behind a prefix would count."""
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    return any("sliding" in kind for kind in kinds)
 
 
 def plan_batches(
-    questions: Sequence[Question], limit: int
+    questions: Sequence[Question], limit: Callable[[Question], int]
 ) -> Iterator[tuple[Settings, list[Question]]]:
-    """Questions in batches of equal settings, near in length, a picture's questions together."""
+    """Questions in batches of equal settings, near in length, a picture's questions together.
+
+    Args:
+        limit: rows of a batch whose longest question is the given one.
+    """
     groups: dict[tuple[Settings, str], list[Question]] = {}
     for question in questions:
         key = question.picture_key or f"alone {question.index}"
         groups.setdefault((question.settings, key), []).append(question)
-    pieces: list[tuple[Settings, list[Question]]] = []
-    for (settings, _), group in groups.items():
-        group.sort(key=lambda question: len(question.text))
-        starts = range(0, len(group), limit)
-        pieces += [(settings, group[start : start + limit]) for start in starts]
+    pieces: list[list[Question]] = []
+    for group in groups.values():
+        group.sort(key=_length, reverse=True)
+        size = limit(group[0])
+        pieces += [group[start : start + size] for start in range(0, len(group), size)]
     # Longest first: a batch that does not fit into memory shows itself at once.
-    pieces.sort(key=lambda piece: (piece[0], -max(len(q.text) for q in piece[1])))
+    pieces.sort(key=lambda piece: (piece[0].settings, -_length(piece[0])))
     batch: list[Question] = []
-    current: Settings | None = None
-    for settings, group in pieces:
-        if batch and (settings != current or len(batch) + len(group) > limit):
-            assert current is not None
-            yield current, batch
+    for piece in pieces:
+        full = batch and len(batch) + len(piece) > limit(batch[0])
+        if batch and (full or batch[0].settings != piece[0].settings):
+            yield batch[0].settings, batch
             batch = []
-        current = settings
-        batch = [*batch, *group]
-    if batch and current is not None:
-        yield current, batch
+        batch = [*batch, *piece]
+    if batch:
+        yield batch[0].settings, batch
+
+
+def _length(question: Question) -> int:
+    return len(question.text.encode())
 
 
 def _failure(question: Question, error: Exception, pictures: Sequence[Prepared]) -> Answer:

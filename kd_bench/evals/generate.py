@@ -32,12 +32,36 @@ class Row:
         embeddings: [length, hidden], image features already at their places.
         prefix: number of leading tokens that equal prompts share; 0 for none.
         prefix_key: equal for rows whose prefixes are equal.
+        positions: [axes, length] where a family counts them its own way; None counts tokens.
+        deep: features that enter deeper layers (DeepStack), [image tokens, hidden] each.
+        places: bool [length], where the image tokens are; needed with `deep` only.
     """
 
     ids: Sequence[int]
     embeddings: Tensor
     prefix: int = 0
     prefix_key: str = ""
+    positions: Tensor | None = None
+    deep: tuple[Tensor, ...] = ()
+    places: Tensor | None = None
+
+    def part(self, start: int, end: int) -> "Row":
+        """Tokens `start` to `end`; the image tokens must lie wholly inside or outside."""
+        positions = self.counted()[:, start:end]
+        inside = self.places is not None and bool(self.places[start:end].any())
+        return Row(
+            self.ids[start:end],
+            self.embeddings[start:end],
+            positions=positions,
+            deep=self.deep if inside else (),
+            places=None if self.places is None else self.places[start:end],
+        )
+
+    def counted(self) -> Tensor:
+        """Positions [axes, length]."""
+        if self.positions is not None:
+            return self.positions
+        return torch.arange(len(self.ids), device=self.embeddings.device)[None]
 
 
 @dataclass
@@ -83,25 +107,26 @@ class Decoder:
             return self._continue(state, settings)
 
     def _prefill(self, rows: Sequence[Row]) -> "_State":
-        embeddings, mask = _left_pad([row.embeddings for row in rows])
-        cache = DynamicCache(config=self._language_model.config)
-        hidden = self._forward(embeddings, mask, cache)
-        return _State(cache, mask, self._lm_head(hidden))
+        block = _Block(rows)
+        cache = self._new_cache()
+        hidden = self._forward(block, block.mask, cache)
+        return _State(cache, block.mask, block.last_positions(), self._lm_head(hidden))
 
     def _prefill_shared(self, rows: Sequence[Row]) -> "_State":
         distinct = {row.prefix_key: row for row in rows}
         places = {key: place for place, key in enumerate(distinct)}
-        embeddings, mask = _left_pad(
-            [row.embeddings[: row.prefix] for row in distinct.values()]
-        )  # [P, Lp, hidden], [P, Lp]
-        cache = DynamicCache(config=self._language_model.config)
-        self._forward(embeddings, mask, cache)
-        which = torch.tensor([places[row.prefix_key] for row in rows], device=mask.device)
+        prefixes = _Block([row.part(0, row.prefix) for row in distinct.values()])  # [P, Lp]
+        cache = self._new_cache()
+        self._forward(prefixes, prefixes.mask, cache)
+        which = torch.tensor([places[row.prefix_key] for row in rows], device=prefixes.mask.device)
         cache.batch_select_indices(which)  # [P, ...] -> [B, ...]
-        embeddings, suffix_mask = _left_pad([row.embeddings[row.prefix :] for row in rows])
-        mask = torch.cat([mask[which], suffix_mask], dim=1)  # [B, Lp + Ls]
-        hidden = self._forward(embeddings, mask, cache)
-        return _State(cache, mask, self._lm_head(hidden))
+        suffixes = _Block([row.part(row.prefix, len(row.ids)) for row in rows])  # [B, Ls]
+        mask = torch.cat([prefixes.mask[which], suffixes.mask], dim=1)  # [B, Lp + Ls]
+        hidden = self._forward(suffixes, mask, cache)
+        return _State(cache, mask, suffixes.last_positions(), self._lm_head(hidden))
+
+    def _new_cache(self) -> DynamicCache:
+        return DynamicCache(config=self._language_model.config)
 
     def _continue(self, state: "_State", settings: Settings) -> list[Decoded]:
         """Append one token a step until every row has ended."""
@@ -127,21 +152,27 @@ class Decoder:
                 state.keep(keep)
                 tokens = tokens[keep]
                 active = [active[row] for row in going]
-            ones = state.mask.new_ones(len(active), 1)
-            state.mask = torch.cat([state.mask, ones], dim=1)
-            hidden = self._forward(self._embed(tokens[:, None]), state.mask, state.cache)
-            state.logits = self._lm_head(hidden)
+            state.logits = self._lm_head(self._step(state, tokens))
         return results
 
-    def _forward(self, embeddings: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
+    def _step(self, state: "_State", tokens: Tensor) -> Tensor:
+        """Hidden states [rows, hidden] behind one more token a row."""
+        ones = state.mask.new_ones(len(tokens), 1)
+        state.mask = torch.cat([state.mask, ones], dim=1)
+        state.positions = state.positions + 1
+        block = _Block([], self._embed(tokens[:, None]), state.positions[..., None], ones)
+        return self._forward(block, state.mask, state.cache)
+
+    def _forward(self, block: "_Block", mask: Tensor, cache: DynamicCache) -> Tensor:
         """Hidden states of the last column [rows, hidden]; the cache grows."""
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -embeddings.shape[1] :]
+        positions = block.positions  # [axes, rows, columns]
         output = self._language_model(
-            inputs_embeds=embeddings,
+            inputs_embeds=block.embeddings,
             attention_mask=mask,
-            position_ids=positions,
+            position_ids=positions[0] if len(positions) == 1 else positions,
             past_key_values=cache,
             use_cache=True,
+            **block.deep,
         )
         last: Tensor = output.last_hidden_state[:, -1]
         return last
@@ -171,17 +202,74 @@ class _State:
 
     Attributes:
         mask: [rows, length so far], 1 for real tokens.
+        positions: of the newest token [axes, rows].
         logits: [rows, vocabulary] of the next token.
     """
 
     cache: DynamicCache
     mask: Tensor
+    positions: Tensor
     logits: Tensor
 
     def keep(self, rows: Tensor) -> None:
         """Drop all other rows."""
         self.cache.batch_select_indices(rows)
         self.mask = self.mask[rows]
+        self.positions = self.positions[:, rows]
+
+
+class _Block:
+    """Rows side by side, padded in front.
+
+    Attributes:
+        embeddings: [rows, longest, hidden].
+        positions: [axes, rows, longest].
+        mask: [rows, longest], 1 for real tokens.
+        deep: arguments of language models that take image features at deeper layers.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        embeddings: Tensor | None = None,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> None:
+        self.deep: dict[str, Any] = {}
+        if embeddings is not None and positions is not None and mask is not None:
+            self.embeddings, self.positions, self.mask = embeddings, positions, mask
+            return
+        longest = max(len(row.ids) for row in rows)
+        like = rows[0].embeddings
+        axes = max(len(row.counted()) for row in rows)
+        self.embeddings = like.new_zeros(len(rows), longest, like.shape[-1])
+        self.mask = torch.zeros(len(rows), longest, dtype=torch.long, device=like.device)
+        self.positions = self.mask.new_zeros(axes, len(rows), longest)
+        for number, row in enumerate(rows):
+            start = longest - len(row.ids)
+            self.embeddings[number, start:] = row.embeddings
+            self.positions[:, number, start:] = row.counted()
+            self.mask[number, start:] = 1
+        self._collect_deep(rows, longest)
+
+    def _collect_deep(self, rows: Sequence[Row], longest: int) -> None:
+        with_deep = [row for row in rows if row.deep]
+        if not with_deep:
+            return
+        places = self.mask.new_zeros(self.mask.shape, dtype=torch.bool)
+        for number, row in enumerate(rows):
+            if row.deep and row.places is not None:
+                places[number, longest - len(row.ids) :] = row.places
+        layers = zip(*(row.deep for row in with_deep), strict=True)
+        self.deep = {
+            "visual_pos_masks": places,
+            "deepstack_visual_embeds": [torch.cat(layer) for layer in layers],
+        }
+
+    def last_positions(self) -> Tensor:
+        """Where the newest token stands [axes, rows]; the next one stands behind the furthest."""
+        furthest = self.positions.amax(dim=(0, 2))  # [rows]
+        return furthest.expand(len(self.positions), -1)
 
 
 def _worth_sharing(rows: Sequence[Row]) -> bool:
@@ -192,14 +280,3 @@ def _worth_sharing(rows: Sequence[Row]) -> bool:
     distinct = {row.prefix_key: row.prefix for row in rows}
     together = sum(distinct.values()) + sum(len(row.ids) - row.prefix for row in rows)
     return together < 0.85 * alone
-
-
-def _left_pad(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """[rows, longest, hidden] with zeros in front, and the mask [rows, longest]."""
-    longest = max(len(part) for part in parts)
-    padded = parts[0].new_zeros(len(parts), longest, parts[0].shape[-1])
-    mask = torch.zeros(len(parts), longest, dtype=torch.long, device=padded.device)
-    for row, part in enumerate(parts):
-        padded[row, longest - len(part) :] = part
-        mask[row, longest - len(part) :] = 1
-    return padded, mask

@@ -22,11 +22,14 @@ class Prepared:
 
     Attributes:
         digest: of its decoded RGB pixels.
-        pixels: [channels, height, width], as the checkpoint's image processor makes them.
+        pixels: [channels, height, width], as the checkpoint's image processor makes them; empty
+            where the processor is given the picture itself.
+        image: the decoded picture, where the processor wants it.
     """
 
     digest: str
     pixels: Tensor
+    image: "Image | None" = None
 
 
 def pixel_digest(picture: "Image") -> str:
@@ -49,7 +52,10 @@ class PictureStore:
     def get(
         self, key: str, decode: Callable[[], Sequence["Image"]], processor: Any
     ) -> list[Prepared]:
-        """The pictures behind `key`; an empty key is prepared anew each time."""
+        """The pictures behind `key`; an empty key is prepared anew each time.
+
+        Without a processor they are decoded and kept as they are.
+        """
         place = (_identity(processor), key)
         if key and place in self._entries:
             self._entries.move_to_end(place)
@@ -65,17 +71,23 @@ class PictureStore:
 
 def _prepare(picture: "Image", processor: Any) -> Prepared:
     rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
+    if processor is None:
+        return Prepared(pixel_digest(rgb), torch.empty(0), rgb)
     pixels = processor(images=[rgb], return_tensors="pt")["pixel_values"]
     tensor = torch.as_tensor(pixels[0])  # [channels, height, width]
     return Prepared(pixel_digest(rgb), tensor)
 
 
 def _bytes(prepared: Sequence[Prepared]) -> int:
-    return sum(item.pixels.numel() * item.pixels.element_size() for item in prepared)
+    tensors = sum(item.pixels.numel() * item.pixels.element_size() for item in prepared)
+    images = sum(3 * item.image.width * item.image.height for item in prepared if item.image)
+    return tensors + images
 
 
 def _identity(processor: Any) -> str:
     """Equal for image processors with equal settings; kept on the object once computed."""
+    if processor is None:
+        return "decoded"
     known = getattr(processor, "_kd_bench_identity", None)
     if known is None:
         text = json.dumps(processor.to_dict(), sort_keys=True, default=str)

@@ -10,10 +10,16 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from kd_bench.errors import KdBenchError, UsageError, one_line
 from kd_bench.evals import processes
-from kd_bench.evals.checkpoint import inspect_checkpoint
+from kd_bench.evals.checkpoint import (
+    Checkpoint,
+    inspect_checkpoint,
+    inspect_hybrid,
+    inspect_stock,
+)
 from kd_bench.evals.progress import SuiteProgress
 from kd_bench.evals.worker import ENGINE, Plan, Worker
 from kd_bench.provenance import collect
@@ -28,8 +34,12 @@ ERROR_LIMIT = 0.01
 
 
 def evaluate(
-    checkpoint: str | Path,
+    checkpoint: str | Path | None = None,
     *,
+    vision: str | Path | None = None,
+    language: str | Path | None = None,
+    model: str | None = None,
+    model_args: str = "",
     suite: str = "mini",
     tasks: Sequence[str] | None = None,
     data: Path | None = None,
@@ -46,9 +56,13 @@ def evaluate(
     debug: bool = False,
     error_limit: float = ERROR_LIMIT,
 ) -> Run:
-    """Evaluate a checkpoint; a run that was stopped is continued, a finished one returned.
+    """Evaluate a model; a run that was stopped is continued, a finished one returned.
 
     Args:
+        checkpoint: folder that save_pretrained wrote, or `embedded:weights/...`.
+        vision, language: instead of it, the visual switch of two checkpoints: the first one's
+            vision tower before the second one's projector and language model.
+        model, model_args: instead of it, any model that lmms-eval knows, with its arguments.
         suite: name of a suite, or path of its YAML.
         tasks: only these benchmarks of it.
         data: folder of parquet files; None for the suite's own data.
@@ -67,7 +81,8 @@ def evaluate(
     specs = [load_task(task) for task in tasks or chosen.tasks]
     for task, profile in (profiles or {}).items():
         load_task(task).profile(profile)
-    known = inspect_checkpoint(_resolve(checkpoint), role=role, name=name, method=method, seed=seed)
+    labels = {"role": role, "name": name, "method": method, "seed": seed}
+    known = _subject(checkpoint, vision, language, model, model_args, labels)
     protocol = Protocol(chosen.name, dict(profiles or {}), limit, dtype, batch_size, ENGINE)
     plan = Plan(known, specs, data or _suite_data(chosen), protocol, debug)
     processes.join()
@@ -79,6 +94,32 @@ def evaluate(
         _execute(run, plan, progress and processes.rank() == 0, error_limit)
         processes.barrier()
     return run
+
+
+def _subject(
+    checkpoint: str | Path | None,
+    vision: str | Path | None,
+    language: str | Path | None,
+    model: str | None,
+    model_args: str,
+    labels: dict[str, Any],
+) -> Checkpoint:
+    """What is to be evaluated.
+
+    Raises:
+        UsageError: nothing, too much or half a hybrid was named.
+    """
+    ways = "Name a checkpoint, --vision with --language, or --model."
+    if (vision is None) != (language is None):
+        raise UsageError("--vision and --language belong together.", ways)
+    if sum(given is not None for given in (checkpoint, vision, model)) != 1:
+        raise UsageError("One model is evaluated at a time.", ways)
+    if model is not None:
+        return inspect_stock(model, model_args, **labels)
+    if vision is not None and language is not None:
+        chosen = {key: labels[key] for key in ("name", "seed")}
+        return inspect_hybrid(_resolve(vision), _resolve(language), **chosen)
+    return inspect_checkpoint(_resolve(checkpoint or ""), **labels)
 
 
 def _resolve(checkpoint: str | Path) -> Path:

@@ -24,6 +24,8 @@ __all__ = [
     "RULES",
     "agree",
     "headline",
+    "mmbench_letter",
+    "mmmu_right",
     "own_metrics",
     "rates",
     "rescored",
@@ -207,18 +209,22 @@ def _pope(document: Document, answer: str, metrics: dict[str, Any]) -> Judged:
 
 
 def _mmbench(document: Document, answer: str, metrics: dict[str, Any]) -> Judged:
+    said = mmbench_letter(metrics["gpt_eval_score"])
+    target = str(document["answer"])
+    return float(bool(said) and said == target), target, said
+
+
+def mmbench_letter(logged: dict[str, Any]) -> str:
     """One rotation, read as MMBench_Evaluator.eval_sub_data reads it with `static_only`."""
     from lmms_eval.tasks._task_utils.mcq_extract import extract_mcq_answer
     from lmms_eval.tasks.mmbench.en_utils import mmbench_evaluator
 
-    item = dict(metrics["gpt_eval_score"])
-    item["prediction"] = str(item["prediction"])
+    item = {**logged, "prediction": str(logged["prediction"])}
     said = mmbench_evaluator.prefetch_answer(item)
     if not said:
         letters = sorted(mmbench_evaluator.build_choices(item))
         said = extract_mcq_answer(item["prediction"], choices=letters)
-    target = str(document["answer"])
-    return float(bool(said) and said == target), target, str(said or "")
+    return str(said or "")
 
 
 def _scienceqa(document: Document, answer: str, metrics: dict[str, Any]) -> Judged:
@@ -230,14 +236,18 @@ def _scienceqa(document: Document, answer: str, metrics: dict[str, Any]) -> Judg
 
 
 def _mmmu(document: Document, answer: str, metrics: dict[str, Any]) -> Judged:
+    entry = metrics["mmmu_acc"]
+    (said,) = entry["parsed_pred"]
+    letter = str(said) if isinstance(said, str) else answer.strip().lower()
+    return mmmu_right(entry, said), str(entry["answer"]), letter
+
+
+def mmmu_right(logged: dict[str, Any], said: Any) -> float:
+    """Whether a parsed answer is right, by upstream's functions."""
     from lmms_eval.tasks.mmmu.utils import eval_multi_choice, eval_open
 
-    entry = metrics["mmmu_acc"]
-    target = document["answer"]
-    (said,) = entry["parsed_pred"]
-    if document["question_type"] == "multiple-choice":
-        return float(eval_multi_choice(target, said)), str(target), str(said)
-    return float(eval_open(target, said)), str(target), answer.strip().lower()
+    choice = logged["question_type"] == "multiple-choice"
+    return float((eval_multi_choice if choice else eval_open)(logged["answer"], said))
 
 
 def _gqa(document: Document, answer: str, metrics: dict[str, Any]) -> Judged:

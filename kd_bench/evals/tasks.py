@@ -65,12 +65,18 @@ class PreparedTask:
 
 
 def prepare(
-    spec: TaskSpec, folder: Path, *, profile: str | None = None, limit: int | None = None
+    spec: TaskSpec,
+    folder: Path,
+    *,
+    profile: str | None = None,
+    limit: int | None = None,
+    chat: bool = False,
 ) -> PreparedTask:
     """Read a benchmark's documents and render its prompts.
 
     Args:
         limit: about that many documents from the front; pairs and rotations stay whole.
+        chat: for one of lmms-eval's chat models, which is given messages.
 
     Raises:
         UsageError: data, columns or the upstream task are missing.
@@ -84,7 +90,7 @@ def prepare(
     upstream = variant.upstream or spec.upstream
     config = _configure(spec, upstream, variant.prompt)
     with quiet():
-        task = _task_class()(config, documents, spec)
+        task = _task_class(chat)(config, documents, spec)
     prompts = [_render(task, document, spec) for document in documents]
     contents = documents.content_digests()
     columns = [documents.picture_digests(column) for column in documents.picture_columns]
@@ -176,7 +182,28 @@ def _own_placeholders(config: dict[str, Any]) -> None:
 
     config["doc_to_text"] = doc_to_text
     config["doc_to_visual"] = doc_to_visual
-    config["doc_to_messages"] = None
+    config["doc_to_messages"] = _interleaved(doc_to_text, doc_to_visual)
+
+
+def _interleaved(
+    doc_to_text: Callable[..., str], doc_to_visual: Callable[[Document], list[Any]]
+) -> Callable[..., list[dict[str, Any]]]:
+    """One user turn with each picture at its placeholder."""
+
+    def doc_to_messages(
+        doc: Document, lmms_eval_specific_kwargs: dict[str, Any] | None = None
+    ) -> list[dict[str, Any]]:
+        texts = doc_to_text(doc, lmms_eval_specific_kwargs).split(PLACEHOLDER)
+        pictures = doc_to_visual(doc)
+        content: list[dict[str, Any]] = []
+        for number, text in enumerate(texts):
+            if text.strip():
+                content.append({"type": "text", "text": text.strip()})
+            if number < len(pictures):
+                content.append({"type": "image", "url": pictures[number]})
+        return [{"role": "user", "content": content}]
+
+    return doc_to_messages
 
 
 _ADAPTATIONS: dict[str, Callable[[dict[str, Any]], None]] = {
@@ -185,12 +212,14 @@ _ADAPTATIONS: dict[str, Callable[[dict[str, Any]], None]] = {
 }
 
 
-def _task_class() -> type[Any]:
+def _task_class(chat: bool) -> type[Any]:
     """The task class, made late because its base is lmms-eval's."""
     lmms_eval()
-    from lmms_eval.api.task import ConfigurableTask
+    from lmms_eval.api.task import ConfigurableMessagesTask, ConfigurableTask
 
-    class LocalTask(ConfigurableTask):
+    base: type[Any] = ConfigurableMessagesTask if chat else ConfigurableTask
+
+    class LocalTask(base):
         """Upstream's task on documents of ours, remembering what it scored.
 
         Attributes:

@@ -53,7 +53,8 @@ class Worker:
         started = time.perf_counter()
         plan = self._plan
         profile = plan.protocol.profiles.get(spec.id)
-        prepared = _prepare(spec, plan.data, profile, plan.protocol.limit)
+        chat = not getattr(getattr(self._source, "model", self._source), "is_simple", True)
+        prepared = _prepare(spec, plan.data, profile, plan.protocol.limit, chat)
         digests = (plan.checkpoint.ref.weights_digest, plan.checkpoint.setup_digest, ENGINE)
         keys = answer_keys(prepared, *digests)
         journal = TaskJournal(self._run, spec.id)
@@ -103,8 +104,9 @@ class Worker:
                 "aggregator": aggregator,
                 "setup_digest": self._plan.checkpoint.setup_digest,
                 "generation": spec.generation.model_dump(),
-                "batch_size": self._source.engine.batch_size,
+                "batch_size": self._source.batch_size,
                 "engine": ENGINE,
+                "path": self._source.path,
             },
         )
 
@@ -116,21 +118,26 @@ class Worker:
 
     def cost(self) -> Cost:
         """What the model costs to run."""
-        from kd_bench.evals.cost import measure
-
-        return measure(self._source.engine, self._memory)
+        cost: Cost = self._source.cost(self._memory)
+        return cost
 
 
 def _load(plan: Plan) -> Any:
+    """What answers: our engine on a checkpoint or hybrid, or a stock model of lmms-eval."""
     from kd_bench.evals.adapter import KdBench
+    from kd_bench.evals.hybrid import load_hybrid
+    from kd_bench.evals.stock import load_stock
     from kd_bench.evals.upstream import quiet
 
+    checkpoint, protocol = plan.checkpoint, plan.protocol
     with quiet(plan.debug):
+        if checkpoint.stock is not None:
+            return load_stock(*checkpoint.stock, protocol.batch_size)
+        parts: dict[str, Any] = {"pretrained": str(checkpoint.path)}
+        if checkpoint.vision is not None:
+            parts = load_hybrid(checkpoint.vision, checkpoint.path, protocol.dtype)
         return KdBench(
-            str(plan.checkpoint.path),
-            batch_size=plan.protocol.batch_size,
-            dtype=plan.protocol.dtype,
-            pictures=_pictures(),
+            **parts, batch_size=protocol.batch_size, dtype=protocol.dtype, pictures=_pictures()
         )
 
 
@@ -146,16 +153,16 @@ def _pictures() -> "PictureStore":
 
 
 def _prepare(
-    spec: TaskSpec, folder: Path, profile: str | None, limit: int | None
+    spec: TaskSpec, folder: Path, profile: str | None, limit: int | None, chat: bool
 ) -> "PreparedTask":
     """`tasks.prepare`, remembered while the files stay as they are."""
     from kd_bench.evals.tasks import prepare
 
     files = sorted(folder.glob(f"{spec.id}*/*.parquet"))
     stamps = [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files]
-    key = digest_text(spec.model_dump_json(), str(stamps), str(profile), str(limit))
+    key = digest_text(spec.model_dump_json(), str(stamps), str(profile), str(limit), str(chat))
     if key not in _PREPARED:
         while len(_PREPARED) >= 24:
             _PREPARED.pop(next(iter(_PREPARED)))
-        _PREPARED[key] = prepare(spec, folder, profile=profile, limit=limit)
+        _PREPARED[key] = prepare(spec, folder, profile=profile, limit=limit, chat=chat)
     return _PREPARED[key]

@@ -1,0 +1,42 @@
+"""Models that lmms-eval brings, run through our store and journal as they are."""
+
+from typing import Any
+
+from kd_bench.errors import UsageError, closest, one_line
+from kd_bench.evals.adapter import StockModel
+from kd_bench.evals.upstream import lmms_eval
+
+__all__ = ["load_stock"]
+
+
+def load_stock(name: str, arguments: str, batch_size: int | None) -> StockModel:
+    """A model by its name in lmms-eval and `key=value,...` arguments.
+
+    Raises:
+        UsageError: lmms-eval does not know it, or it cannot be made with these arguments.
+    """
+    lmms_eval()
+    from lmms_eval.models import get_model, list_available_models
+
+    known = list_available_models(include_aliases=True)
+    if name not in known:
+        raise UsageError(
+            f"lmms-eval has no model {name!r}.{closest(name, known)}",
+            f"It has {len(known)}, among them llava_hf, qwen2_5_vl and internvl_hf.",
+        )
+    try:
+        kind: Any = get_model(name)
+        extra = {} if batch_size is None else {"batch_size": batch_size}
+        model = kind.create_from_arg_string(arguments, extra)
+    except (ImportError, ModuleNotFoundError) as error:
+        raise UsageError(
+            f"lmms-eval's {name} cannot be loaded: {one_line(error)}.",
+            "Install what it needs.",
+        ) from error
+    except Exception as error:
+        raise UsageError(
+            f"lmms-eval's {name} cannot be made with {arguments!r}: "
+            f"{type(error).__name__}: {one_line(error)}",
+            "Correct --model-args.",
+        ) from error
+    return StockModel(model, batch_size)
