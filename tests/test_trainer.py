@@ -316,11 +316,17 @@ def test_unreadable_samples_are_skipped_up_to_the_limit_then_listed(place, tmp_p
 
 
 def test_two_processes_do_not_share_a_folder(place):
-    from filelock import FileLock
-
     recipe = recipe_in(place, "busy")
-    with FileLock(str(recipe.output_folder) + ".lock"), pytest.raises(UsageError, match="Another"):
-        train(recipe)
+    recipe.output_folder.parent.mkdir(parents=True, exist_ok=True)
+    script = (
+        "import sys; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire(); "
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    line = [sys.executable, "-c", script, f"{recipe.output_folder}.lock"]
+    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline().strip() == b"held"
+        with pytest.raises(UsageError, match="Another"):
+            train(recipe)
 
 
 @pytest.mark.slow

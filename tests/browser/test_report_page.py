@@ -141,7 +141,7 @@ def test_a_number_tells_its_details_to_mouse_and_keyboard(opened: Opened) -> Non
     cell = opened.page.locator("#board .v.scores[data-tip]").first
     cell.hover()
     tip = opened.page.locator("#tip")
-    assert tip.is_visible()
+    tip.wait_for(state="visible")
     assert "samples" in tip.inner_text()
     assert "protocol" in tip.inner_text()
     opened.page.keyboard.press("Escape")
