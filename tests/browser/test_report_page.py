@@ -47,7 +47,7 @@ class Opened:
 
     def __init__(self, browser, address: str, **options) -> None:  # type: ignore[no-untyped-def]
         self.context = browser.new_context(**options)
-        self.context.set_default_timeout(120_000)  # two busy cores are slow, not wrong
+        self.context.set_default_timeout(60_000)  # two busy cores are slow, not wrong
         self.page = self.context.new_page()
         self.complaints: list[str] = []
         self.requests: list[str] = []

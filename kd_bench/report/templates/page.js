@@ -25,25 +25,33 @@
 
   // --- details of a cell ------------------------------------------------------------------
   const tip = $("#tip");
-  const show = (target) => {
-    tip.textContent = target.dataset.tip;
-    tip.hidden = false;
-    target.setAttribute("aria-describedby", "tip");
-    const box = target.getBoundingClientRect();
+  let shown = null;
+  const position = () => {
+    const box = shown.getBoundingClientRect();
     const left = Math.min(Math.max(8, box.right - tip.offsetWidth), innerWidth - tip.offsetWidth - 8);
     const below = box.bottom + 8 + tip.offsetHeight < innerHeight;
     tip.style.left = `${left}px`;
     tip.style.top = `${below ? box.bottom + 8 : box.top - tip.offsetHeight - 8}px`;
   };
   const hide = () => {
+    shown?.removeAttribute("aria-describedby");
+    shown = null;
     tip.hidden = true;
-    $$("[aria-describedby=tip]").forEach((node) => node.removeAttribute("aria-describedby"));
+  };
+  const show = (target) => {
+    hide();
+    shown = target;
+    tip.textContent = target.dataset.tip;
+    tip.hidden = false;
+    target.setAttribute("aria-describedby", "tip");
+    position();
   };
   const tipped = (event) => event.target.closest?.("[data-tip]");
   document.addEventListener("mouseover", (event) => { const at = tipped(event); at ? show(at) : hide(); });
   document.addEventListener("focusin", (event) => { const at = tipped(event); at ? show(at) : hide(); });
   document.addEventListener("focusout", hide);
-  document.addEventListener("scroll", hide, true);
+  // Scroll events come late: one that brought the cell into view may arrive after its details.
+  document.addEventListener("scroll", () => { if (shown) position(); }, true);
   document.addEventListener("keydown", (event) => { if (event.key === "Escape") hide(); });
 
   // --- leaderboard ------------------------------------------------------------------------
