@@ -108,16 +108,29 @@ class Journal:
 
     def read(self) -> list[dict[str, Any]]:
         """All sound records in the order in which they were written."""
+        records, torn = self._load()
+        if torn:
+            self.cut(torn)
+        return records
+
+    def examine(self) -> int:
+        """Bytes of a torn last line; counts `damaged` lines, and changes nothing."""
+        return self._load()[1]
+
+    def cut(self, torn: int) -> None:
+        """Cut a torn last line of `torn` bytes off."""
+        with self.path.open("r+b") as stream:
+            stream.truncate(self.path.stat().st_size - torn)
+
+    def _load(self) -> tuple[list[dict[str, Any]], int]:
+        """Sound records, and the bytes after the last whole line."""
         self.damaged = 0
         if not self.path.exists():
-            return []
+            return [], 0
         data = self.path.read_bytes()
         whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            with self.path.open("r+b") as stream:
-                stream.truncate(whole)
         records = (self._decode(line) for line in data[:whole].splitlines())
-        return [record for record in records if record is not None]
+        return [record for record in records if record is not None], len(data) - whole
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
         """Append records and wait until they are on disk."""

@@ -31,7 +31,15 @@ from kd_bench.records import (
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Run", "baseline_run", "find_run", "list_runs", "open_run", "set_baseline"]
+__all__ = [
+    "Run",
+    "baseline_run",
+    "baselines",
+    "find_run",
+    "list_runs",
+    "open_run",
+    "set_baseline",
+]
 
 
 @dataclass(frozen=True)
@@ -102,7 +110,7 @@ class Run:
                 f"{path} cannot be read: {type(error).__name__}.",
                 "Delete the task's .json and run the same eval command again.",
             ) from None
-        missing = [column for column in columns if column not in stored]
+        missing = [column for column in columns if column not in frame.columns]
         if missing:
             raise IncompleteRunError(f"{path} has no column {missing[0]}.", "Evaluate it again.")
         return frame
@@ -214,10 +222,8 @@ def set_baseline(results: Path, name: str, run: Run) -> None:
             f"Run {run.path.name} is {status}; a baseline must be complete and healthy.",
             "Finish it with the same eval command, or choose another run.",
         )
-    path = results / "baselines.yaml"
-    baselines = _baselines(path)
-    baselines[name] = run.path.name
-    write_text(path, yaml.safe_dump(baselines, sort_keys=True))
+    named = {**baselines(results), name: run.path.name}
+    write_text(results / "baselines.yaml", yaml.safe_dump(named, sort_keys=True))
 
 
 def baseline_run(results: Path, name: str) -> Run:
@@ -226,19 +232,25 @@ def baseline_run(results: Path, name: str) -> Run:
     Raises:
         UsageError: no baseline has that name.
     """
-    path = results / "baselines.yaml"
-    baselines = _baselines(path)
-    if name not in baselines:
+    named = baselines(results)
+    if name not in named:
+        path = results / "baselines.yaml"
         raise UsageError(
-            f"No baseline named {name!r} in {path}.{closest(name, list(baselines))}",
+            f"No baseline named {name!r} in {path}.{closest(name, list(named))}",
             "Set one with `kd-bench runs baseline set NAME RUN`, or pass --against RUN.",
         )
-    return find_run(results, baselines[name])
+    return find_run(results, named[name])
 
 
-def _baselines(path: Path) -> dict[str, str]:
+def baselines(results: Path) -> dict[str, str]:
+    """Run folder names by baseline name.
+
+    Raises:
+        UsageError: their file cannot be read.
+    """
     from kd_bench.config import read_yaml
 
+    path = results / "baselines.yaml"
     return {str(k): str(v) for k, v in read_yaml(path).items()} if path.exists() else {}
 
 

@@ -19,9 +19,11 @@ ORDER = [
     {"provenance"},
     {"world"},
     {"distill", "store"},
+    {"damage"},
     {"evals", "compare"},
     {"gate"},
     {"report"},
+    {"doctor"},
     {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
