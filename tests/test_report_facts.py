@@ -1,5 +1,6 @@
 """Published rows and run facts: on one scale, apart from measured rows, with their marks."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,30 @@ def test_measured_rows_stand_beside_the_paper_on_comparable_columns(tmp_path: Pa
     mine = [board.entries[0].score(task).value for task in fair]
     assert cell(table, 0, "average").value == pytest.approx(sum(mine) / len(fair))
     assert "Beside the paper" in print_report(tmp_path, compare="paper")
+
+
+def test_the_verdict_is_that_of_the_profile_that_was_measured(tmp_path: Path) -> None:
+    run = add_run(tmp_path, Model("mine", "kd", "switch-kd", 0.5, 0), units=4, suite="ten")
+    for task, profile in (("textvqa", "ocr"), ("pope", "llava")):
+        run.commit(replace(run.result(task), profile=profile), run.samples(task))
+    table = paper_table(load_board(tmp_path))
+    assert table is not None
+    marks = {c.key: [table.notes[n] for n in c.notes] for c in table.columns}
+    assert marks["pope"] == []
+    assert marks["textvqa"][0].startswith("Near: the tokens are the same")
+    paper = [66.8, 63.5, 57.8, 61.6, 57.9, 29.8, 52.3, 87.3]  # with TextVQA
+    assert cell(table, 3, "average").value == pytest.approx(sum(paper) / len(paper))
+
+
+def test_a_benchmark_that_the_paper_lacks_has_an_empty_cell(tmp_path: Path) -> None:
+    model = Model("mine", "kd", "switch-kd", 0.5, 0)
+    run = add_run(tmp_path, model, tasks=("gqa",), planned=("gqa", "mine"), units=4, suite="ten")
+    run.commit(replace(run.result("gqa"), task="mine"), run.samples("gqa"))
+    table = paper_table(load_board(tmp_path))
+    assert table is not None
+    assert {len(row.cells) for row in table.rows} == {len(table.columns)}
+    assert cell(table, 3, "mine").value is None
+    assert cell(table, 3, "average").value == pytest.approx(61.6)
 
 
 def test_mini_scores_never_stand_beside_published_ones(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from kd_bench.errors import NotComparableError, UsageError
 from kd_bench.records import RunManifest
-from kd_bench.registry import TaskSpec, load_suite, load_tasks, published
-from kd_bench.report.frames import Board, task_info
+from kd_bench.registry import Published, TaskSpec, load_suite, load_tasks, published
+from kd_bench.report.frames import Board, TaskInfo, task_info
 from kd_bench.report.tables import Cell, Column, Row, Table, format_number
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def _published(frame: "pd.DataFrame", specs: list[TaskSpec], title: str) -> Tabl
         info = task_info(spec)
         marks: tuple[int, ...] = ()
         if spec.published.verdict != "comparable":
-            marks = (note(_verdict(spec)),)
+            marks = (note(_verdict(spec.published)),)
         columns.append(Column(spec.id, info.short, "score", notes=marks))
     columns += [Column("average", "Avg", "score"), Column("source", "Source", "text")]
     rows = []
@@ -71,8 +71,9 @@ def _published(frame: "pd.DataFrame", specs: list[TaskSpec], title: str) -> Tabl
 def paper_table(board: Board) -> Table | None:
     """Measured rows beside the Switch-KD paper's 0.5B rows; None where that would mislead.
 
-    The average is over the benchmarks whose protocols allow the comparison, for both sides.
-    Mini scores are never put beside published ones.
+    The average is over the benchmarks that the paper has and whose protocols, by the profiles of
+    the measured rows, allow the comparison; for both sides. Mini scores are never put beside
+    published ones.
     """
     if board.mini or not board.entries:
         return None
@@ -80,11 +81,19 @@ def paper_table(board: Board) -> Table | None:
         frame = published()
     except (UsageError, OSError, ValueError):
         return None
-    specs = [task.spec for task in board.tasks if task.spec is not None]
-    fair = [spec for spec in specs if spec.published.verdict != "not comparable"]
-    doubtful = [spec for spec in specs if spec.published.verdict != "comparable"]
-    notes = list(dict.fromkeys(_verdict(spec) for spec in doubtful))
-    places = {spec.id: (notes.index(_verdict(spec)),) for spec in doubtful}
+    said = {task.id: _said(board, task) for task in board.tasks}
+    fair = [
+        task
+        for task, about in said.items()
+        if about is not None and about.verdict != "not comparable" and about.column in frame
+    ]
+    doubtful = {
+        task: _verdict(about)
+        for task, about in said.items()
+        if about is not None and about.verdict != "comparable"
+    }
+    notes = list(dict.fromkeys(doubtful.values()))
+    places = {task: (notes.index(text),) for task, text in doubtful.items()}
     columns = (
         Column("method", "Method", "text"),
         *(
@@ -97,14 +106,17 @@ def paper_table(board: Board) -> Table | None:
     for entry in board.entries:
         values = {task.id: entry.score(task.id) for task in board.tasks}
         cells = [Cell(s.value if s.known else None, s.spread) for s in values.values()]
-        fair_values = [values[spec.id].value for spec in fair]
+        fair_values = [values[task].value for task in fair]
         rows.append(
             Row(entry.key, (Cell(entry.label), *cells, _mean(fair_values)), "Measured here")
         )
     for number, record in enumerate(_paper_rows(frame)):
-        scores = {spec.id: _on_scale(record, spec.published.column) for spec in specs}
+        scores = {
+            task: None if about is None else _on_scale(record, about.column)
+            for task, about in said.items()
+        }
         cells = [Cell(value) for value in scores.values()]
-        mean = _mean([scores[spec.id] for spec in fair])
+        mean = _mean([scores[task] for task in fair])
         rows.append(Row(f"paper-{number}", (Cell(str(record["method"])), *cells, mean), PAPER))
     return Table("Beside the paper", columns, tuple(rows), notes=tuple(notes))
 
@@ -142,9 +154,22 @@ def _mean(values: Sequence[float | None]) -> Cell:
     return Cell(sum(known) / len(known)) if known and len(known) == len(values) else Cell()
 
 
-def _verdict(spec: TaskSpec) -> str:
+def _said(board: Board, task: TaskInfo) -> Published | None:
+    """What the registry says about published numbers, by the profile that the rows share.
+
+    Rows of several profiles get the benchmark's own word, which is that of its default profile.
+    """
+    if task.spec is None:
+        return None
+    found = [results.get(task.id) for entry in board.entries for results in entry.results]
+    profiles = {result.profile for result in found if result is not None}
+    variant = task.spec.profiles.get(profiles.pop()) if len(profiles) == 1 else None
+    return (variant.published if variant is not None else None) or task.spec.published
+
+
+def _verdict(about: Published) -> str:
     """Whether a published number may stand beside a measured one, and why not quite."""
-    return f"{spec.published.verdict.capitalize()}: {spec.published.why}"
+    return f"{about.verdict.capitalize()}: {about.why}"
 
 
 def _on_scale(record: dict[Any, Any], column: str) -> float | None:
