@@ -35,8 +35,10 @@ __all__ = [
     "tasks_folder",
 ]
 
-Skill = Literal["perception", "cognition", "ocr", "hallucination", "domain"]
-SKILLS: tuple[str, ...] = ("perception", "cognition", "ocr", "hallucination", "domain")
+# In the order of the paper's columns (github.com/haoyi199815/Switch-KD, README): three benchmarks
+# of perception, four of cognition, then text in pictures, one domain's pictures, hallucination.
+Skill = Literal["perception", "cognition", "ocr", "domain", "hallucination"]
+SKILLS: tuple[str, ...] = ("perception", "cognition", "ocr", "domain", "hallucination")
 
 ColumnKind = Literal["image", "text", "integer", "id", "texts", "answers"]
 COLUMN_KINDS: tuple[str, ...] = ("image", "text", "integer", "id", "texts", "answers")

@@ -27,7 +27,8 @@ class Hub(BaseHTTPRequestHandler):
     """The two addresses of a hub that a download uses; can break off in the middle of a file."""
 
     files: dict[str, dict[str, bytes]] = {}  # noqa: RUF012
-    commit = "c" * 40
+    commit = "c" * 40  # the newest
+    absent = "a" * 40
     break_after = -1
     served: list[str] = []  # noqa: RUF012
 
@@ -38,8 +39,16 @@ class Hub(BaseHTTPRequestHandler):
             if repo not in self.files:
                 self.send_error(404)
                 return
+            asked = parts[5] if len(parts) > 5 else "main"
+            if asked == self.absent:
+                self.send_response(404)
+                self.send_header("X-Error-Code", "RevisionNotFound")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
             names = [{"rfilename": name} for name in self.files[repo]]
-            body = json.dumps({"id": repo, "sha": self.commit, "siblings": names}).encode()
+            found = self.commit if asked == "main" else asked
+            body = json.dumps({"id": repo, "sha": found, "siblings": names}).encode()
             self._head(body, {})
             self.wfile.write(body)
             return
@@ -112,14 +121,21 @@ from kd_bench.errors import KdBenchError
 from kd_bench.evals.fetch import fetch
 from kd_bench.registry import load_task
 try:
-    fetch([load_task(name) for name in sys.argv[2:]], Path(sys.argv[1]), report=print)
+    specs = [load_task(name) for name in sys.argv[3:]]
+    if sys.argv[2] != "pinned":
+        change = {"revision": sys.argv[2] or None}
+        specs = [s.model_copy(update={"dataset": s.dataset.model_copy(update=change)}) for s in specs]
+    fetch(specs, Path(sys.argv[1]), report=print)
 except KdBenchError as error:
     print(error)
     sys.exit(int(error.exit_code))
 """
 
 
-def fetched(hub: str, folder: Path, *tasks: str) -> subprocess.CompletedProcess[str]:
+def fetched(
+    hub: str, folder: Path, *tasks: str, revision: str = "pinned"
+) -> subprocess.CompletedProcess[str]:
+    """`fetch` in a process of its own, at the registry's revision or at the given one."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     environment = {
         **clean,
@@ -131,7 +147,7 @@ def fetched(hub: str, folder: Path, *tasks: str) -> subprocess.CompletedProcess[
         "NO_PROXY": "127.0.0.1",
     }
     return subprocess.run(
-        [sys.executable, "-c", FETCH, str(folder), *tasks],
+        [sys.executable, "-c", FETCH, str(folder), revision, *tasks],
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
@@ -141,12 +157,15 @@ def test_fetched_files_are_locked_and_verified(hub: str, tmp_path: Path) -> None
     told = fetched(hub, folder, "pope", "gqa")
     assert told.returncode == 0, told.stdout + told.stderr
     lock = json.loads((folder / "lock.json").read_text())
+    pope, gqa = (load_task(task).dataset.revision for task in ("pope", "gqa"))
     assert {name: entry["revision"] for name, entry in lock.items()} == {
-        "pope": Hub.commit, "gqa": Hub.commit, "gqa_images": Hub.commit,
+        "pope": pope, "gqa": gqa, "gqa_images": gqa,
     }  # fmt: skip
+    assert f"pope: lmms-lab-encoder/POPE at {pope}, the pinned revision\n" in told.stdout
     for task, rows in (("pope", 6), ("gqa", 1)):
         found = verify(load_task(task), folder, complete=False)
         assert (found.documents, found.pictures, found.problems) == (rows, 1, [])
+        assert found.revision == load_task(task).dataset.revision
     (problem,) = verify(load_task("pope"), folder).problems
     assert problem == "pope: 6 documents, 9000 expected"
     Hub.served.clear()
@@ -160,6 +179,47 @@ def test_fetched_files_are_locked_and_verified(hub: str, tmp_path: Path) -> None
     assert problems == [f"pope: {file} is not the file that was fetched"]
     assert fetched(hub, folder, "pope").returncode == 0
     assert verify(load_task("pope"), folder, complete=False).problems == []
+
+
+def test_without_a_pin_the_newest_is_taken_and_kept(hub: str, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    told = fetched(hub, folder, "pope", revision="")
+    newest = "c" * 40
+    assert f"at {newest}, the newest: none is pinned, lock.json keeps it\n" in told.stdout
+    spec = load_task("pope")
+    unpinned = spec.model_copy(
+        update={"dataset": spec.dataset.model_copy(update={"revision": None})}
+    )
+    found = verify(unpinned, folder, complete=False)
+    assert (found.revision, found.problems) == (newest, [])
+    Hub.commit = "d" * 40
+    try:
+        again = fetched(hub, folder, "pope", revision="")
+    finally:
+        Hub.commit = newest
+    assert f"at {newest}, as lock.json says\n" in again.stdout
+    (problem,) = verify(spec, folder, complete=False).problems
+    pinned = spec.dataset.revision
+    assert problem == f"pope: {folder / 'pope'} is of revision {newest}, pinned is {pinned}"
+
+
+def test_another_revision_replaces_files_of_other_names(hub: str, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    assert fetched(hub, folder, "pope", revision="").returncode == 0
+    files = Hub.files["lmms-lab-encoder/POPE"]
+    files["data/test-00000-of-00001-b.parquet"] = files.pop("data/test-00000-of-00001.parquet")
+    assert fetched(hub, folder, "pope").returncode == 0
+    assert [path.name for path in folder.glob("pope/*")] == ["test-00000-of-00001-b.parquet"]
+    assert verify(load_task("pope"), folder, complete=False).documents == 6
+
+
+def test_a_revision_that_is_not_there_is_one_line(hub: str, tmp_path: Path) -> None:
+    told = fetched(hub, tmp_path / "data", "pope", revision=Hub.absent)
+    assert told.returncode == 2
+    assert told.stdout == (
+        f"pope: lmms-lab-encoder/POPE has no revision {Hub.absent}. Correct `revision` in its YAML;"
+        " without one the newest is taken and kept.\n"
+    )
 
 
 def test_a_download_that_broke_off_goes_on(hub: str, tmp_path: Path) -> None:

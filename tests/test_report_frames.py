@@ -140,6 +140,18 @@ def test_nan_scores_are_not_numbers(tmp_path: Path) -> None:
     assert not entry.score("gqa").known
 
 
+def test_columns_stand_in_the_papers_order_and_groups() -> None:
+    """The table of github.com/haoyi199815/Switch-KD, whose last group holds three of one each."""
+    infos = task_infos(reversed(TASKS))
+    assert [info.id for info in infos] == [
+        "mme", "mmbench_en", "mmbench_cn", "vqav2", "gqa", "scienceqa_img", "mmmu",
+        "textvqa", "vizwiz_vqa", "pope",
+    ]  # fmt: skip
+    assert [info.group for info in infos] == [
+        *["perception"] * 3, *["cognition"] * 4, "OCR", "domain", "hallucination",
+    ]  # fmt: skip
+
+
 def test_benchmarks_stand_in_groups() -> None:
     infos = task_infos([*reversed(TASKS), "my_own"])
     assert infos[-1].group == "other"

@@ -2,8 +2,9 @@
 
     <folder>/<benchmark id>/<split>-*.parquet      and      <folder>/lock.json
 
-The lock holds the commit of each data set and the digest of each file. Fetching again takes only
-what is missing or changed; evaluating from the folder uses no network.
+The lock holds the commit of each data set and the digest of each file. A data set is taken at the
+commit that its YAML pins; without one, at the newest, which the lock then pins for this folder.
+Fetching again takes only what is missing or changed; evaluating from the folder uses no network.
 """
 
 import os
@@ -27,11 +28,16 @@ Report = Callable[[str], None]
 
 @dataclass
 class Verified:
-    """What `verify` found in one benchmark's data; no problems means it can be used."""
+    """What `verify` found in one benchmark's data; no problems means it can be used.
+
+    Attributes:
+        revision: commit that the files were fetched from; empty for files from elsewhere.
+    """
 
     task: str
     documents: int = 0
     pictures: int = 0
+    revision: str = ""
     problems: list[str] = field(default_factory=list)
 
 
@@ -65,9 +71,13 @@ def _fetch_part(
 ) -> None:
     lock = _read_lock(folder)
     known = lock.get(name, {})
-    revision = spec.dataset.revision or known.get("revision") or "main"
-    commit, wanted = _listing(spec, config, split, str(revision))
-    files = dict(known.get("files", {})) if known.get("revision") == commit else {}
+    pinned, locked = spec.dataset.revision, known.get("revision")
+    commit, wanted = _listing(spec, config, split, str(pinned or locked or "main"))
+    report(f"{name}: {spec.dataset.repo} at {commit}, {_why(commit, pinned, locked)}")
+    files = dict(known.get("files", {}))
+    if locked != commit:
+        _remove(folder / name, files, split)
+        files = {}
     for number, path in enumerate(wanted, 1):
         target = folder / name / PurePosixPath(path).name
         if target.is_file() and files.get(target.name) == digest_files([target]):
@@ -78,6 +88,22 @@ def _fetch_part(
         files[target.name] = digest_files([target])
         lock[name] = {"repo": spec.dataset.repo, "revision": commit, "files": files}
         write_json(folder / LOCK, lock)
+
+
+def _why(commit: str, pinned: str | None, locked: str | None) -> str:
+    """Where the commit comes from, in words."""
+    if pinned:
+        return "the pinned revision"
+    if commit == locked:
+        return f"as {LOCK} says"
+    return f"the newest: none is pinned, {LOCK} keeps it"
+
+
+def _remove(folder: Path, files: dict[str, str], split: str) -> None:
+    """Files of another revision: under other names they would be read beside the new ones."""
+    for name in files:
+        if fnmatch(name, f"{split}-*.parquet"):
+            (folder / name).unlink(missing_ok=True)
 
 
 def _hub() -> Any:
@@ -92,11 +118,16 @@ def _listing(
     spec: TaskSpec, config: str | None, split: str, revision: str
 ) -> tuple[str, list[str]]:
     """The data set's commit and its parquet files of one split."""
-    repo = spec.dataset.repo
+    repo, hub = spec.dataset.repo, _hub()
+    from huggingface_hub.errors import RevisionNotFoundError
+
     try:
-        info = _hub().HfApi().dataset_info(repo, revision=revision)
-    except MissingExtraError:
-        raise
+        info = hub.HfApi().dataset_info(repo, revision=revision)
+    except RevisionNotFoundError as error:
+        raise UsageError(
+            f"{spec.id}: {repo} has no revision {revision}.",
+            "Correct `revision` in its YAML; without one the newest is taken and kept.",
+        ) from error
     except Exception as error:
         raise IncompleteRunError(
             f"{spec.id}: {repo} cannot be listed: {one_line(error)[:200]}",
@@ -145,7 +176,7 @@ def _read_lock(folder: Path) -> dict[str, Any]:
 def verify(
     spec: TaskSpec, folder: Path, *, complete: bool = True, profile: str | None = None
 ) -> Verified:
-    """Check one benchmark's data: columns, number of rows, digests, and that pictures decode.
+    """Check one benchmark's data: columns, rows, revision, digests, and that pictures decode.
 
     Args:
         complete: expect the real data set's number of documents.
@@ -160,7 +191,9 @@ def verify(
     expected = spec.profile(profile).documents or spec.documents
     if complete and len(documents) != expected:
         found.problems.append(f"{spec.id}: {len(documents)} documents, {expected} expected")
-    found.problems += _changed_files(spec, folder)
+    lock = _read_lock(folder)
+    found.revision = str(lock.get(spec.id, {}).get("revision", ""))
+    found.problems += _changed_files(spec, folder, lock)
     for column in documents.picture_columns:
         seen: set[str] = set()
         for index, digest in enumerate(documents.picture_digests(column)):
@@ -175,11 +208,18 @@ def verify(
     return found
 
 
-def _changed_files(spec: TaskSpec, folder: Path) -> list[str]:
+def _changed_files(spec: TaskSpec, folder: Path, lock: dict[str, Any]) -> list[str]:
+    """Files that are not those of the lock, and a lock that is not of the pinned revision."""
     problems = []
-    lock = _read_lock(folder)
     for name in (spec.id, f"{spec.id}_images"):
-        for file, digest in lock.get(name, {}).get("files", {}).items():
+        entry = lock.get(name, {})
+        revision = entry.get("revision")
+        if spec.dataset.revision and revision not in (None, spec.dataset.revision):
+            problems.append(
+                f"{spec.id}: {folder / name} is of revision {revision}, "
+                f"pinned is {spec.dataset.revision}"
+            )
+        for file, digest in entry.get("files", {}).items():
             path = folder / name / file
             if not path.is_file():
                 problems.append(f"{spec.id}: {path} is missing")
