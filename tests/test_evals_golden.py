@@ -255,9 +255,26 @@ def test_test_dev_writes_a_submission_and_no_score(task: str, tmp_path: Path) ->
     prepared, asked, total = score(task, ["Two dogs"], tmp_path, "test-dev", rows)
     assert math.isnan(total)
     assert asked.samples["score"].isna().all()
-    (entry,) = submission(prepared)
-    assert entry["answer"] == ("Two dogs" if task == "vqav2" else "2 dogs")  # as upstream writes
-    assert set(entry) == {"answer", "question_id" if task == "vqav2" else "image"}
+    # As upstream writes them: VQAv2's server normalises, VizWiz' is sent normalised words.
+    assert submission(prepared) == [
+        {"question_id": 262148001, "answer": "Two dogs"}
+        if task == "vqav2"
+        else {"image": "VizWiz_val_00000001.jpg", "answer": "2 dogs"}
+    ]
+
+
+@pytest.mark.parametrize("name", ["VizWiz_test_00000007", "VizWiz_test_00000007.jpg"])
+def test_a_vizwiz_picture_has_one_ending(name: str, tmp_path: Path) -> None:
+    row = {key: value for key, value in ROWS["vizwiz_vqa"][0].items() if key != "answers"}
+    rows = [{**row, "question_id": name}]
+    prepared, _, _ = score("vizwiz_vqa", ["can"], tmp_path, "test-dev", rows)
+    assert submission(prepared) == [{"image": "VizWiz_test_00000007.jpg", "answer": "can"}]
+
+
+def test_textvqa_with_tokens_is_scored_like_textvqa_without(tmp_path: Path) -> None:
+    prepared, _, total = score("textvqa", ["dakota digital"], tmp_path, "ocr")
+    assert "\nReference OCR token: DAKOTA, DIGITAL\n" in prepared.prompts[0]
+    assert total == pytest.approx(30)  # one other annotator of ten: 9 x 1/3 and 1 x 0
 
 
 @pytest.mark.parametrize(

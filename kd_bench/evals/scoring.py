@@ -113,7 +113,12 @@ def own_metrics(prepared: PreparedTask, samples: "pd.DataFrame") -> dict[str, fl
 def submission(prepared: PreparedTask) -> list[dict[str, Any]]:
     """What the evaluation server wants, one entry a document, in document order."""
     recorded = prepared.task.recorded
-    return [dict(recorded[index]["submission"]) for index in sorted(recorded)]
+    entries = [dict(recorded[index]["submission"]) for index in sorted(recorded)]
+    for entry in entries:
+        if str(entry.get("image", "")).endswith(".jpg.jpg"):
+            # Upstream adds the ending to VizWiz ids; some copies of the data have it already.
+            entry["image"] = entry["image"].removesuffix(".jpg")
+    return entries
 
 
 def _bare_word(answer: str) -> str:

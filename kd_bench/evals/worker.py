@@ -70,13 +70,14 @@ class Worker:
         if asked is None:
             return spec.id
         result = self._result(prepared, asked, time.perf_counter() - started)
+        outcome = f"{result.score:.1f}"
         if not prepared.variant.scored:
-            self._write_submission(prepared)
+            outcome = f"not scored, wrote {self._write_submission(prepared)}"
+        self._keep_pictures(prepared, asked)
         self._run.commit(result, asked.samples)
         failed = f", {result.rates['error']:.1%} failed" if result.rates["error"] else ""
         return (
-            f"{spec.id}: {result.score:.1f} "
-            f"({result.documents} documents, {result.seconds:.1f} s{failed})"
+            f"{spec.id}: {outcome} ({result.documents} documents, {result.seconds:.1f} s{failed})"
         )
 
     def _result(self, prepared: "PreparedTask", asked: Asked, seconds: float) -> TaskResult:
@@ -110,11 +111,21 @@ class Worker:
             },
         )
 
-    def _write_submission(self, prepared: "PreparedTask") -> None:
+    def _keep_pictures(self, prepared: "PreparedTask", asked: Asked) -> None:
+        from kd_bench.evals.pictures import keep_pictures
+
+        def decode(number: int) -> Any:
+            return prepared.task.doc_to_visual(prepared.documents[number])
+
+        keep_pictures(self._run.images, list(asked.samples["image_digest"]), decode)
+
+    def _write_submission(self, prepared: "PreparedTask") -> str:
+        """Write the file for the evaluation server; returns its place in the run's folder."""
         from kd_bench.evals.scoring import submission
 
-        path = self._run.path / "submissions" / f"{prepared.spec.id}.json"
-        write_json(path, submission(prepared))
+        name = f"submissions/{prepared.spec.id}.json"
+        write_json(self._run.path / name, submission(prepared))
+        return name
 
     def cost(self) -> Cost:
         """What the model costs to run."""
