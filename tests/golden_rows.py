@@ -189,7 +189,7 @@ def _type(task: str, column: str, value: Any) -> pa.DataType:
         return PICTURE
     if column == "answers":
         return ANSWERS if task == "vqav2" else pa.list_(pa.string())
-    if column in ("choices", "ocr_tokens"):
+    if column in ("choices", "ocr_tokens", "options") and isinstance(value, list):
         return pa.list_(pa.string())
     if isinstance(value, bool):
         return pa.bool_()

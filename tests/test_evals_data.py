@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -15,12 +16,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from kd_bench.errors import UsageError
+from kd_bench.evals.asking import answer_keys, ask
 from kd_bench.evals.fetch import fetch, verify
 from kd_bench.evals.preview import preview, validate
 from kd_bench.evals.runner import evaluate
+from kd_bench.evals.scoring import headline
+from kd_bench.evals.tasks import prepare
+from kd_bench.evals.upstream import task_config
 from kd_bench.registry import load_task, load_tasks, tasks_folder
 from tests.eval_world import TEN, save_talker, write_replicas
 from tests.golden_rows import ROWS, picture, write_rows
+from tests.test_evals_golden import Script
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -124,7 +130,8 @@ try:
     specs = [load_task(name) for name in sys.argv[3:]]
     if sys.argv[2] != "pinned":
         change = {"revision": sys.argv[2] or None}
-        specs = [s.model_copy(update={"dataset": s.dataset.model_copy(update=change)}) for s in specs]
+        sources = [spec.dataset.model_copy(update=change) for spec in specs]
+        specs = [s.model_copy(update={"dataset": d}) for s, d in zip(specs, sources)]
     fetch(specs, Path(sys.argv[1]), report=print)
 except KdBenchError as error:
     print(error)
@@ -267,6 +274,11 @@ def test_verify_finds_pictures_that_do_not_decode(tmp_path: Path) -> None:
 def test_every_entry_fits_upstream() -> None:
     for spec in load_tasks():
         assert validate(spec) == []
+        for profile in spec.profiles.values():
+            config = task_config(profile.upstream or spec.upstream)
+            source = (config["dataset_path"], config.get("dataset_name"))
+            assert source == (spec.dataset.repo, spec.dataset.config)
+            assert re.fullmatch("[0-9a-f]{40}", spec.dataset.revision or "")
     spec = load_task("gqa")
     (problem,) = validate(spec.model_copy(update={"metric": "exact_mach"}))
     assert problem.endswith("not exact_mach. Did you mean 'exact_match'?")
@@ -304,6 +316,71 @@ def test_an_eleventh_benchmark_is_one_file(tmp_path: Path) -> None:
     }  # fmt: skip
     assert run.samples("chartqa")["category"].tolist() == ["human_test", "augmented_test"]
     assert run.samples("chartqa")["unit_id"].nunique() == 1
+
+
+AI2D = """
+id: ai2d
+title: "AI2D: questions about school science diagrams"
+short: AI2D
+skill: domain
+upstream: ai2d
+dataset: {repo: lmms-lab-encoder/ai2d, split: test}
+documents: 3088
+columns: {image: image, question: text, options: texts, answer: text}
+unit: picture
+answer: letter
+generation: {max_new_tokens: 16, until: ["\\n\\n"]}
+metric: exact_match
+scale: 100.0
+aggregator: mean
+profiles:
+  upstream: {title: "the letter, alone or with a full stop"}
+published: {column: ai2d, verdict: near, why: "not one of the paper's ten"}
+citation: "Kembhavi et al., ECCV 2016, arXiv 1603.07396"
+licence: "see the data set's card"
+"""
+
+
+def added(name: str, folder: Path) -> tuple[str, list[dict[str, Any]]]:
+    """An eleventh benchmark's file and rows of its own."""
+    if name == "chartqa":
+        told = ["40", "45", "A lot", "10%"]
+        rows = [
+            {"image": picture(9), "question": "How many?", "answer": answer, "type": "human_test"}
+            for answer in told
+        ]
+        return str(tasks_folder() / "examples" / "chartqa.yaml"), rows
+    file = folder / "ai2d.yaml"
+    file.write_text(AI2D, encoding="utf-8")
+    rows = [
+        {"image": picture(9), "question": f"Which eats {food}?",
+         "options": ["owl", "hare", "fox"], "answer": "1"}
+        for food in ("grass", "clover", "bark", "roots")
+    ]  # fmt: skip
+    return str(file), rows
+
+
+@pytest.mark.parametrize(
+    "name,answers,scores",
+    [
+        # within five per cent of 40, more than that off 45, another word, the same share
+        ("chartqa", ["41.9", "50", "a few", "0.1"], [1, 0, 0, 1]),
+        # alone, with a full stop and more, in words, another letter
+        ("ai2d", ["B", "B. hare", "hare", "C"], [1, 1, 0, 0]),
+    ],
+)
+def test_an_added_benchmark_is_scored_as_upstream_does(
+    name: str, answers: list[str], scores: list[float], tmp_path: Path
+) -> None:
+    path, rows = added(name, tmp_path)
+    spec = load_task(path)
+    assert validate(spec) == []
+    write_rows(tmp_path, name, rows, "test")
+    prepared = prepare(spec, tmp_path)
+    asked = ask(prepared, Script(answers), answer_keys(prepared, "script"))
+    assert asked is not None
+    assert asked.samples["score"].tolist() == scores
+    assert headline(prepared, asked.samples) == 50 == 100 * asked.metrics[spec.metric]
 
 
 def test_evaluating_local_data_uses_no_network(
