@@ -2,6 +2,7 @@
 
     <results>/runs/<date>-<model>-<weights8>-<protocol8>/
       manifest.json   journal/<task>.jsonl   tasks/<task>.json   tasks/<task>.samples.parquet
+    <results>/images/<first 16 digits of the pixels' digest>.png
 
 The folder is the list of runs; there is no database. A task is done when its JSON is there; the
 samples are written before it.
@@ -52,6 +53,16 @@ class Run:
     def manifest(self) -> RunManifest:
         """The manifest as it lies on disk now."""
         return from_json(RunManifest, _read(self.path / "manifest.json"), str(self.path))
+
+    @property
+    def images(self) -> Path:
+        """Folder of the pictures that all runs of the store share."""
+        return self.path.parents[1] / "images"
+
+    def picture(self, digest: str) -> Path | None:
+        """The stored picture with this digest of its pixels, if there is one."""
+        path = self.images / f"{digest[:16]}.png"
+        return path if digest and path.is_file() else None
 
     def write_manifest(self, manifest: RunManifest) -> None:
         """Replace the manifest."""
@@ -258,7 +269,7 @@ def _read(path: Path) -> Any:
     try:
         return read_json(path)
     except (OSError, ValueError) as error:
-        raise IncompleteRunError(str(error) + ".", "Evaluate that run again.") from None
+        raise IncompleteRunError(str(error) + ".", "`kd-bench runs fsck` explains.") from None
 
 
 def _slug(name: str) -> str:

@@ -262,7 +262,7 @@ def add_training(folder: Path, model: Model, steps: int = 300) -> Path:
 
 def add_pictures(run: Run, tasks: Sequence[str] = TASKS, size: int = 32) -> None:
     """Thumbnails by image digest, as the runner stores them."""
-    folder = run.path / "images"
+    folder = run.images
     folder.mkdir(exist_ok=True)
     for task in tasks:
         for digest in run.samples(task, ("image_digest",))["image_digest"].unique():

@@ -86,6 +86,18 @@ def test_a_run_holds_what_was_asked(whole: Run, checkpoint: Path) -> None:
     assert len({tuple(frame["answer"]) for frame in frames(whole).values()}) == len(QUICK)
 
 
+def test_the_store_keeps_the_pictures_of_its_samples(whole: Run) -> None:
+    from PIL import Image
+
+    from kd_bench.evals.pictures import pixel_digest
+
+    digests = {name for task in QUICK for name in whole.samples(task)["image_digest"]}
+    for digest in digests:
+        file = whole.picture(digest)
+        assert file is not None
+        assert pixel_digest(Image.open(file)) == digest
+
+
 def test_a_finished_run_is_returned_without_loading_the_model(
     whole: Run, checkpoint: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -103,7 +103,7 @@ def test_a_digest_that_is_none_names_no_file(tmp_path: Path, digest: str) -> Non
     model = Model("a", "sft", "sft", 0.0, 0)
     frame = samples("gqa", model, 2).assign(image_digest=digest)
     run = add_run(tmp_path, model, tasks=("gqa",), change={"gqa": frame})
-    (run.path / "images").mkdir()
+    run.images.mkdir()
     Image.new("RGB", (4, 4)).save(tmp_path / "runs" / "secret0000.png")
     found = choose_samples(load_board(tmp_path))
     assert found is not None

@@ -39,7 +39,10 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Flip:
-    """One document whose score changed; `change` is `fixed` or `broken`."""
+    """One document whose score changed; `change` is `fixed` or `broken`.
+
+    `picture` is the path of the stored picture, empty where none was kept.
+    """
 
     document_id: str
     category: str
@@ -51,6 +54,7 @@ class Flip:
     reference_score: float
     other_score: float
     image_digest: str
+    picture: str = ""
 
 
 def _text(frame: "pd.DataFrame", column: str) -> NDArray[np.object_]:

@@ -199,7 +199,8 @@ def list_flips(
             f"In common: {', '.join(common)}.",
         )
     columns = [column for column in SAMPLE_COLUMNS if column != "answer_confidence"]
-    return flips(align(runs, task, allow_different=allow_different, columns=columns), 0, other)
+    found = flips(align(runs, task, allow_different=allow_different, columns=columns), 0, other)
+    return [replace(flip, picture=str(runs[0].picture(flip.image_digest) or "")) for flip in found]
 
 
 # --- parts -----------------------------------------------------------------------------------

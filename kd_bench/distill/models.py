@@ -3,6 +3,7 @@
 import hashlib
 import json
 import mmap
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ __all__ = [
 
 PARTS: tuple[str, ...] = ("vision_tower", "projector", "language_model")
 PICKLES: tuple[str, ...] = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+TINY = 10_000_000  # parameters
 
 
 def load_model(
@@ -65,7 +67,18 @@ def load_model(
             "It must be a transformers checkpoint of an image-text-to-text class.",
         ) from error
     model.eval()
+    _spare_threads(model)
     return model if device is None else model.to(device)
+
+
+def _spare_threads(model: nn.Module) -> None:
+    """Give a tiny model one thread, unless the user chose: waking more costs many times the work.
+
+    Measured on two cores with half a million parameters: 30 times slower with two threads.
+    """
+    tiny = sum(parameter.numel() for parameter in model.parameters()) < TINY
+    if tiny and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 def quiet() -> None:

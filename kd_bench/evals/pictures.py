@@ -5,15 +5,21 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from kd_bench.files import atomic_path
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["PictureStore", "Prepared", "pixel_digest"]
+__all__ = ["PictureStore", "Prepared", "keep_pictures", "pixel_digest"]
+
+KEPT_PICTURES = 500
+KEPT_SIDE = 512  # pixels
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,27 @@ def pixel_digest(picture: "Image") -> str:
     """sha256 over size and RGB pixels, shortened; equal for equal pictures in any file format."""
     rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
     return hashlib.sha256(f"{rgb.size}".encode() + rgb.tobytes()).hexdigest()[:32]
+
+
+def keep_pictures(
+    folder: Path, digests: Sequence[str], decode: Callable[[int], Sequence["Image"]]
+) -> None:
+    """Keep a benchmark's pictures for people to look at, as `<first 16 digits of digest>.png`.
+
+    At most 500, those with the smallest digests: every model's run asks for the same ones.
+
+    Args:
+        digests: of each document's first picture; empty without one.
+        decode: the pictures of the document with that number.
+    """
+    numbers = {digest: number for number, digest in enumerate(digests) if digest}
+    for digest in sorted(numbers)[:KEPT_PICTURES]:
+        file = folder / f"{digest[:16]}.png"
+        if not file.exists():
+            picture = decode(numbers[digest])[0].convert("RGB")
+            picture.thumbnail((KEPT_SIDE, KEPT_SIDE))
+            with atomic_path(file) as temporary:
+                picture.save(temporary, format="png")
 
 
 class PictureStore:

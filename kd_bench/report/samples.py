@@ -222,7 +222,8 @@ def _within(samples: list[dict[str, Any]], budget: int) -> list[dict[str, Any]]:
 def _pictures(models: list[Model], digests: list[str]) -> dict[str, str]:
     """Thumbnails by digest as data URIs; smaller ones where the budget would not hold them all."""
     names = sorted({digest for digest in digests if digest})
-    files = {name: path for name in names if (path := _find(models, name)) is not None}
+    stores = {model.run.images: model.run for model in models}.values()
+    files = {name: path for name in names for run in stores if (path := run.picture(name))}
     for size, quality in ((PICTURE_SIZE, 82), (160, 75), (128, 70), (96, 60), (64, 50)):
         images = {
             name: uri for name, path in files.items() if (uri := _thumbnail(path, size, quality))
@@ -230,14 +231,6 @@ def _pictures(models: list[Model], digests: list[str]) -> dict[str, str]:
         if sum(map(len, images.values())) <= PICTURE_BUDGET:
             return images
     return {}
-
-
-def _find(models: list[Model], digest: str) -> Path | None:
-    for model in models:
-        path = model.run.path / "images" / f"{digest}.png"
-        if path.is_file():
-            return path
-    return None
 
 
 def _thumbnail(path: Path, size: int, quality: int) -> str:

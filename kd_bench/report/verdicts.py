@@ -112,7 +112,7 @@ def flip_table(flips: Sequence[Flip], task: str, names: tuple[str, str]) -> Tabl
                         flip.target,
                         flip.reference_answer,
                         flip.other_answer,
-                        flip.image_digest[:12],
+                        flip.picture,
                     )
                 ),
             )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+
+from filelock import FileLock
 
 from kd_bench.world.drawing import png
 from kd_bench.world.testsets import write_test_sets
@@ -46,22 +45,11 @@ def _once(folder: Path, marker: str, write: Callable[[], None]) -> None:
     if done.exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / ".lock"):
+    with FileLock(folder / ".lock"):
         if done.exists():
             return
         write()
         done.touch()
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that the system releases even when the process is killed."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def _write_world(folder: Path, seed: int) -> None:
