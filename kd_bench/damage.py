@@ -120,7 +120,7 @@ def _lost_manifest(run: Run, error: KdBenchError) -> Finding:
 
 def _what(error: KdBenchError, path: Path) -> str:
     """The problem without the file's name before it, which a finding has beside it."""
-    text = one_line(error.problem)
+    text = one_line(Exception(error.problem))
     for name in (path, path.parent):
         text = text.removeprefix(f"{name} ").removeprefix(f"{name}: ")
     return text.removesuffix(".")

@@ -56,6 +56,7 @@ class MissingExtraError(UsageError):
     """A command needs an optional extra that is not installed."""
 
     def __init__(self, command: str, extra: str, module: str) -> None:
+        self.module = module
         super().__init__(
             f"`kd-bench {command}` needs the package {module}, which is not installed.",
             f'Install it with: pip install "kd-bench[{extra}]"',

@@ -370,17 +370,17 @@ def test_names_become_no_markup_and_no_command() -> None:
     assert "%250A" in line
 
 
-def test_github_gets_its_summary_only_inside_actions(tmp_path: Path) -> None:
+def test_summaries_of_several_steps_follow_each_other(tmp_path: Path) -> None:
     report = made_report([made_verdict("inconclusive")])
     target = tmp_path / "summary.md"
-    assert ci.write_github(report, {"GITHUB_STEP_SUMMARY": str(target)}) == []
-    assert not target.exists()
-    environment = {"GITHUB_ACTIONS": "true", "GITHUB_STEP_SUMMARY": str(target)}
-    lines = ci.write_github(report, environment)
-    assert lines[0].startswith("::warning title=kd-bench check%3A gqa::gqa inconclusive")
-    assert target.read_text().startswith("### kd-bench check: cannot tell")
-    ci.write_github(report, environment)
-    assert target.read_text().count("### kd-bench check") == 2
+    target.write_text("an earlier step\n")
+    ci.append_summary(report, target)
+    ci.append_summary(report, target)
+    text = target.read_text()
+    assert text.startswith("an earlier step\n### kd-bench check: cannot tell")
+    assert text.count("### kd-bench check") == 2
+    (line,) = ci.annotations(report)
+    assert line.startswith("::warning title=kd-bench check%3A gqa::gqa inconclusive")
 
 
 def test_junit_is_written_atomically_and_parses(tmp_path: Path) -> None:

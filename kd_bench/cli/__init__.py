@@ -5,6 +5,7 @@ each command imports what it needs on its first lines.
 """
 
 import sys
+from typing import Any
 
 import typer
 
@@ -12,6 +13,9 @@ from kd_bench.cli import check, compare, convert, demo, doctor, evaluate, report
 from kd_bench.errors import ExitCode, KdBenchError, MissingExtraError, one_line
 
 __all__ = ["app", "main"]
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
 
 app = typer.Typer(
     name="kd-bench",
@@ -33,18 +37,24 @@ app.command()(doctor.doctor)
 app.add_typer(tasks.app, name="tasks")
 app.add_typer(runs.app, name="runs")
 
-# Top-level module of an optional package -> the extra that installs it.
-_EXTRAS = {
-    "torch": "train",
-    "torchvision": "train",
-    "transformers": "train",
-    "accelerate": "train",
-    "peft": "train",
-    "safetensors": "train",
-    "datasets": "train",
-    "tokenizers": "train",
-    "lmms_eval": "eval",
+# Packages that the extras `train` and, with lmms_eval, `eval` install.
+_OPTIONAL = {
+    "torch",
+    "torchvision",
+    "transformers",
+    "accelerate",
+    "peft",
+    "safetensors",
+    "datasets",
+    "tokenizers",
+    "huggingface_hub",
+    "lmms_eval",
 }
+_TRAIN_IS_ENOUGH = ("train", "convert", "tasks fetch")
+
+
+# typer's own wrong-command-line error: of click, or of the copy that newer releases carry.
+_WrongCommandLine: type[Exception] = typer.BadParameter.__mro__[1]
 
 
 def main() -> None:
@@ -52,8 +62,19 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     try:
-        app(arguments)
-    except (KdBenchError, ModuleNotFoundError, KeyboardInterrupt, OSError, MemoryError) as error:
+        code = app(arguments, standalone_mode=False, obj=debug)
+        if code == INTERRUPTED:  # typer has turned the signal into this
+            raise KeyboardInterrupt
+    except _WrongCommandLine as error:
+        code = _correct(error)
+    except (
+        KdBenchError,
+        ModuleNotFoundError,
+        KeyboardInterrupt,
+        typer.Abort,
+        OSError,
+        MemoryError,
+    ) as error:
         if debug:
             raise
         sys.exit(_explain(error, arguments))
@@ -63,23 +84,41 @@ def main() -> None:
         _complain(f"Internal error: {type(error).__name__}: {one_line(error)}")
         _complain("Run the command again with --debug and report the traceback.")
         sys.exit(ExitCode.INTERNAL)
+    sys.exit(code)
+
+
+def _correct(error: Any) -> int:
+    """Say in one line what is wrong with the command line; a bare group shows its help."""
+    context = error.ctx
+    if type(error).__name__ == "NoArgsIsHelpError":
+        typer.echo(context.get_help())
+    else:
+        problem = one_line(Exception(error.format_message()))
+        end = "" if problem.endswith((".", "?")) else "."
+        _complain(f"{problem}{end} `{context.command_path} --help` shows what it takes.")
+    return ExitCode.USAGE
 
 
 def _explain(error: BaseException, arguments: list[str]) -> int:
     """Print what went wrong and the way out; the exit code."""
-    command = " ".join(arguments[:1])
-    if isinstance(error, ModuleNotFoundError):
-        module = (error.name or "").partition(".")[0]
-        if module not in _EXTRAS:
+    missing = None
+    if isinstance(error, MissingExtraError):
+        missing = error.module
+    elif isinstance(error, ModuleNotFoundError):
+        missing = error.name or ""
+        if missing.partition(".")[0] not in _OPTIONAL:
             _complain(f"Internal error: {one_line(error)}")
             return ExitCode.INTERNAL
-        error = MissingExtraError(command, _EXTRAS[module], module)
+    if missing is not None:  # only here it is known what the user typed
+        command = " ".join(arguments[: 2 if arguments[0] in ("tasks", "runs") else 1])
+        extra = "train" if command in _TRAIN_IS_ENOUGH else "eval"
+        error = MissingExtraError(command, extra, missing.partition(".")[0])
     if isinstance(error, KdBenchError):
         _complain(one_line(error))
         return error.exit_code
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
         _complain("Interrupted. What was done is kept; the same command continues.")
-        return 130
+        return INTERRUPTED
     if isinstance(error, MemoryError):
         _complain("Out of memory. Use a smaller --batch-size or batch_size=; nothing done is lost.")
         return ExitCode.INCOMPLETE

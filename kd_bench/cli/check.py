@@ -17,14 +17,20 @@ def check(
         Path | None, typer.Option(help="Policy YAML; default: the shipped one.")
     ] = None,
     junit: Annotated[Path | None, typer.Option(help="Write JUnit XML here.")] = None,
+    summary: Annotated[
+        Path | None,
+        typer.Option(help="Append Markdown for GitHub here.", envvar="GITHUB_STEP_SUMMARY"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON for machines.")] = False,
     results: Results = RESULTS,
 ) -> None:
     """Did the candidate regress? Exit code 0 pass, 1 regression, 3 cannot tell."""
+    import os
+
     from rich.console import Console
 
     from kd_bench import gate
-    from kd_bench.report.ci import write_github, write_junit
+    from kd_bench.report.ci import annotations, append_summary, write_junit
     from kd_bench.report.tables import to_terminal
     from kd_bench.report.verdicts import verdict_table
     from kd_bench.store import baseline_run, find_run
@@ -39,6 +45,9 @@ def check(
         to_terminal(verdict_table(report), Console())
     if junit is not None:
         write_junit(report, junit)
-    for line in write_github(report):
-        typer.echo(line, err=True)  # beside the table or the JSON, not in it
+    if summary is not None:
+        append_summary(report, summary)
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        for line in annotations(report):
+            typer.echo(line, err=True)  # beside the table or the JSON, not in it
     raise typer.Exit(report.exit_code)

@@ -1,51 +1,132 @@
 """`kd-bench eval`."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from kd_bench.cli.options import RESULTS, Data, Results, comma_separated
+from kd_bench.cli.options import (
+    RESULTS,
+    Data,
+    Profiles,
+    Results,
+    Tasks,
+    comma_separated,
+    profiles_of,
+    specs_of,
+)
 from kd_bench.errors import ExitCode, UsageError
+
+WAYS = "Name checkpoints, or --model, or --vision with --language."
 
 
 def evaluate(
+    context: typer.Context,
     checkpoints: Annotated[
-        list[str], typer.Argument(help="Checkpoint folders.", metavar="CHECKPOINT...")
-    ],
+        list[str] | None, typer.Argument(help="Checkpoint folders.", metavar="CHECKPOINT...")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Instead: any model that lmms-eval knows.", metavar="NAME")
+    ] = None,
+    model_args: Annotated[
+        str | None, typer.Option(help="Its arguments.", metavar="KEY=VALUE,...")
+    ] = None,
+    vision: Annotated[
+        str | None,
+        typer.Option(help="Instead: the eyes of this checkpoint ...", metavar="CHECKPOINT"),
+    ] = None,
+    language: Annotated[
+        str | None, typer.Option(help="... before the rest of this one.", metavar="CHECKPOINT")
+    ] = None,
     suite: Annotated[str, typer.Option(help="mini (embedded) or ten (the real ones).")] = "mini",
-    tasks: Annotated[str | None, typer.Option(help="Only these benchmarks: mme,gqa.")] = None,
+    tasks: Tasks = None,
     data: Data = None,
+    profile: Profiles = None,
     limit: Annotated[int | None, typer.Option(help="Documents a benchmark.", min=1)] = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Questions at a time; default: chosen for you.", min=1)
     ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 (default), bfloat16 or float16.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name in tables.")] = None,
     role: Annotated[
         str | None, typer.Option(help="teacher, sft, kd, switch, baseline or student.")
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Name in tables; one checkpoint only.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    method: Annotated[
+        str | None, typer.Option(help="Training method; seeds of one method fold into a row.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Training seed.")] = None,
+    error_limit: Annotated[
+        float | None,
+        typer.Option(help="Share of failed answers that is still healthy; default 0.01.", max=1.0),
+    ] = None,
     results: Results = RESULTS,
 ) -> None:
-    """Evaluate checkpoints; the same command continues a stopped evaluation."""
-    if name is not None and len(checkpoints) > 1:
-        raise UsageError("--name names one model, but several checkpoints were given.", "Drop it.")
-    from kd_bench.evals.runner import evaluate as run_evaluation
+    """Evaluate models; the same command continues a stopped evaluation."""
+    subjects = _subjects(checkpoints or [], vision, language, model, model_args)
+    _refuse(subjects, {"name": name, "seed": seed, "role": role, "method": method, "dtype": dtype})
+    profiles = profiles_of(profile, specs_of(suite, tasks))
+    from kd_bench.evals import runner
 
     unhealthy = False
-    for checkpoint in checkpoints:
-        run = run_evaluation(
-            checkpoint,
+    for subject in subjects:
+        run = runner.evaluate(
+            **subject,
             suite=suite,
             tasks=comma_separated(tasks),
             data=data,
+            profiles=profiles,
             limit=limit,
             batch_size=batch_size,
             role=role,
             name=name,
-            dtype=dtype,
+            method=method,
+            seed=seed,
+            dtype=dtype or "float32",
+            error_limit=runner.ERROR_LIMIT if error_limit is None else error_limit,
             results=results,
+            debug=bool(context.obj),
         )
         typer.echo(f"Run: {run.path} ({run.manifest.status})")
         unhealthy |= run.manifest.status != "complete"
     if unhealthy:
         raise typer.Exit(ExitCode.INCOMPLETE)
+
+
+def _subjects(
+    checkpoints: list[str],
+    vision: str | None,
+    language: str | None,
+    model: str | None,
+    model_args: str | None,
+) -> list[dict[str, Any]]:
+    """What is to be evaluated, as arguments of `evals.runner.evaluate`."""
+    if (vision is None) != (language is None):
+        raise UsageError("--vision and --language belong together.", WAYS)
+    ways = {"CHECKPOINT": bool(checkpoints), "--vision": vision, "--model": model}
+    named = [way for way, value in ways.items() if value not in (None, False)]
+    if not named:
+        raise UsageError("No model to evaluate.", WAYS)
+    if len(named) > 1:
+        raise UsageError(f"{' and '.join(named)} do not go together.", WAYS)
+    if model is not None:
+        return [{"model": model, "model_args": model_args or ""}]
+    if model_args is not None:
+        raise UsageError("--model-args without --model.", "Name the model, too.")
+    if vision is not None:
+        return [{"vision": vision, "language": language}]
+    return [{"checkpoint": checkpoint} for checkpoint in checkpoints]
+
+
+def _refuse(subjects: list[dict[str, Any]], options: dict[str, Any]) -> None:
+    """Refuse options that would silently do nothing, or something else than what was meant."""
+    rules = [
+        ("name", len(subjects) > 1, "names one model, but several checkpoints were given"),
+        ("seed", len(subjects) > 1, "is of one model, but several checkpoints were given"),
+        ("role", "vision" in subjects[0], "is fixed for --vision with --language: switch"),
+        ("method", "vision" in subjects[0], "is read from the --vision checkpoint"),
+        ("dtype", "model" in subjects[0], "goes into --model-args for a --model"),
+    ]
+    for option, broken, reason in rules:
+        if broken and options[option] is not None:
+            raise UsageError(f"--{option} {reason}.", "Drop it.")

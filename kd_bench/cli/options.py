@@ -1,9 +1,14 @@
 """Options that several commands share."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from kd_bench.errors import UsageError, closest
+
+if TYPE_CHECKING:
+    from kd_bench.registry import TaskSpec
 
 Results = Annotated[
     Path, typer.Option("--results", help="Where runs are kept.", envvar="KD_BENCH_RESULTS")
@@ -12,9 +17,49 @@ Data = Annotated[
     Path | None,
     typer.Option("--data", help="Folder of parquet files, <benchmark>/<split>-*.parquet."),
 ]
+Tasks = Annotated[str | None, typer.Option("--tasks", help="Only these benchmarks: mme,gqa.")]
+Profiles = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--profile", help="Protocol variant; repeatable, or a,b.", metavar="BENCHMARK=PROFILE"
+    ),
+]
 RESULTS = Path("results")
 
 
 def comma_separated(text: str | None) -> list[str] | None:
     """`a,b` -> [`a`, `b`]; None stays None."""
     return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
+
+
+def specs_of(suite: str, tasks: str | None) -> list["TaskSpec"]:
+    """The benchmarks of --tasks, else of --suite."""
+    from kd_bench.registry import load_suite, load_task
+
+    return [load_task(name) for name in comma_separated(tasks) or load_suite(suite).tasks]
+
+
+def profiles_of(values: list[str] | None, specs: list["TaskSpec"]) -> dict[str, str]:
+    """`--profile a=x,b=y --profile c=z` -> profile by benchmark.
+
+    Raises:
+        UsageError: not of that form, an unknown profile, two for one benchmark, or for one that
+            is not among `specs`.
+    """
+    known = {spec.id: spec for spec in specs}
+    found: dict[str, str] = {}
+    for part in (part for value in values or [] for part in comma_separated(value) or []):
+        task, _, profile = (piece.strip() for piece in part.partition("="))
+        way_out = "`kd-bench tasks show BENCHMARK` lists its profiles."
+        if not task or not profile:
+            raise UsageError(f"--profile {part!r} is not BENCHMARK=PROFILE.", way_out)
+        if task not in known:
+            raise UsageError(
+                f"--profile {part!r}: {task} is not among the chosen benchmarks."
+                f"{closest(task, list(known))}",
+                f"They are: {', '.join(known)}.",
+            )
+        known[task].profile(profile)
+        if found.setdefault(task, profile) != profile:
+            raise UsageError(f"--profile gives {task} both {found[task]} and {profile}.", way_out)
+    return found

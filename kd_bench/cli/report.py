@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from kd_bench.cli.options import RESULTS, Results
+from kd_bench.errors import UsageError
 
 
 def report(
@@ -26,6 +27,10 @@ def report(
     ] = None,
 ) -> None:
     """Render the leaderboard: terminal, Markdown and a self-contained page."""
+    if training and (runs or suite or compare):
+        raise UsageError(
+            "--training plots training folders only.", "Drop the runs, --suite and --compare."
+        )
     from rich.console import Console
 
     from kd_bench.report import render_report, render_training

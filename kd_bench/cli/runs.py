@@ -1,10 +1,12 @@
-"""`kd-bench runs list | show | baseline`."""
+"""`kd-bench runs list | show | import | fsck | baseline`."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from kd_bench.cli.options import RESULTS, Results
+from kd_bench.cli.options import RESULTS, Data, Results
+from kd_bench.errors import ExitCode, UsageError, closest
 
 app = typer.Typer(help="Evaluations on disk.", no_args_is_help=True)
 baseline = typer.Typer(help="Named baselines for `kd-bench check`.", no_args_is_help=True)
@@ -48,6 +50,76 @@ def show(
         "results": {task: to_json(result) for task, result in found.results().items()},
     }
     typer.echo(json.dumps(outcome, indent=2, ensure_ascii=False))
+
+
+@app.command("import")
+def import_runs(
+    path: Annotated[
+        Path, typer.Argument(help="*_results.json of lmms-eval, or a folder of them.")
+    ],
+    name: Annotated[str | None, typer.Option(help="Name in tables.")] = None,
+    role: Annotated[
+        str, typer.Option(help="teacher, sft, kd, switch, baseline or student.")
+    ] = "baseline",
+    method: Annotated[str, typer.Option(help="Training method.")] = "",
+    seed: Annotated[int | None, typer.Option(help="Training seed.")] = None,
+    data: Data = None,
+    results: Results = RESULTS,
+) -> None:
+    """Turn results of lmms-eval into runs; made with --log_samples.
+
+    With --data, the answers are scored again on the documents: units and questions are known.
+    """
+    from kd_bench.records import ROLES
+
+    if role not in ROLES:
+        hint = closest(role, list(ROLES))
+        raise UsageError(f"There is no role {role!r}.{hint}", f"Roles: {', '.join(ROLES)}.")
+    if not path.exists():
+        raise UsageError(f"There is no {path}.", "Give lmms-eval's --output_path.")
+    from kd_bench.evals.importing import import_results
+
+    imported = import_results(
+        path,
+        results,
+        name=name,
+        role=role,  # type: ignore[arg-type]  # checked above
+        method=method,
+        seed=seed,
+        data=data,
+    )
+    for run in imported:
+        typer.echo(f"Run: {run.path} ({', '.join(run.manifest.tasks)})")
+
+
+@app.command("fsck")
+def fsck(
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Cut torn journal tails, remove leftovers.")
+    ] = False,
+    results: Results = RESULTS,
+) -> None:
+    """Find and explain damage; exit code 5 when something remains to be done."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from kd_bench.damage import examine
+    from kd_bench.report.tables import clean
+
+    styles = {"damaged": "bold red", "unfinished": "yellow", "repaired": "green"}
+    found = examine(results, repair=repair)
+    console = Console(soft_wrap=True, highlight=False)
+    for finding in found:
+        problem = clean(f"{finding.path}: {finding.problem}.")
+        state = (f"{finding.state:<10} ", styles.get(finding.state, ""))
+        console.print(Text.assemble(state, problem))
+        if finding.way_out:
+            console.print(Text(clean(finding.way_out)), style="dim", soft_wrap=True)
+    left = sum(finding.open for finding in found)
+    runs = sum(path.is_dir() for path in (results / "runs").glob("*"))
+    typer.echo(f"{runs} runs examined, {left or 'nothing'} to do.")
+    if left:
+        raise typer.Exit(ExitCode.INCOMPLETE)
 
 
 @baseline.command("set")

@@ -1,15 +1,13 @@
 """The gate's report for machines that run CI: JUnit XML, GitHub job summary, annotations."""
 
-import os
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Mapping
 from pathlib import Path
 
 from kd_bench.files import write_text
 from kd_bench.gate import GateReport, Verdict
 
-__all__ = ["annotations", "job_summary", "junit_xml", "write_github", "write_junit"]
+__all__ = ["annotations", "append_summary", "job_summary", "junit_xml", "write_junit"]
 
 MARKS = {"improved": "▲", "equal within margin": "=", "regressed": "▼", "inconclusive": "?"}
 HEADERS = ("benchmark", "baseline", "candidate", "difference", "95 % interval", "bound", "margin",
@@ -139,15 +137,7 @@ def _property(text: str) -> str:
     return _message(text).replace(":", "%3A").replace(",", "%2C")
 
 
-def write_github(report: GateReport, environment: Mapping[str, str] = os.environ) -> list[str]:
-    """Append the job summary where GitHub asks for it; the annotations to print.
-
-    Does nothing outside GitHub Actions.
-    """
-    if environment.get("GITHUB_ACTIONS") != "true":
-        return []
-    target = environment.get("GITHUB_STEP_SUMMARY")
-    if target:
-        with Path(target).open("a", encoding="utf-8") as stream:
-            stream.write(job_summary(report))
-    return annotations(report)
+def append_summary(report: GateReport, path: Path) -> None:
+    """Append the job summary to a file: GitHub gathers those of all steps of a job in one."""
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(job_summary(report))

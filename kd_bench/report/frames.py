@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from kd_bench.errors import KdBenchError, UsageError
+from kd_bench.errors import KdBenchError, UsageError, closest
 from kd_bench.records import Cost, Interval, RunManifest, TaskResult
 from kd_bench.registry import SKILLS, TaskSpec, load_tasks
 from kd_bench.store import Run, find_run, list_runs
@@ -217,7 +217,7 @@ def load_board(
     """The board of the named runs, or of all runs of one suite (default: the newest run's).
 
     Raises:
-        UsageError: a name fits no run.
+        UsageError: a name fits no run, or no run is of that suite.
     """
     runs = [find_run(results, name) for name in names] if names else list_runs(results)
     loaded, left_out = _read_runs(runs)
@@ -231,6 +231,12 @@ def load_board(
             chosen.append(pair)
         else:
             left_out.append(f"{pair[1].model.name}: suite {pair[1].protocol.suite}, not {suite}")
+    if not chosen:
+        there = sorted({manifest.protocol.suite for _, manifest in loaded})
+        raise UsageError(
+            f"No run of the suite {suite!r}.{closest(suite, there)}",
+            f"There are runs of: {', '.join(there)}.",
+        )
     groups, superseded = _fold(chosen)
     tasks = task_infos(task for _, manifest in chosen for task in manifest.tasks)
     entries = _name([_entry(members, tasks) for members in groups])
