@@ -54,9 +54,7 @@ def show(
 
 @app.command("import")
 def import_runs(
-    path: Annotated[
-        Path, typer.Argument(help="*_results.json of lmms-eval, or a folder of them.")
-    ],
+    path: Annotated[Path, typer.Argument(help="*_results.json of lmms-eval, or a folder of them.")],
     name: Annotated[str | None, typer.Option(help="Name in tables.")] = None,
     role: Annotated[
         str, typer.Option(help="teacher, sft, kd, switch, baseline or student.")

@@ -1,0 +1,222 @@
+"""What is installed here and whether it works: packages, accelerators, folders, a self-test.
+
+Which packages belong to which extra is read from kd-bench's own metadata, so that it cannot differ
+from what pip installs.
+"""
+
+import contextlib
+import importlib
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+from platformdirs import user_cache_path
+
+from kd_bench.errors import one_line
+
+__all__ = ["Folder", "Package", "Step", "folders", "import_problems", "packages", "self_test"]
+
+EXTRAS = ("train", "eval", "all")
+"""From the smallest to the largest; a package is named with the first that installs it."""
+
+STEP_SECONDS = 600
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package that kd-bench uses.
+
+    Attributes:
+        version: empty when it is not installed.
+        needed: versions that fit, as pip writes them.
+        extra: what installs it; empty for the base.
+    """
+
+    name: str
+    version: str
+    needed: str
+    extra: str
+    problem: str = ""
+
+    @property
+    def install(self) -> str:
+        """The command that installs it."""
+        return f'pip install "kd-bench[{self.extra}]"' if self.extra else "pip install kd-bench"
+
+
+def packages() -> list[Package]:
+    """Every package of the base and of the extras, base first; none in a bare copy of the code."""
+    from packaging.requirements import Requirement
+
+    try:
+        lines = requires("kd-bench") or []
+    except PackageNotFoundError:
+        return []
+    found: dict[str, Package] = {}
+    for requirement in map(Requirement, lines):
+        extra = _extra(requirement.marker)
+        known = found.get(requirement.name)
+        if extra is None or (known and _size(known.extra) <= _size(extra)):
+            continue
+        needed = str(requirement.specifier)
+        there = _version(requirement.name)
+        problem = ""
+        if there and not requirement.specifier.contains(there, prereleases=True):
+            problem = f"{requirement.name} {there} is installed, {needed} is needed"
+        elif not there and not extra:
+            problem = f"{requirement.name} is missing"
+        found[requirement.name] = Package(requirement.name, there, needed, extra, problem)
+    return sorted(found.values(), key=lambda each: (_size(each.extra), each.name))
+
+
+def _extra(marker: object) -> str | None:
+    """The smallest extra whose installation has a requirement; None for developers' tools."""
+    for extra in ("", *EXTRAS):
+        if marker is None or marker.evaluate({"extra": extra}):  # type: ignore[attr-defined]
+            return extra
+    return None
+
+
+def _size(extra: str) -> int:
+    return ("", *EXTRAS).index(extra)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def import_problems(installed: list[Package]) -> list[str]:
+    """Load the installed packages of the extras; what does not load, in one line each.
+
+    Classic causes are a torchvision that was built for another torch, and a missing driver.
+    """
+    problems = []
+    for package in installed:
+        if not package.version or not package.extra:
+            continue
+        try:
+            with (
+                warnings.catch_warnings(),
+                contextlib.redirect_stdout(io.StringIO()),
+                contextlib.redirect_stderr(io.StringIO()),
+            ):
+                warnings.simplefilter("ignore")
+                importlib.import_module(package.name.replace("-", "_"))
+        except Exception as error:  # whatever a broken package raises is its problem
+            reason = f"{type(error).__name__}: {one_line(error)[:200]}"
+            problems.append(f"{package.name} {package.version} does not load: {reason}")
+    return problems
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A place that kd-bench writes to."""
+
+    title: str
+    path: Path
+    writable: bool
+    free_bytes: int
+    note: str = ""
+
+
+def folders(environment: Mapping[str, str] = os.environ) -> list[Folder]:
+    """The caches, the store of this working folder and the temporary folder."""
+    from kd_bench.world.build import VERSION
+
+    chosen = environment.get("KD_BENCH_CACHE")
+    cache = Path(chosen) if chosen else user_cache_path("kd-bench")
+    world = cache / f"world-{VERSION}"
+    note = "drawn" if world.is_dir() else "drawn on first use"
+    general = environment.get("XDG_CACHE_HOME") or "~/.cache"
+    hub = environment.get("HF_HOME") or f"{general}/huggingface"
+    offline = "HF_HUB_OFFLINE is set" if environment.get("HF_HUB_OFFLINE") else ""
+    return [
+        _folder("embedded world", world, note),
+        _folder("Hugging Face", Path(hub).expanduser(), offline),
+        _folder("results", Path(environment.get("KD_BENCH_RESULTS") or "results").resolve()),
+        _folder("temporary", Path(tempfile.gettempdir())),
+    ]
+
+
+def _folder(title: str, path: Path, note: str = "") -> Folder:
+    there = next(each for each in (path, *path.absolute().parents) if each.exists())
+    writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    return Folder(title, path, writable, shutil.disk_usage(there).free, note)
+
+
+# --- the self-test -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of the self-test.
+
+    Attributes:
+        state: `works`, `fails` or `skipped`.
+        reason: the command's last words, or why it was skipped.
+    """
+
+    name: str
+    state: str
+    seconds: float = 0.0
+    reason: str = ""
+
+
+def self_test(installed: list[Package], folder: Path) -> Iterator[Step]:
+    """Train, evaluate and report on a very small thing inside `folder`, command by command."""
+    settings = ("method=switch-kd", "steps=2", "batch_size=4", "output=checkpoint")
+    evaluation = ("checkpoint/final", "--tasks", "mme,gqa", "--limit", "12", "--results", "store")
+    commands = {
+        "train": ("train", "mini", *settings),
+        "eval": ("eval", *evaluation),
+        "report": ("report", "--results", "store", "--to", "page"),
+    }
+    products = {"train": "checkpoint/final/config.json", "eval": "store/runs/*/tasks/gqa.json",
+                "report": "page/index.html"}  # fmt: skip
+    missing = {each.extra: each.name for each in installed if not each.version}
+    lacks = {"train": ("train",), "eval": ("train", "eval"), "report": ()}
+    broken = False
+    for name, command in commands.items():
+        absent = next((extra for extra in lacks[name] if extra in missing), None)
+        if absent is not None:
+            reason = f'{missing[absent]} is missing: pip install "kd-bench[{name}]"'
+            yield Step(name, "skipped", reason=reason)
+        elif broken:
+            yield Step(name, "skipped", reason="what it needs did not work")
+        else:
+            step = _run(name, command, products[name], folder)
+            broken = step.state == "fails"
+            yield step
+
+
+def _run(name: str, command: tuple[str, ...], product: str, folder: Path) -> Step:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    start = time.monotonic()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "kd_bench", *command],
+            cwd=folder, env=environment, capture_output=True, text=True, errors="replace",
+            timeout=STEP_SECONDS, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return Step(name, "fails", STEP_SECONDS, f"was not done after {STEP_SECONDS} s")
+    seconds = time.monotonic() - start
+    last = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()][-1:]
+    if done.returncode:
+        reason = one_line(Exception("".join(last)))[:400]
+        return Step(name, "fails", seconds, f"exit code {done.returncode}: {reason}")
+    if not any(folder.glob(product)):
+        return Step(name, "fails", seconds, f"wrote no {product}")
+    return Step(name, "works", seconds)
