@@ -69,13 +69,14 @@ def examine(results: Path, *, repair: bool = False) -> list[Finding]:
         raise UsageError(f"There is no folder {results}.", "Name the store with --results.")
     runs = results / "runs"
     old = time.time() - _ABANDONED_SECONDS
-    abandoned = [file for file in _temporary([results, runs]) if file.stat().st_mtime < old]
+    shared = _temporary([results, runs, results / "images"])
+    abandoned = [file for file in shared if file.stat().st_mtime < old]
     found = _leftovers(abandoned, repair)
     if runs.is_dir():
         folders = (path for path in runs.iterdir() if path.is_dir())
         for folder in sorted(folders):
             found += _examine_run(Run(folder), repair)
-    return found + _examine_baselines(results)
+    return found + _examine_baselines(results) + _examine_pictures(results)
 
 
 def _examine_run(run: Run, repair: bool) -> list[Finding]:
@@ -251,7 +252,10 @@ def _examine_status(run: Run, manifest: RunManifest, done: set[str]) -> list[Fin
     if manifest.status in ("running", "partial"):
         progress = f"{len(done)} of {len(manifest.tasks)} benchmarks done"
         word = "was stopped" if manifest.status == "running" else "is partial"
+        answered = any((run.path / "journal").glob("*.jsonl")) or done
         way_out = f"{AGAIN} It continues. Or delete the folder."
+        if not answered:
+            way_out = "Delete the folder: nothing was answered yet."
         return [Finding(run.path, "unfinished", f"{word}: {progress}", way_out)]
     return []
 
@@ -272,6 +276,22 @@ def _examine_baselines(results: Path) -> list[Finding]:
         for name, run in named.items()
         if not _exists(results / "runs" / run / "manifest.json")
     ]
+
+
+def _examine_pictures(results: Path) -> list[Finding]:
+    """The kept pictures by their own checksums."""
+    from PIL import Image
+
+    found = []
+    for path in sorted((results / "images").glob("*.png")):
+        try:
+            with Image.open(path) as picture:
+                picture.verify()
+        except Exception as error:  # a broken picture may raise anything
+            way_out = "Delete it: it is there to be looked at, no score depends on it."
+            problem = f"is no sound picture: {type(error).__name__}"
+            found.append(Finding(path, "damaged", problem, way_out))
+    return found
 
 
 def _exists(path: Path) -> bool:

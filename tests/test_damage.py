@@ -217,6 +217,13 @@ def test_unfinished_runs_are_listed_and_left_alone(run: Run) -> None:
     finding = only(run, repair=True)
     assert (finding.state, finding.open) == ("unfinished", True)
     assert finding.problem == "was stopped: 1 of 2 benchmarks done"
+    assert "It continues" in finding.way_out
+
+
+def test_a_run_without_any_answer_may_go(tmp_path: Path) -> None:
+    model = ModelRef("student", "kd", "checkpoints/student", "a" * 64)
+    run = open_run(tmp_path, model, Protocol("ten"), ["mmmu"])
+    assert only(run).way_out == "Delete the folder: nothing was answered yet."
 
 
 def test_samples_before_their_result_are_harmless(run: Run) -> None:
@@ -311,3 +318,21 @@ def test_a_stored_score_of_another_model_is_noticed(run: Run) -> None:
     stored = to_json(run.result("mmmu"))
     path.write_text(json.dumps({**stored, "score": 76.0}))
     assert "76.00" in only(run).problem
+
+
+# --- kept pictures -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", [3, 60, -20])
+def test_a_picture_with_a_flipped_bit(run: Run, place: int) -> None:
+    from PIL import Image
+
+    path = run.images / "0123456789abcdef.png"
+    path.parent.mkdir()
+    Image.effect_noise((16, 16), 60).convert("RGB").save(path)
+    assert examine(results_of(run)) == []
+    data = bytearray(path.read_bytes())
+    data[place] ^= 4
+    path.write_bytes(data)
+    finding = only(run)
+    assert (finding.path, finding.state) == (path, "damaged")

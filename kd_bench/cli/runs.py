@@ -115,7 +115,8 @@ def fsck(
             console.print(Text(clean(finding.way_out)), style="dim", soft_wrap=True)
     left = sum(finding.open for finding in found)
     runs = sum(path.is_dir() for path in (results / "runs").glob("*"))
-    typer.echo(f"{runs} runs examined, {left or 'nothing'} to do.")
+    word = "run" if runs == 1 else "runs"
+    typer.echo(f"{runs} {word} examined, {left or 'nothing'} to do.")
     if left:
         raise typer.Exit(ExitCode.INCOMPLETE)
 
