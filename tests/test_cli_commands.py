@@ -17,6 +17,7 @@ from kd_bench.store import Run, list_runs, set_baseline
 from tests.golden_rows import ROWS, write_rows
 from tests.statistics.simulate import write_run
 from tests.test_compare import samples
+from tests.test_evals_data import hub  # noqa: F401  # a fixture
 
 
 class Told(NamedTuple):
@@ -223,6 +224,31 @@ def test_validate_names_what_does_not_fit(call: Call, tmp_path: Path) -> None:
     assert told.out.startswith("pope: fits\n")
     assert "mine.yaml: does not fit" in told.out
     assert "Did you mean 'pope_f1_score'?" in told.out
+
+
+def test_fetch_then_verify(hub: str, tmp_path: Path) -> None:  # noqa: F811
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    environment = {
+        **clean, "HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "127.0.0.1",
+        "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
+    }  # fmt: skip
+
+    def tasks(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "kd_bench", "tasks", *arguments],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    done = tasks("fetch", "--tasks", "pope,gqa", "--to", "here")
+    assert done.returncode == ExitCode.PASS, done.stderr
+    assert done.stdout.endswith("Check it with: kd-bench tasks verify here\n")
+    done = tasks("verify", "here", "--tasks", "pope,gqa", "--subset")
+    assert done.returncode == ExitCode.PASS, done.stdout
+    assert done.stdout.startswith("pope: 6 documents, 1 pictures, revision ")
+    done = tasks("fetch", "--tasks", "mme", "--to", "here")
+    assert done.returncode == ExitCode.INCOMPLETE
+    assert done.stderr.startswith("error mme: ")
+    assert done.stderr.count("\n") == 1
 
 
 # --- eval ------------------------------------------------------------------------------------

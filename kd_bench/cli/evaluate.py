@@ -22,20 +22,21 @@ WAYS = "Name checkpoints, or --model, or --vision with --language."
 def evaluate(
     context: typer.Context,
     checkpoints: Annotated[
-        list[str] | None, typer.Argument(help="Checkpoint folders.", metavar="CHECKPOINT...")
+        list[str] | None, typer.Argument(help="Checkpoint folders.", metavar="CHECKPOINT")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Instead: any model that lmms-eval knows.", metavar="NAME")
+        str | None, typer.Option(help="Any model that lmms-eval knows.", metavar="NAME")
     ] = None,
     model_args: Annotated[
         str | None, typer.Option(help="Its arguments.", metavar="KEY=VALUE,...")
     ] = None,
     vision: Annotated[
         str | None,
-        typer.Option(help="Instead: the eyes of this checkpoint ...", metavar="CHECKPOINT"),
+        typer.Option(help="Hybrid: the vision tower of this ...", metavar="CHECKPOINT"),
     ] = None,
     language: Annotated[
-        str | None, typer.Option(help="... before the rest of this one.", metavar="CHECKPOINT")
+        str | None,
+        typer.Option(help="... before projector and language model of this.", metavar="CHECKPOINT"),
     ] = None,
     suite: Annotated[str, typer.Option(help="mini (embedded) or ten (the real ones).")] = "mini",
     tasks: Tasks = None,
@@ -58,7 +59,7 @@ def evaluate(
     seed: Annotated[int | None, typer.Option(help="Training seed.")] = None,
     error_limit: Annotated[
         float | None,
-        typer.Option(help="Share of failed answers that is still healthy; default 0.01.", max=1.0),
+        typer.Option(help="Share of failed answers that is healthy; default 0.01.", min=0, max=1),
     ] = None,
     results: Results = RESULTS,
 ) -> None:

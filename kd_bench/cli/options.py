@@ -21,7 +21,7 @@ Tasks = Annotated[str | None, typer.Option("--tasks", help="Only these benchmark
 Profiles = Annotated[
     list[str] | None,
     typer.Option(
-        "--profile", help="Protocol variant; repeatable, or a,b.", metavar="BENCHMARK=PROFILE"
+        "--profile", help="Protocol variant; may be repeated.", metavar="BENCHMARK=PROFILE"
     ),
 ]
 RESULTS = Path("results")
