@@ -15,10 +15,10 @@ demo: $(INSTALLED)
 	$(BIN)/kd-bench demo
 
 test: $(INSTALLED) lint
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --dist loadscope
 
 quick: $(INSTALLED) lint
-	$(BIN)/pytest -m "not slow and not browser"
+	$(BIN)/pytest --numprocesses auto --dist loadscope -m "not slow and not browser"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -7,6 +7,8 @@ commit    samples, then the result whose presence means done
 """
 
 import contextlib
+import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -149,11 +151,11 @@ def _execute(run: Run, plan: Plan, shown: bool, error_limit: float) -> None:
     with bars.running():
         for spec in plan.specs:
             if spec.id not in todo:
-                bars.finish(f"{spec.id}: {run.result(spec.id).score:.1f}, known")
+                bars.finish(f"{spec.id}: {_told(run, spec)}, known")
         if todo:
             if first:
                 run.write_manifest(replace(run.manifest, status="running", finished=None))
-            worker = Worker(run, plan, bars)
+            worker = _worker(run, plan, bars)
             for spec in plan.specs:
                 if spec.id in todo:
                     line, failed = _attempt(worker, spec, plan.debug)
@@ -163,6 +165,21 @@ def _execute(run: Run, plan: Plan, shown: bool, error_limit: float) -> None:
                 run.write_manifest(replace(run.manifest, cost=worker.cost()))
     if first:
         _finish(run, plan, notes, error_limit)
+
+
+def _told(run: Run, spec: TaskSpec) -> str:
+    score = run.result(spec.id).score
+    return "not scored" if math.isnan(score) else f"{score:.1f}"
+
+
+def _worker(run: Run, plan: Plan, bars: SuiteProgress) -> Worker:
+    """Load the model; when that is refused, no run is left behind that never had an answer."""
+    try:
+        return Worker(run, plan, bars)
+    except UsageError:
+        if not any((run.path / "journal").glob("*")):
+            shutil.rmtree(run.path, ignore_errors=True)
+        raise
 
 
 def _attempt(worker: Worker, spec: TaskSpec, debug: bool) -> tuple[str, bool]:
