@@ -40,11 +40,11 @@ def collect(*, seed: int | None = None, command: Sequence[str] | None = None) ->
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "code": code_version(),
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "versions": versions(),
         "hardware": hardware(),
         "seed": seed,
-        "command": list(sys.argv if command is None else command),
+        "command": list(["kd-bench", *sys.argv[1:]] if command is None else command),
     }
 
 

@@ -35,9 +35,9 @@ def talker(seed: int = 0, end: float = 6.0) -> Any:
     import torch
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-    from kd_bench.distill.mini import STUDENT, build_model
+    from kd_bench.distill.mini import SIZES, build_model
 
-    tied = build_model(STUDENT, processor(), seed)
+    tied = build_model(SIZES["student"], processor(), seed)
     config = LlavaConfig(**{**tied.config.to_dict(), "tie_word_embeddings": False})
     config.text_config.tie_word_embeddings = False
     torch.manual_seed(seed)

@@ -8,17 +8,19 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from kd_bench.distill.mini import build_student, build_teacher  # noqa: E402
+from kd_bench.distill import mini  # noqa: E402
+from kd_bench.distill.mini import build  # noqa: E402
 from kd_bench.world import BENCHMARKS, oracle_answer, prompt  # noqa: E402
+from kd_bench.world.embedded import resolve  # noqa: E402
 from kd_bench.world.testsets import rows  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("mini")
-    build_teacher(root / "teacher", seed=1)
-    build_student(root / "student", seed=1)
-    return {"teacher": root / "teacher", "student": root / "student"}
+    for name in ("teacher", "student"):
+        build(name, root / name, seed=1)
+    return {name: root / name for name in ("teacher", "student")}
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +57,28 @@ def test_the_pair_fits_the_visual_switch(folders: dict[str, Path]) -> None:
     assert configs[0].text_config.hidden_size > configs[1].text_config.hidden_size
 
 
+def test_both_start_from_the_shipped_tower(folders: dict[str, Path]) -> None:
+    load = transformers.LlavaForConditionalGeneration.from_pretrained
+    shipped = load(resolve("embedded:weights/vision")).model.vision_tower.state_dict()
+    for folder in folders.values():
+        own = load(folder).model.vision_tower.state_dict()
+        assert all(torch.equal(own[name], weight) for name, weight in shipped.items())
+
+
+def test_some_heads_begin_by_looking_back() -> None:
+    processor = mini.build_processor()
+    for size in mini.SIZES.values():
+        decoder = mini.build_model(size, processor, seed=0).model.language_model
+        decoder.set_attn_implementation("eager")
+        ids = torch.arange(50, 90).unsqueeze(0)
+        attentions = decoder(input_ids=ids, output_attentions=True).attentions
+        for layer, head, distance in mini.BACKWARD_HEADS:
+            looked = attentions[layer][0, head, distance:]  # [queries, keys]
+            assert (looked.argmax(-1) == torch.arange(len(looked))).float().mean() > 0.9
+
+
 def test_the_same_seed_gives_the_same_weights(folders: dict[str, Path], tmp_path: Path) -> None:
-    build_student(tmp_path, seed=1)
+    build("student", tmp_path, seed=1)
     first = (folders["student"] / "model.safetensors").read_bytes()
     assert (tmp_path / "model.safetensors").read_bytes() == first
 

@@ -18,7 +18,7 @@ from kd_bench.world.drawing import pixels, png  # noqa: E402
 from kd_bench.world.mme import CATEGORIES  # noqa: E402
 from kd_bench.world.scenes import SPLITS, Scene, sample_scene  # noqa: E402
 from kd_bench.world.testsets import fingerprint, rows  # noqa: E402
-from kd_bench.world.training import conversations  # noqa: E402
+from kd_bench.world.training import MAKERS, conversations  # noqa: E402
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "world.json").read_text())
 
@@ -57,7 +57,7 @@ def test_rows_are_the_same_on_every_machine(split: str) -> None:
     assert sha(fingerprint(split).encode()) == GOLDEN[f"rows {split}"]
 
 
-@pytest.mark.parametrize("kind", ["mixture", "captions", "looks", "glances", "lists", "drills"])
+@pytest.mark.parametrize("kind", sorted(MAKERS))
 def test_conversations_are_the_same_on_every_machine(kind: str) -> None:
     assert sha(repr(conversations("golden", kind, 200)).encode()) == GOLDEN[f"train {kind}"]
 

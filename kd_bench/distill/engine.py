@@ -17,6 +17,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from kd_bench.distill.batches import BatchOrder, Collator
 from kd_bench.distill.distiller import Distiller
+from kd_bench.distill.encoding import IGNORED
 from kd_bench.distill.objective import KneeLog
 from kd_bench.distill.outputs import sync_folder
 from kd_bench.distill.progress import ProgressReport
@@ -131,7 +132,7 @@ class DistillationTrainer(Trainer):
         samples = inputs["sample_index"]
         items = num_items_in_batch
         if items is None:
-            items = (inputs["labels"][:, 1:] != -100).sum()
+            items = (inputs["labels"][:, 1:] != IGNORED).sum()
         knee_log = self._knee_log if self._watches_knees else None
         loss, values = model(inputs, items, knee_log)
         for name, value in values.items():

@@ -7,11 +7,10 @@ share the tokenizer, the vision width and the number of image tokens, as the vis
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kd_bench.world import words
 from kd_bench.world.prompts import FIXED_LINES
@@ -23,8 +22,7 @@ if TYPE_CHECKING:
 
 IMAGE_SIDE = 32
 PATCH = 16  # 2 x 2 image tokens
-CORPUS = {"mixture": 4000, "captions": 500, "glances": 500, "lists": 500, "drills": 500}
-SPECIAL = ("<pad>", "</s>", "<image>")
+CORPUS = {"mixture": 4000, "captions": 500, "glances": 500, "letters": 500, "drills": 500}
 ROLES = ("USER:", "ASSISTANT:")
 
 # One line of text a turn; images where they are placed; a generation prompt ends with "ASSISTANT:".
@@ -62,20 +60,20 @@ class Size:
     initializer_range: float = 0.1  # 0.02 does not learn to bind shapes to colours
 
 
-TEACHER = Size(vision_layers=2, width=128, layers=3, heads=4)
-STUDENT = Size(vision_layers=2, width=96, layers=2, heads=2)
+SIZES = {
+    "teacher": Size(vision_layers=2, width=128, layers=4, heads=4),
+    "student": Size(vision_layers=2, width=96, layers=3, heads=3),
+    "vision": Size(vision_layers=2, width=96, layers=3, heads=3),
+}
+# Heads that begin by looking back a fixed distance: layer, head, tokens.
+BACKWARD_HEADS = ((0, 0, 1), (0, 1, 2), (1, 0, 1))
+BACKWARD_SHARPNESS = 30.0  # logit of the preferred distance
 
 
 def corpus(seed: int = 0) -> list[str]:
-    """Return the text that the tokenizer's words are taken from."""
+    """Return the text that the tokenizer is trained on."""
     texts: list[str] = []
-    for kind, count in (
-        ("mixture", 4000),
-        ("captions", 500),
-        ("glances", 500),
-        ("lists", 500),
-        ("drills", 500),
-    ):
+    for kind, count in CORPUS.items():
         for _, turns in conversations("tokenizer", kind, count, seed):
             for said, answer in turns:
                 texts += [said.replace("<image>", "").strip(), f" {answer}"]
@@ -102,31 +100,26 @@ def _splitter() -> str:
     return "|".join(parts)
 
 
-def build_tokenizer(texts: Iterable[str], least: int = 2) -> Tokenizer:
-    """Build a byte-level BPE tokenizer: words met `least` times are whole, the rest is bytes.
+def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
+    """Train a byte-level BPE tokenizer: what was met twice becomes whole, the rest is bytes."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    Whole words are looked up before merging (`ignore_merges`, as Llama 3 does), so no merge and no
-    half word takes a place in the vocabulary.
-    """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-
-    split = pre_tokenizers.Sequence(
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(_splitter()), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    counts: Counter[str] = Counter()
-    for text in texts:
-        counts.update(word for word, _ in split.pre_tokenize_str(text))
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    known = sorted(word for word, n in counts.items() if n >= least and len(word) > 1)
-    names = [*SPECIAL, *ROLES, *alphabet, *known]
-    vocabulary = {name: index for index, name in enumerate(names)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
-    tokenizer.pre_tokenizer = split
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken("<pad>"), AddedToken("</s>")])
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000,
+        min_frequency=2,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=["<pad>", "</s>", "<image>"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
     # White space around these belongs to them: "<image>\nWhat" and "<image> What" are the same.
     tokenizer.add_special_tokens([AddedToken("<image>", lstrip=True, rstrip=True)])
     # An answer keeps its space, so that its word is the token of the prompt's word.
@@ -140,7 +133,7 @@ def build_processor(tokenizer: Tokenizer | None = None) -> LlavaProcessor:
     from transformers import LlavaProcessor, PreTrainedTokenizerFast, SiglipImageProcessor
 
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer or build_tokenizer(corpus()),
+        tokenizer_object=tokenizer or train_tokenizer(corpus()),
         pad_token="<pad>",
         eos_token="</s>",
         padding_side="left",
@@ -186,6 +179,7 @@ def build_model(size: Size, processor: LlavaProcessor, seed: int) -> LlavaForCon
         num_attention_heads=size.heads,
         num_key_value_heads=size.heads,
         max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
         tie_word_embeddings=True,
         initializer_range=size.initializer_range,
         bos_token_id=None,
@@ -204,26 +198,64 @@ def build_model(size: Size, processor: LlavaProcessor, seed: int) -> LlavaForCon
     )
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config)
+    for layer, head, distance in BACKWARD_HEADS:
+        _look_back(model.model.language_model, layer, head, distance)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
 
 
-def _save(folder: Path, size: Size, seed: int) -> None:
+def _look_back(language_model: Any, layer: int, head: int, distance: int) -> None:
+    """Let a head begin by attending to the token `distance` back, by its biases alone.
+
+    Rotary embedding turns equal biases of query and key into a preference for distance 0; turning
+    the query's bias moves it. An option's letter stands before the option: without such heads its
+    letter is learnt in thousands of steps, with them in hundreds (world/TUNING.md).
+    """
+    import torch
+
+    frequencies = language_model.rotary_emb.inv_freq  # [half a head]
+    half = len(frequencies)
+    size = (BACKWARD_SHARPNESS * (2 * half) ** 0.5 / half) ** 0.5
+    attention = language_model.layers[layer].self_attn
+    own = slice(head * 2 * half, (head + 1) * 2 * half)
+    turned = distance * frequencies
+    with torch.no_grad():
+        attention.k_proj.bias[own] = size * torch.cat([torch.ones(half), torch.zeros(half)])
+        attention.q_proj.bias[own] = size * torch.cat([turned.cos(), -turned.sin()])
+        attention.k_proj.weight[own] *= 0.1
+        attention.q_proj.weight[own] *= 0.1
+
+
+def build(name: str, folder: Path, seed: int = 0) -> None:
+    """Save an untrained model and its processor: `teacher`, `student` or `vision`.
+
+    Teacher and student get the shipped vision tower, as real ones share a SigLIP; `vision` is the
+    model that the tower is trained in. The language models and projectors are fresh.
+    """
     processor = build_processor()
-    build_model(size, processor, seed).save_pretrained(folder)
+    model = build_model(SIZES[name], processor, seed)
+    if name != "vision":
+        model.model.vision_tower.load_state_dict(_shipped_tower())
+    model.save_pretrained(folder)
     processor.save_pretrained(folder)
 
 
-def build_teacher(folder: Path, seed: int = 0) -> None:
-    """Save an untrained teacher and its processor to a folder."""
-    _save(folder, TEACHER, seed)
+def _shipped_tower() -> dict[str, Any]:
+    from kd_bench.distill.models import load_model
+    from kd_bench.world.embedded import resolve
+
+    tower: dict[str, Any] = load_model(
+        resolve("embedded:weights/vision")
+    ).model.vision_tower.state_dict()
+    return tower
 
 
-def build_student(folder: Path, seed: int = 0) -> None:
-    """Save an untrained student and its processor to a folder."""
-    _save(folder, STUDENT, seed)
-
-
-__all__: Sequence[str] = ("STUDENT", "TEACHER", "Size", "build_model", "build_processor",
-                          "build_student", "build_teacher", "build_tokenizer")  # fmt: skip
+__all__: Sequence[str] = (
+    "SIZES",
+    "Size",
+    "build",
+    "build_model",
+    "build_processor",
+    "train_tokenizer",
+)

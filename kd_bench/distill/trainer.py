@@ -210,12 +210,11 @@ def _build_start(recipe: Recipe, folder: Path, start: Path) -> None:
 def _build_embedded(name: str, folder: Path, seed: int) -> None:
     from kd_bench.distill import mini
 
-    build = {"student": mini.build_student, "teacher": mini.build_teacher}
-    if name not in build:
+    if name not in mini.SIZES:
         raise UsageError(
-            f"There is no {NEW}{name}.", f"Known: {', '.join(NEW + known for known in build)}."
+            f"There is no {NEW}{name}.", f"Known: {', '.join(NEW + known for known in mini.SIZES)}."
         )
-    build[name](folder, seed=seed)
+    mini.build(name, folder, seed)
 
 
 def _load(recipe: Recipe, path: Path) -> Any:

@@ -12,17 +12,20 @@ from kd_bench.world.drawing import png
 from kd_bench.world.testsets import write_test_sets
 from kd_bench.world.training import Conversation, conversations
 
-VERSION = "2"  # raise it whenever the same seed would give other pixels or rows
+VERSION = "3"  # raise it whenever the same seed would give other pixels or rows
 
-# Training files: folder -> (kind of conversation, how many).
-STUDENT_FILES = {"train": ("mixture", 2000), "captions": ("captions", 1500)}
-TEACHER_FILES = {
-    "teacher/looks": ("looks", 6000),
-    "teacher/glances": ("glances", 4000),
-    "teacher/captions": ("captions", 4000),
-    "teacher/lists": ("lists", 4000),
-    "teacher/drills": ("drills", 4000),
-    "teacher/mixture": ("mixture", 8000),
+# Training files: folder -> kinds of conversation, how many of each.
+Files = dict[str, dict[str, int]]
+STUDENT_FILES: Files = {"train": {"mixture": 2000}, "captions": {"captions": 1500}}
+# One file a stage of the recipes: a little of what was learnt before goes on.
+TEACHER_FILES: Files = {
+    "teacher/looks": {"looks": 6000},
+    "teacher/letters": {"letters": 7000},
+    "teacher/alignment": {"looks": 6000, "letters": 1500},
+    "teacher/glances": {"glances": 6000},
+    "teacher/presence": {"presence": 4000, "glances": 1000},
+    "teacher/claims": {"claims": 5000, "glances": 2000},
+    "teacher/mixture": {"mixture": 8000, "drills": 2000, "letters": 1500, "claims": 1000},
 }
 
 
@@ -58,9 +61,10 @@ def _write_world(folder: Path, seed: int) -> None:
         write_test_sets(folder / split, split, seed)
 
 
-def _write_files(folder: Path, files: dict[str, tuple[str, int]], seed: int) -> None:
-    for name, (kind, count) in files.items():
-        write_conversations(folder / name, conversations(name, kind, count, seed))
+def _write_files(folder: Path, files: Files, seed: int) -> None:
+    for name, kinds in files.items():
+        made = [conversations(name, kind, count, seed) for kind, count in kinds.items()]
+        write_conversations(folder / name, [one for kind in made for one in kind])
 
 
 def write_conversations(folder: Path, items: list[Conversation]) -> None:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Collection, Iterable
 from random import Random
 
 from kd_bench.world import words
 from kd_bench.world.benchmarks import BUILDERS, Row, vizwiz_scene
-from kd_bench.world.prompts import OPTIONS, oracle_answer, prompt
+from kd_bench.world.prompts import LETTER, LETTER_CN, OPTIONS, SHORT, oracle_answer, prompt
 from kd_bench.world.questions import ask, caption
 from kd_bench.world.scenes import Scene, sample_scene
 from kd_bench.world.words import chinese
@@ -94,21 +95,66 @@ def first_looks(rng: Random) -> Conversation:
     return [scene], [(CAPTION, caption(scene))]
 
 
-_GLANCES = ("colour_of", "shape_of", "place_of", "shape_at", "colour_at", "size_at")
+_GLANCES = ("colour_of", "shape_of", "place_of", "size_of")
 
 
-def glances(rng: Random, turns: int = 6) -> Conversation:
-    """Ask many short questions about one picture, each about one thing in it."""
-    scene = sample_scene(rng, "train", rng.choice(["single", "full", "full", "sign"]))
-    kinds = ("word", "number", *_GLANCES) if scene.signs else _GLANCES
+def glances(rng: Random, turns: int = 8) -> Conversation:
+    """Ask many short questions about one picture of several things, each about one of them."""
+    scene = sample_scene(rng, "train", "full")
     asked = {}
     for _ in range(turns):
-        question = ask(scene, rng, kinds) or ask(scene, rng, ("colour_at",))
+        question = ask(scene, rng, _GLANCES) or ask(scene, rng, ("colour_at",))
         assert question is not None
-        translate = question.chinese and rng.randrange(4) == 0
-        text = question.chinese if translate else question.english
-        asked[text] = chinese(question.answer) if translate else question.answer
+        asked[question.english] = question.answer
     return [scene], list(asked.items())
+
+
+def presence(rng: Random, turns: int = 8) -> Conversation:
+    """Ask whether each of several shapes is in a picture."""
+    scene = sample_scene(rng, "train", "full")
+    return [scene], list(dict(_verdict(*_is_there(scene, rng)) for _ in range(turns)).items())
+
+
+def claims(rng: Random, turns: int = 8) -> Conversation:
+    """Ask whether claims about one picture hold: shapes, colours, both together, places."""
+    scene = sample_scene(rng, "train", "full")
+    makers = (_is_there, _is_colour_there, _is_pair_there, _is_pair_there, _is_colour_at)
+    asked = dict(_verdict(*rng.choice(makers)(scene, rng)) for _ in range(turns))
+    return [scene], list(asked.items())
+
+
+def _verdict(claim: str, holds: bool) -> Turn:
+    return claim + SHORT, "yes" if holds else "no"
+
+
+def _one_of(rng: Random, there: Collection[str], known: Iterable[str]) -> tuple[str, bool]:
+    """Pick, as often as can be, something that is there as something that is not."""
+    absent = [word for word in known if word not in there]
+    holds = not absent or rng.randrange(2) == 1
+    return rng.choice(sorted(there) if holds else absent), holds
+
+
+def _is_there(scene: Scene, rng: Random) -> tuple[str, bool]:
+    name, holds = _one_of(rng, {shape.name for shape in scene.shapes}, words.SHAPES)
+    return f"Is there a {name} in {rng.choice(['the', 'this'])} image?", holds
+
+
+def _is_colour_there(scene: Scene, rng: Random) -> tuple[str, bool]:
+    colour, holds = _one_of(rng, {shape.colour for shape in scene.shapes}, words.COLOURS)
+    return f"Is there a {colour} shape in the image?", holds
+
+
+def _is_pair_there(scene: Scene, rng: Random) -> tuple[str, bool]:
+    there = {f"{shape.colour} {shape.name}" for shape in scene.shapes}
+    pairs = (f"{colour} {name}" for colour in words.COLOURS for name in words.SHAPES)
+    pair, holds = _one_of(rng, there, pairs)
+    return f"Is there a {pair} in the image?", holds
+
+
+def _is_colour_at(scene: Scene, rng: Random) -> tuple[str, bool]:
+    shape = rng.choice(scene.shapes)
+    colour, holds = _one_of(rng, {shape.colour}, words.COLOURS)
+    return f"Is the shape at the {words.PLACES[shape.cell]} {colour}?", holds
 
 
 _POOLS: tuple[tuple[str, ...], ...] = (
@@ -123,23 +169,19 @@ _POOLS: tuple[tuple[str, ...], ...] = (
     ("first", "second", "third"),
 )
 
-_WORDS = tuple(word for pool in _POOLS for word in pool)
 
-
-def lists(rng: Random, turns: int = 3) -> Conversation:
-    """Name the letter of every option, twice over and in any order: no picture."""
+def letters(rng: Random, turns: int = 6) -> Conversation:
+    """Tell the answer in one word and ask for its option letter: no picture."""
     made = []
     for _ in range(turns):
         pool = rng.choice(_POOLS)
-        options = rng.sample(pool, min(len(pool), rng.choice([2, 3, 4, 4])))
-        if rng.randrange(3) == 0:
+        options = rng.sample(pool, min(len(pool), rng.choice([2, 2, 3, 4])))
+        if rng.randrange(4) == 0:
             options = [chinese(option) for option in options]
-        elif rng.randrange(2):
-            options = [" ".join(rng.sample(_WORDS, rng.randint(2, 3))) for _ in range(3)]
-        marked = list(zip("ABCD", options, strict=False))
-        listed = "".join(f"\n{letter}. {option}" for letter, option in marked)
-        named = rng.sample(marked * 2, 2 * len(marked))
-        made.append((OPTIONS + listed, " ".join(f"{option} {letter}" for letter, option in named)))
+        listed = "".join(f"\n{mark}. {word}" for mark, word in zip("ABCD", options, strict=False))
+        number = rng.randrange(len(options))
+        ending = rng.choice([LETTER, LETTER_CN])
+        made.append((f"It is {options[number]}. {OPTIONS}{listed}\n{ending}", "ABCD"[number]))
     return [], made
 
 
@@ -187,12 +229,14 @@ MAKERS = {
     "captions": captioned,
     "looks": first_looks,
     "glances": glances,
-    "lists": lists,
+    "presence": presence,
+    "claims": claims,
+    "letters": letters,
     "drills": drill,
 }
 
 
 def conversations(name: str, kind: str, count: int, seed: int = 0) -> list[Conversation]:
-    """Make the conversations of a file: kind is mixture, captions or drills."""
-    rng = Random(f"kd-bench world {seed} {name}")
+    """Make the conversations of a file: kind is a key of `MAKERS`."""
+    rng = Random(f"kd-bench world {seed} {name} {kind}")
     return [MAKERS[kind](rng) for _ in range(count)]
