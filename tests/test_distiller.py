@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from kd_bench.distill import losses
-from kd_bench.distill.batches import Collator, Encoder
+from kd_bench.distill.batches import Collator
 from kd_bench.distill.data import read_conversations
 from kd_bench.distill.distiller import Distiller
+from kd_bench.distill.encoding import Encoder
 from kd_bench.distill.image_terms import AttentionProbe, image_correlation
 from kd_bench.distill.methods import METHODS, Term
 from kd_bench.distill.pathways import answer_positions, pathway_for
