@@ -8,13 +8,10 @@ corrected over the benchmarks and their average after Holm.
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
-from pydantic import Field
 
-from kd_bench import config, registry
 from kd_bench.compare.align import align, common_tasks, label
 from kd_bench.compare.differences import (
     Difference,
@@ -24,25 +21,12 @@ from kd_bench.compare.differences import (
     task_difference,
     with_holm,
 )
-from kd_bench.config import StrictModel
-from kd_bench.errors import ExitCode, IncompleteRunError, UsageError, closest
+from kd_bench.errors import ExitCode, IncompleteRunError
+from kd_bench.policy import CostLimits, Margins, Policy, Retention
 from kd_bench.stats import NonInferiority, non_inferiority, ratio_interval
 from kd_bench.store import Run, find_run
 
-__all__ = [
-    "AVERAGE",
-    "CostLimits",
-    "GateReport",
-    "HealthLimits",
-    "Margins",
-    "Policy",
-    "Retention",
-    "RuleOutcome",
-    "Verdict",
-    "check",
-    "judge",
-    "load_policy",
-]
+__all__ = ["AVERAGE", "GateReport", "RuleOutcome", "Verdict", "check", "judge"]
 
 AVERAGE = "average"
 # Stored samples must give the stored score back, up to upstream's rounding (points).
@@ -50,82 +34,6 @@ ROUNDING = 0.05
 
 VerdictName = Literal["improved", "equal within margin", "regressed", "inconclusive"]
 RuleState = Literal["passed", "failed", "inconclusive", "not checked"]
-Share = Annotated[float, Field(ge=0, le=1)]
-Points = Annotated[float, Field(ge=0, le=100)]
-
-
-class Margins(StrictModel):
-    """Drops that are tolerated, in points on the 0-100 scale.
-
-    Attributes:
-        average: for the mean over benchmarks.
-        default: for a benchmark that `tasks` does not name.
-    """
-
-    average: Points
-    default: Points
-    tasks: dict[str, Points] = Field(default={})
-
-
-class Retention(StrictModel):
-    """Candidate / teacher on the average must not fall below `floor`."""
-
-    teacher: str
-    floor: float = Field(gt=0)
-
-
-class HealthLimits(StrictModel):
-    """Largest shares of answers that errored, were empty, cut off or not understood."""
-
-    error: Share | None = None
-    empty: Share | None = None
-    truncated: Share | None = None
-    unparsed: Share | None = None
-
-
-class CostLimits(StrictModel):
-    """Largest candidate / baseline ratios; timed ones only count on identical hardware."""
-
-    parameters: float | None = Field(default=None, gt=0)
-    weight_bytes: float | None = Field(default=None, gt=0)
-    latency_ms: float | None = Field(default=None, gt=0)
-    peak_memory_bytes: float | None = Field(default=None, gt=0)
-
-
-class Policy(StrictModel):
-    """What `check` tolerates.
-
-    Attributes:
-        alpha: error rate of each kind of claim over all benchmarks together; one-sided for
-            "equal within margin", two-sided for "improved" and "regressed".
-        margins: by suite; `default` serves every other suite.
-        advisory: benchmarks whose verdict is shown and decides nothing.
-        broken_per_thousand: budget of documents that were right and are wrong now.
-    """
-
-    alpha: float = Field(default=0.05, gt=0, lt=0.5)
-    resamples: int = Field(default=10_000, ge=1_000, le=1_000_000)
-    seed: int = Field(default=0, ge=0)
-    margins: dict[str, Margins]
-    advisory: list[str] = Field(default=[])
-    retention: Retention | None = None
-    broken_per_thousand: float | None = Field(default=None, ge=0)
-    health: HealthLimits = Field(default=HealthLimits())
-    cost: CostLimits = Field(default=CostLimits())
-
-    def margins_for(self, suite: str) -> Margins:
-        """The margins of a suite.
-
-        Raises:
-            UsageError: neither the suite nor `default` is there.
-        """
-        found = self.margins.get(suite) or self.margins.get("default")
-        if found is None:
-            raise UsageError(
-                f"The policy has no margins for the suite {suite!r}.",
-                "Add them below `margins:`, or a `default` entry.",
-            )
-        return found
 
 
 @dataclass(frozen=True)
@@ -210,25 +118,6 @@ class GateReport:
         """JSON text with a format version."""
         body = {"format": 1, "outcome": self.outcome, "exit_code": int(self.exit_code)}
         return json.dumps({**body, **asdict(self)}, indent=2, ensure_ascii=False)
-
-
-def load_policy(path: Path | None = None) -> Policy:
-    """A policy file; None is the one that comes with kd-bench.
-
-    Raises:
-        UsageError: unreadable, an unknown key, or a benchmark that does not exist.
-    """
-    source = path or registry.tasks_folder() / "policy.yaml"
-    policy = config.load(Policy, source)
-    known = registry.task_names()
-    named = [task for margins in policy.margins.values() for task in margins.tasks]
-    for task in [*named, *policy.advisory]:
-        if task not in known:
-            raise UsageError(
-                f"{source}: there is no benchmark {task!r}.{closest(task, known)}",
-                f"Known: {', '.join(known)}.",
-            )
-    return policy
 
 
 def check(candidate: Run, baseline: Run, policy: Policy) -> GateReport:

@@ -21,6 +21,7 @@ ORDER = [
     {"distill", "store"},
     {"damage"},
     {"evals", "compare"},
+    {"policy"},
     {"gate"},
     {"report"},
     {"doctor"},

@@ -30,6 +30,7 @@ def check(
     from rich.console import Console
 
     from kd_bench import gate
+    from kd_bench.policy import load_policy
     from kd_bench.report.ci import annotations, append_summary, write_junit
     from kd_bench.report.tables import to_terminal
     from kd_bench.report.verdicts import verdict_table
@@ -38,7 +39,7 @@ def check(
     new = find_run(results, candidate)
     suite = new.manifest.protocol.suite
     old = find_run(results, against) if against else baseline_run(results, suite)
-    report = gate.check(new, old, gate.load_policy(policy))
+    report = gate.check(new, old, load_policy(policy))
     if as_json:
         typer.echo(report.to_json())
     else:

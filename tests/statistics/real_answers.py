@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from kd_bench.errors import ExitCode
-from kd_bench.gate import GateReport, check, load_policy
+from kd_bench.gate import GateReport, check
+from kd_bench.policy import load_policy
 from kd_bench.store import Run
 
 SHARES = (0.01, 0.03, 0.10)
