@@ -32,7 +32,7 @@ def check(
     from kd_bench import gate
     from kd_bench.policy import load_policy
     from kd_bench.report.ci import annotations, append_summary, write_junit
-    from kd_bench.report.tables import to_terminal
+    from kd_bench.report.tables_terminal import to_terminal
     from kd_bench.report.verdicts import verdict_table
     from kd_bench.store import baseline_run, find_run
 

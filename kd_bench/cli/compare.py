@@ -23,7 +23,7 @@ def compare(
 
     from kd_bench.compare import compare as compare_runs
     from kd_bench.compare import list_flips
-    from kd_bench.report.tables import to_terminal
+    from kd_bench.report.tables_terminal import to_terminal
     from kd_bench.report.verdicts import comparison_tables, flip_table
     from kd_bench.store import find_run
 

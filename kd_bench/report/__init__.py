@@ -36,7 +36,7 @@ def render_report(
     from kd_bench.report.frames import load_board
     from kd_bench.report.leaderboard import terminal_tables
     from kd_bench.report.page import render
-    from kd_bench.report.tables import to_terminal
+    from kd_bench.report.tables_terminal import to_terminal
     from kd_bench.report.uncertainty import draw_scores, relate
 
     board = load_board(results, names, suite)
@@ -73,7 +73,7 @@ def print_report(
     from kd_bench.report.facts import comparison
     from kd_bench.report.frames import load_board
     from kd_bench.report.leaderboard import terminal_tables
-    from kd_bench.report.tables import to_terminal
+    from kd_bench.report.tables_terminal import to_terminal
     from kd_bench.report.uncertainty import draw_scores, relate
 
     board = load_board(results, names, suite)

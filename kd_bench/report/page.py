@@ -23,16 +23,9 @@ from kd_bench.report.plots import board_plots
 from kd_bench.report.samples import Chosen, choose_samples, embed_json, write_samples
 from kd_bench.report.shell import PlotSection, plot_sections, write_page
 from kd_bench.report.style import Plot, colours
-from kd_bench.report.tables import (
-    Table,
-    clean,
-    format_number,
-    to_csv,
-    to_html,
-    to_json_text,
-    to_latex,
-    to_markdown,
-)
+from kd_bench.report.tables import Table, clean, format_number
+from kd_bench.report.tables_data import to_csv, to_json_text
+from kd_bench.report.tables_markup import to_html, to_latex, to_markdown
 from kd_bench.report.training import logs_of
 from kd_bench.report.uncertainty import Draws
 
