@@ -23,12 +23,12 @@ from kd_bench.compare.differences import (
 )
 from kd_bench.errors import ExitCode, IncompleteRunError
 from kd_bench.policy import CostLimits, Margins, Policy, Retention
+from kd_bench.records import AVERAGE
 from kd_bench.stats import NonInferiority, non_inferiority, ratio_interval
 from kd_bench.store import Run, find_run
 
-__all__ = ["AVERAGE", "GateReport", "RuleOutcome", "Verdict", "check", "judge"]
+__all__ = ["GateReport", "RuleOutcome", "Verdict", "check", "judge"]
 
-AVERAGE = "average"
 # Stored samples must give the stored score back, up to upstream's rounding (points).
 ROUNDING = 0.05
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, TypeVar
 
 __all__ = [
+    "AVERAGE",
     "ROLES",
     "SAMPLE_COLUMNS",
     "STATUSES",
@@ -32,6 +33,9 @@ RunStatus = Literal["running", "complete", "partial", "unhealthy"]
 
 Status = Literal["ok", "empty", "truncated", "error"]
 STATUSES: tuple[str, ...] = ("ok", "empty", "truncated", "error")
+
+AVERAGE = "average"
+"""The mean over benchmarks, wherever it stands beside their ids."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import pytest
 from kd_bench.evals.runner import evaluate
 from kd_bench.registry import load_task, load_tasks
 from kd_bench.report import print_report
-from kd_bench.report.frames import load_board
+from kd_bench.report.board_loading import load_board
 from kd_bench.store import Run
 from tests.eval_world import save_talker, write_replicas
 

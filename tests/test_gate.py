@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kd_bench import gate
 from kd_bench.compare.differences import Difference
 from kd_bench.errors import ExitCode, IncompleteRunError, NotComparableError, UsageError
 from kd_bench.gate import GateReport, RuleOutcome, Verdict, check
@@ -387,4 +386,3 @@ def test_check_reads_only_what_it_needs(tmp_path: Path) -> None:
 def test_find_run_serves_the_teacher_by_name(tmp_path: Path) -> None:
     run = with_scores(tmp_path, "teacher", [1.0])
     assert find_run(tmp_path, "teacher").path == run.path
-    assert gate.AVERAGE == "average"

@@ -7,8 +7,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from kd_bench.report.board_loading import load_board
 from kd_bench.report.calibration import measure
-from kd_bench.report.frames import load_board
 from kd_bench.report.plots import board_plots, group_scores
 from kd_bench.report.style import DARK, LIGHT, Plot, spread_out
 from kd_bench.report.training import logs_of

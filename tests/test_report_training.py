@@ -8,7 +8,7 @@ import pytest
 
 from kd_bench.errors import UsageError
 from kd_bench.report import render_training
-from kd_bench.report.frames import load_board
+from kd_bench.report.board_loading import load_board
 from kd_bench.report.plots_training import POINTS, _thin
 from kd_bench.report.training import logs_of, read_log
 from tests.report_store import Model, add_run, add_training

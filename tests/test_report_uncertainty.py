@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from kd_bench.compare import compare_methods
-from kd_bench.report.frames import AVERAGE, Board, load_board
+from kd_bench.records import AVERAGE
+from kd_bench.report.board import Board
+from kd_bench.report.board_loading import load_board
 from kd_bench.report.uncertainty import Draws, draw_scores, hybrid_gaps, relate
 from tests.report_store import Model, add_run, demo_models, samples
 

@@ -21,7 +21,7 @@ from kd_bench.compare.differences import (
     with_holm,
 )
 from kd_bench.errors import NotComparableError, UsageError, closest
-from kd_bench.records import SAMPLE_COLUMNS, Interval
+from kd_bench.records import AVERAGE, SAMPLE_COLUMNS, Interval
 from kd_bench.stats import RESAMPLES, gap_closed, percentile_interval, ratio_interval
 from kd_bench.store import Run
 
@@ -162,7 +162,7 @@ def compare(
     columns = [_against_first(sampled, run, seed, level) for run in range(1, len(runs))]
     mean = np.mean([task.scores for task in sampled], axis=0)
     mean_draws = np.mean([task.draws for task in sampled], axis=0)
-    relations = _relations("average", mean, mean_draws, facts, level)
+    relations = _relations(AVERAGE, mean, mean_draws, facts, level)
     for one in sampled:
         relations += _relations(one.aligned.task, one.scores, one.draws, facts, level)
     return Comparison(

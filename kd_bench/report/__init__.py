@@ -32,8 +32,8 @@ def render_report(
         UsageError: a name fits no run, or there is nothing of that name to compare with.
         NotComparableError: mini scores were to stand beside the paper's.
     """
+    from kd_bench.report.board_loading import load_board
     from kd_bench.report.facts import comparison
-    from kd_bench.report.frames import load_board
     from kd_bench.report.leaderboard import terminal_tables
     from kd_bench.report.page import render
     from kd_bench.report.tables_terminal import to_terminal
@@ -70,8 +70,8 @@ def print_report(
         UsageError: a name fits no run, or there is nothing of that name to compare with.
         NotComparableError: the runs are of the embedded mini world.
     """
+    from kd_bench.report.board_loading import load_board
     from kd_bench.report.facts import comparison
-    from kd_bench.report.frames import load_board
     from kd_bench.report.leaderboard import terminal_tables
     from kd_bench.report.tables_terminal import to_terminal
     from kd_bench.report.uncertainty import draw_scores, relate

@@ -3,7 +3,8 @@
 from itertools import groupby
 from typing import Any
 
-from kd_bench.report.frames import AVERAGE, ROLE_TITLES, Board, Entry, Score
+from kd_bench.records import AVERAGE
+from kd_bench.report.board import ROLE_TITLES, Board, Entry, Score
 from kd_bench.report.leaderboard import SUMMARY_COLUMNS, Mode, emphasis_of, values_of
 from kd_bench.report.tables import Kind, clean, format_number
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kd_bench.errors import KdBenchError
-from kd_bench.report.frames import Board, Entry
+from kd_bench.report.board import Board, Entry
 from kd_bench.report.style import (
     MUTED,
     WIDTH,

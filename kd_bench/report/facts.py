@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kd_bench.errors import NotComparableError, UsageError
-from kd_bench.records import RunManifest
+from kd_bench.records import AVERAGE, RunManifest
 from kd_bench.registry import Published, TaskSpec, load_suite, load_tasks, published
-from kd_bench.report.frames import Board, TaskInfo, task_info
+from kd_bench.report.board import Board, TaskInfo, task_info
 from kd_bench.report.tables import Cell, Column, Row, Table, format_number
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def _published(frame: "pd.DataFrame", specs: list[TaskSpec], title: str) -> Tabl
         if spec.published.verdict != "comparable":
             marks = (note(_verdict(spec.published)),)
         columns.append(Column(spec.id, info.short, "score", notes=marks))
-    columns += [Column("average", "Avg", "score"), Column("source", "Source", "text")]
+    columns += [Column(AVERAGE, "Avg", "score"), Column("source", "Source", "text")]
     rows = []
     for number, record in enumerate(frame.to_dict("records")):
         model, _, remark = str(record["llm"]).partition(" (")
@@ -100,7 +100,7 @@ def paper_table(board: Board) -> Table | None:
             Column(task.id, task.short, "score", task.group, places.get(task.id, ()))
             for task in board.tasks
         ),
-        Column("average", f"Avg of {len(fair)} comparable", "score"),
+        Column(AVERAGE, f"Avg of {len(fair)} comparable", "score"),
     )
     rows = []
     for entry in board.entries:

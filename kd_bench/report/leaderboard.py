@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from kd_bench.report.frames import AVERAGE, ROLE_TITLES, Board, Entry, Score
+from kd_bench.records import AVERAGE
+from kd_bench.report.board import ROLE_TITLES, Board, Entry, Score
 from kd_bench.report.tables import Cell, Column, Kind, Row, Table
 
 __all__ = [

@@ -6,7 +6,9 @@ from typing import Any
 from markupsafe import Markup
 
 from kd_bench.files import write_text
+from kd_bench.records import AVERAGE
 from kd_bench.report import leaderboard as tables_of
+from kd_bench.report.board import ROLE_TITLES, Board, Entry, Score
 from kd_bench.report.board_view import (
     MODES,
     column_groups,
@@ -18,7 +20,6 @@ from kd_bench.report.board_view import (
     status_of,
 )
 from kd_bench.report.facts import paper_table, published_tables, run_facts
-from kd_bench.report.frames import AVERAGE, ROLE_TITLES, Board, Entry, Score
 from kd_bench.report.plots import board_plots
 from kd_bench.report.samples import Chosen, choose_samples, embed_json, write_samples
 from kd_bench.report.shell import PlotSection, plot_sections, write_page

@@ -4,8 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from kd_bench.records import AVERAGE
+from kd_bench.report.board import Board, Entry, Score
 from kd_bench.report.calibration import reliability
-from kd_bench.report.frames import AVERAGE, Board, Entry, Score
 from kd_bench.report.plots_relations import forest, gaps, retention
 from kd_bench.report.plots_training import knees, losses
 from kd_bench.report.style import (

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from kd_bench.report.frames import AVERAGE, Board, Entry, Score
+from kd_bench.records import AVERAGE
+from kd_bench.report.board import Board, Entry, Score
 from kd_bench.report.style import (
     GRID,
     INK,

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from kd_bench.report.frames import Board
+from kd_bench.report.board import Board
 from kd_bench.report.style import (
     MUTED,
     WIDTH,

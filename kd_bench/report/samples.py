@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from kd_bench.errors import KdBenchError
 from kd_bench.files import atomic_path, digest_text
 from kd_bench.records import SAMPLE_COLUMNS
-from kd_bench.report.frames import Board
+from kd_bench.report.board import Board
 from kd_bench.report.tables import clean
 from kd_bench.store import Run
 

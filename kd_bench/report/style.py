@@ -19,7 +19,7 @@ from kd_bench.report.tables import clean
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from kd_bench.report.frames import Board
+    from kd_bench.report.board import Board
 
 __all__ = [
     "DARK",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_bench.records import RunManifest
-from kd_bench.report.frames import Entry
+from kd_bench.report.board import Entry
 
 __all__ = ["LOG_NAME", "TrainingLog", "log_of", "logs_of", "read_log"]
 

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from kd_bench.aggregators import get_aggregator, unit_statistics
 from kd_bench.errors import KdBenchError
-from kd_bench.records import Interval
-from kd_bench.report.frames import AVERAGE, MISSING, Board, Entry, Score, TaskInfo
+from kd_bench.records import AVERAGE, Interval
+from kd_bench.report.board import MISSING, Board, Entry, Score, TaskInfo
 from kd_bench.stats import (
     RESAMPLES,
     gap_closed,

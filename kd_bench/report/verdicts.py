@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from kd_bench.compare import Comparison, Difference, Flip, Measure, Relation
 from kd_bench.gate import GateReport
+from kd_bench.records import AVERAGE
 from kd_bench.report.tables import Cell, Column, Row, Table
 
 __all__ = ["comparison_tables", "flip_table", "verdict_table"]
@@ -41,7 +42,7 @@ def _against_first(comparison: Comparison, number: int) -> Table:
         for task in comparison.tasks
     ]
     average = comparison.average_differences[number - 1]
-    rows.append(Row("average", _cells("average", comparison.average, number, average), "all"))
+    rows.append(Row(AVERAGE, _cells(AVERAGE, comparison.average, number, average), "all"))
     return Table(
         f"{other.name} against {first.name}",
         columns,
@@ -73,7 +74,7 @@ def _probability(p: float) -> str:
 
 def _relation_table(comparison: Comparison) -> Table:
     names = {run.run_id: run.name for run in comparison.runs}
-    chosen = [each for each in comparison.relations if each.task == "average"]
+    chosen = [each for each in comparison.relations if each.task == AVERAGE]
     return Table(
         "On the average",
         (Column("kind", "Measure", "text"), Column("run", "Model", "text"), Column("v", "Value")),

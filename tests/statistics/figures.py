@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 from kd_bench.aggregators import get_aggregator
 from kd_bench.compare.align import AlignedTask
 from kd_bench.compare.differences import Resampled, resample
-from kd_bench.gate import AVERAGE, Verdict, judge
+from kd_bench.gate import Verdict, judge
 from kd_bench.policy import load_policy
+from kd_bench.records import AVERAGE
 from kd_bench.stats import (
     exact_or_swap,
     gap_closed,

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from kd_bench.errors import UsageError
-from kd_bench.report.frames import AVERAGE, load_board, task_infos
+from kd_bench.records import AVERAGE
+from kd_bench.report.board import task_infos
+from kd_bench.report.board_loading import load_board
 from tests.report_store import TASKS, Model, add_run, result, samples, with_status
 
 SFT = [Model(f"sft-{seed}", "sft", "sft", 0.0, seed) for seed in range(3)]
