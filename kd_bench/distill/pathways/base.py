@@ -120,6 +120,10 @@ class PathwayBase:
     def geometry(self) -> dict[str, Any]:
         return {}
 
+    def project(self, features: Features | None, inputs: Inputs) -> Features | None:
+        """Image embeddings [images or tiles, image tokens, hidden]."""
+        return None if features is None else projected(self.projector, first(features))
+
     def decode(
         self, image_embeddings: Features | None, inputs: Inputs, positions: Tensor
     ) -> Tensor:
@@ -200,6 +204,12 @@ def like_weights(tensor: Tensor, module: nn.Module) -> Tensor:
     """`tensor` on the device and in the float type of `module`, which may differ in a switch."""
     weight = next(module.parameters(), None)
     return tensor if weight is None else tensor.to(weight.device, weight.dtype)
+
+
+def projected(projector: nn.Module, features: Tensor) -> Tensor:
+    """What a projector makes of features that may come from another model's tower."""
+    embeddings: Tensor = projector(like_weights(features, projector))
+    return embeddings
 
 
 def tower_token_count(tower: Any) -> int:

@@ -10,7 +10,6 @@ from kd_bench.distill.pathways.base import (
     Features,
     Inputs,
     PathwayBase,
-    first,
     has_pixels,
     like_weights,
     tower_token_count,
@@ -31,13 +30,6 @@ class PaliGemmaPathway(PathwayBase):
             return None
         tower = self.vision_tower
         return tower(like_weights(inputs["pixel_values"], tower)).last_hidden_state
-
-    def project(self, features: Features | None, inputs: Inputs) -> Features | None:
-        """Image embeddings [images, image tokens, hidden]."""
-        if features is None:
-            return None
-        embeddings: Tensor = self.projector(like_weights(first(features), self.projector))
-        return embeddings
 
     def decode(
         self, image_embeddings: Features | None, inputs: Inputs, positions: Tensor

@@ -8,7 +8,6 @@ from kd_bench.distill.pathways.base import (
     Features,
     Inputs,
     PathwayBase,
-    first,
     has_pixels,
     like_weights,
 )
@@ -44,13 +43,6 @@ class Idefics3Pathway(PathwayBase):
         size = self.config.vision_config.patch_size
         windows = shown.unfold(1, size, size).unfold(2, size, size)
         return windows.flatten(-2).any(dim=-1)
-
-    def project(self, features: Features | None, inputs: Inputs) -> Features | None:
-        """Image embeddings [tiles, image tokens, hidden]."""
-        if features is None:
-            return None
-        embeddings: Tensor = self.projector(like_weights(first(features), self.projector))
-        return embeddings
 
     @property
     def vision_tower(self) -> nn.Module:

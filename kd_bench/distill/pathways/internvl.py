@@ -2,13 +2,10 @@
 
 from typing import Any
 
-from torch import Tensor
-
 from kd_bench.distill.pathways.base import (
     Features,
     Inputs,
     PathwayBase,
-    first,
     has_pixels,
     like_weights,
 )
@@ -36,13 +33,6 @@ class InternVLPathway(PathwayBase):
         grid = features.reshape(len(features), side, side, -1)
         joined = self._core.pixel_shuffle(grid, scale_factor=self.config.downsample_ratio)
         return joined.flatten(1, 2)
-
-    def project(self, features: Features | None, inputs: Inputs) -> Features | None:
-        """Image embeddings [tiles, image tokens, hidden]."""
-        if features is None:
-            return None
-        embeddings: Tensor = self.projector(like_weights(first(features), self.projector))
-        return embeddings
 
     @property
     def vision_width(self) -> int:

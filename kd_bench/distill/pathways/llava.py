@@ -12,6 +12,7 @@ from kd_bench.distill.pathways.base import (
     first,
     has_pixels,
     like_weights,
+    projected,
     selected_layers,
     tower_token_count,
 )
@@ -30,13 +31,6 @@ class LlavaPathway(PathwayBase):
         tower = self.vision_tower
         output = tower(like_weights(pixels, tower), output_hidden_states=True)
         return selected_layers(output, self._layers, self._drops_first)
-
-    def project(self, features: Features | None, inputs: Inputs) -> Features | None:
-        """Image embeddings [images, image tokens, hidden]."""
-        if features is None:
-            return None
-        projector = self._core.multi_modal_projector
-        return projector(like_weights(first(features), projector))
 
     @property
     def _layers(self) -> int | list[int]:
@@ -82,9 +76,8 @@ class LlavaNextPathway(LlavaPathway):
         """Image embeddings [image tokens of all pictures, hidden]."""
         if features is None:
             return None
-        projected = super().project(features, inputs)
-        assert isinstance(projected, Tensor)
-        pictures = projected.split(self._tile_counts(inputs))
+        embeddings = projected(self._core.multi_modal_projector, first(features))
+        pictures = embeddings.split(self._tile_counts(inputs))
         packed, _ = self._core.pack_image_features(
             pictures, inputs["image_sizes"], image_newline=self._core.image_newline, **self._packing
         )

@@ -16,6 +16,7 @@ from kd_bench.distill.pathways.base import (
     first,
     has_pixels,
     like_weights,
+    projected,
 )
 
 __all__ = ["Qwen2_5VLPathway", "Qwen3VLPathway"]
@@ -86,11 +87,7 @@ class Qwen2_5VLPathway(_QwenPathway):  # noqa: N801 - the model's own name
 
     def project(self, features: Features | None, inputs: Inputs) -> Features | None:
         """Image embeddings [image tokens of all pictures, hidden]."""
-        if features is None:
-            return None
-        merger = self._core.visual.merger
-        embeddings: Tensor = merger(like_weights(first(features), merger))
-        return embeddings
+        return None if features is None else projected(self._core.visual.merger, first(features))
 
 
 class Qwen3VLPathway(_QwenPathway):
@@ -112,8 +109,7 @@ class Qwen3VLPathway(_QwenPathway):
         visual = self._core.visual
         mergers = (visual.merger, *visual.deepstack_merger_list)
         return tuple(
-            merger(like_weights(layer, merger))
-            for merger, layer in zip(mergers, features, strict=True)
+            projected(merger, layer) for merger, layer in zip(mergers, features, strict=True)
         )
 
     def language_arguments(
