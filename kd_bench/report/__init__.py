@@ -7,6 +7,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from kd_bench.report.board import Board
+    from kd_bench.report.tables import Table
+    from kd_bench.report.uncertainty import Draws
+
 __all__ = ["print_report", "render_report", "render_training"]
 
 
@@ -32,19 +36,11 @@ def render_report(
         UsageError: a name fits no run, or there is nothing of that name to compare with.
         NotComparableError: mini scores were to stand beside the paper's.
     """
-    from kd_bench.report.board_loading import load_board
-    from kd_bench.report.facts import comparison
-    from kd_bench.report.leaderboard import terminal_tables
     from kd_bench.report.page import render
     from kd_bench.report.tables_terminal import to_terminal
-    from kd_bench.report.uncertainty import draw_scores, relate
 
-    board = load_board(results, names, suite)
-    draws = draw_scores(board)
-    board = relate(board, draws)
-    tables = terminal_tables(board)
-    if compare is not None:
-        tables.append(comparison(board, compare))
+    board, draws = _load(results, names, suite)
+    tables = _tables(board, compare)
     page = render(board, destination, draws)
     if console is not None:
         for table in tables:
@@ -53,35 +49,32 @@ def render_report(
 
 
 def print_report(
-    results: Path,
-    names: Sequence[str] | None = None,
-    *,
-    suite: str | None = None,
-    console: "Console | None" = None,
-    width: int = 100,
-    compare: str | None = None,
+    results: Path, names: Sequence[str] | None = None, *, compare: str | None = None
 ) -> str:
-    """The leaderboard on a console, or returned as text of at most `width` columns.
-
-    Args:
-        compare: `paper` adds the measured rows beside the Switch-KD paper's.
-
-    Raises:
-        UsageError: a name fits no run, or there is nothing of that name to compare with.
-        NotComparableError: the runs are of the embedded mini world.
-    """
-    from kd_bench.report.board_loading import load_board
-    from kd_bench.report.facts import comparison
-    from kd_bench.report.leaderboard import terminal_tables
+    """The same tables as text of at most 100 columns, without a page; raises the same."""
     from kd_bench.report.tables_terminal import to_terminal
+
+    board, _ = _load(results, names, None)
+    return "\n".join(to_terminal(table) for table in _tables(board, compare))
+
+
+def _load(results: Path, names: Sequence[str] | None, suite: str | None) -> "tuple[Board, Draws]":
+    """The board with differences, retention and ranks, and the draws that they come from."""
+    from kd_bench.report.board_loading import load_board
     from kd_bench.report.uncertainty import draw_scores, relate
 
     board = load_board(results, names, suite)
-    board = relate(board, draw_scores(board))
+    draws = draw_scores(board)
+    return relate(board, draws), draws
+
+
+def _tables(board: "Board", compare: str | None) -> "list[Table]":
+    """What stands on a terminal; refuses before anything is written."""
+    from kd_bench.report.facts import comparison
+    from kd_bench.report.leaderboard import terminal_tables
+
     tables = terminal_tables(board)
-    if compare is not None:
-        tables.append(comparison(board, compare))
-    return "\n".join(to_terminal(table, console, width) for table in tables)
+    return tables if compare is None else [*tables, comparison(board, compare)]
 
 
 def render_training(trainings: Sequence[Path], destination: Path) -> Path:

@@ -1,6 +1,5 @@
 """Plots of how models relate: differences from SFT, retention, vision and language gaps."""
 
-from collections.abc import Callable
 from typing import Any
 
 from kd_bench.records import AVERAGE
@@ -33,48 +32,17 @@ def _keys(board: Board) -> list[tuple[str, str]]:
     return [(AVERAGE, board.average_title), *tasks]
 
 
-def _rows(
-    axes: Any,
-    board: Board,
-    entries: list[Entry],
-    pick: Callable[[Entry, str], Score | None],
-) -> None:
-    """One row a benchmark; the entries' points and intervals stand below each other in it."""
-    numbers = colours(board)
-    keys = _keys(board)
-    step = 0.72 / max(len(entries), 1)
-    for row, (key, _) in enumerate(keys):
-        for place, entry in enumerate(entries):
-            score = pick(entry, key)
-            if score is None or not score.known:
-                continue
-            y = row + (place - (len(entries) - 1) / 2) * step
-            number = numbers[entry.key]
-            if score.interval is not None:
-                ends = [score.interval.low, score.interval.high]
-                axes.plot(ends, [y, y], color=series(number), linewidth=1.3)
-            axes.plot(
-                score.value, y, marker=marker(number), color=series(number), markersize=4.2,
-                linestyle="", label=short(entry.name) if row == 0 else None,
-            )  # fmt: skip
-    axes.set_yticks(range(len(keys)), [title for _, title in keys])
-    axes.set_ylim(len(keys) - 0.45, -0.55)
-    axes.axhline(0.5, color=MUTED, linewidth=0.8)
-    axes.grid(visible=False, axis="y")
-    axes.get_yticklabels()[0].set_fontweight("bold")
-
-
 def forest(board: Board) -> Plot | None:
     """Difference from SFT by benchmark, with intervals."""
     entries = [e for e in board.students if e.differences][:SHOWN]
     if not entries or board.floor is None:
         return None
-    height = 0.7 + (len(board.tasks) + 1) * (0.16 + 0.11 * len(entries))
-    figure, axes = canvas(WIDTH, height)
-    _rows(axes, board, entries, lambda entry, key: entry.differences.get(key))
-    axes.axvline(0, color=INK, linewidth=0.9)
-    axes.set_xlabel(f"Points above {short(board.floor.name)}")
-    legend(figure, axes)
+    figure = _side_by_side(
+        board,
+        [(entry, entry.differences) for entry in entries],
+        reference=0,
+        label=f"Points above {short(board.floor.name)}",
+    )
     best = max(entries, key=lambda e: e.differences.get(AVERAGE, Score(float("-inf"))).value)
     found = best.differences.get(AVERAGE)
     told = ""
@@ -90,14 +58,53 @@ def retention(board: Board) -> Plot | None:
     entries = [e for e in board.students if e.retentions][:SHOWN]
     if not entries or board.teacher is None:
         return None
-    height = 0.7 + (len(board.tasks) + 1) * (0.16 + 0.11 * len(entries))
-    figure, axes = canvas(WIDTH, height)
-    _rows(axes, board, entries, lambda entry, key: entry.retentions.get(key))
-    axes.axvline(100, color=INK, linewidth=0.9)
-    axes.set_xlabel(f"Percent of the score of {short(board.teacher.name)}")
-    legend(figure, axes)
+    figure = _side_by_side(
+        board,
+        [(entry, entry.retentions) for entry in entries],
+        reference=100,
+        label=f"Percent of the score of {short(board.teacher.name)}",
+    )
     summary = "Share of the teacher's score that each student keeps; 100 is the teacher."
     return to_plot(figure, "retention", "Retention", summary)
+
+
+def _side_by_side(
+    board: Board, rows: list[tuple[Entry, dict[str, Score]]], *, reference: float, label: str
+) -> Any:
+    """One row a benchmark; the entries' points and intervals stand below each other in it."""
+    figure, axes = canvas(WIDTH, 0.7 + (len(board.tasks) + 1) * (0.16 + 0.11 * len(rows)))
+    numbers = colours(board)
+    keys = _keys(board)
+    step = 0.72 / len(rows)
+    for row, (key, _) in enumerate(keys):
+        for place, (entry, scores) in enumerate(rows):
+            score = scores.get(key)
+            if score is None or not score.known:
+                continue
+            y = row + (place - (len(rows) - 1) / 2) * step
+            number = numbers[entry.key]
+            if score.interval is not None:
+                ends = [score.interval.low, score.interval.high]
+                axes.plot(ends, [y, y], color=series(number), linewidth=1.3)
+            axes.plot(
+                score.value, y, marker=marker(number), color=series(number), markersize=4.2,
+                linestyle="", label=short(entry.name) if row == 0 else None,
+            )  # fmt: skip
+    _benchmark_axis(axes, keys)
+    axes.axvline(reference, color=INK, linewidth=0.9)
+    axes.set_xlabel(label)
+    legend(figure, axes)
+    return figure
+
+
+def _benchmark_axis(axes: Any, keys: list[tuple[str, str]]) -> None:
+    """Titles from top to bottom; the average, which comes first, stands apart."""
+    axes.set_yticks(range(len(keys)), [title for _, title in keys])
+    axes.set_ylim(len(keys) - 0.45, -0.55)
+    axes.grid(visible=False, axis="y")
+    if keys[0][0] == AVERAGE:
+        axes.axhline(0.5, color=MUTED, linewidth=0.8)
+        axes.get_yticklabels()[0].set_fontweight("bold")
 
 
 def gaps(board: Board, draws: Draws) -> Plot | None:
@@ -121,13 +128,8 @@ def gaps(board: Board, draws: Draws) -> Plot | None:
             if score.interval is not None:
                 ends = [score.interval.low, score.interval.high]
                 axes.plot(ends, [y, y], color=INK, linewidth=0.9)
-    axes.set_yticks(range(len(keys)), [title for _, title in keys])
-    axes.set_ylim(len(keys) - 0.45, -0.55)
-    if keys[0][0] == AVERAGE:
-        axes.axhline(0.5, color=MUTED, linewidth=0.8)
-        axes.get_yticklabels()[0].set_fontweight("bold")
+    _benchmark_axis(axes, keys)
     axes.axvline(0, color=INK, linewidth=0.9)
-    axes.grid(visible=False, axis="y")
     axes.set_xlabel("Points")
     axes.spines["bottom"].set_color(GRID)
     legend(figure, axes, columns=2)

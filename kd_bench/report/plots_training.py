@@ -23,26 +23,18 @@ __all__ = ["knees", "losses", "training_plots"]
 POINTS = 90  # a curve's points; more cannot be seen and make the page heavy
 
 
+Curve = tuple[int, str, TrainingLog]
+"""Number of its colour, name, log."""
+
+
 def losses(board: Board, logs: dict[str, list[TrainingLog]]) -> Plot | None:
     """One panel a term, one line a run, in the colours of the board."""
-    numbers = colours(board)
-    curves = [
-        (numbers[entry.key], short(entry.name), log)
-        for entry in board.entries
-        for log in logs.get(entry.key, [])
-    ]
-    return _losses(curves)
+    return _losses(_curves(board, logs))
 
 
 def knees(board: Board, logs: dict[str, list[TrainingLog]]) -> Plot | None:
     """Median and 10 to 90 % band of the knee, one panel a side."""
-    numbers = colours(board)
-    curves = [
-        (numbers[entry.key], short(entry.name), log)
-        for entry in board.entries
-        for log in logs.get(entry.key, [])
-    ]
-    return _knees(curves)
+    return _knees(_curves(board, logs))
 
 
 def training_plots(logs: Sequence[TrainingLog]) -> list[Plot]:
@@ -53,7 +45,13 @@ def training_plots(logs: Sequence[TrainingLog]) -> list[Plot]:
     return [plot for plot in drawn if plot is not None]
 
 
-Curve = tuple[int, str, TrainingLog]
+def _curves(board: Board, logs: dict[str, list[TrainingLog]]) -> list[Curve]:
+    numbers = colours(board)
+    return [
+        (numbers[entry.key], short(entry.name), log)
+        for entry in board.entries
+        for log in logs.get(entry.key, [])
+    ]
 
 
 def _losses(curves: Sequence[Curve]) -> Plot | None:
