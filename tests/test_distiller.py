@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from kd_bench.distill import losses
 from kd_bench.distill.batches import Collator
 from kd_bench.distill.data import read_conversations
-from kd_bench.distill.distiller import Distiller
+from kd_bench.distill.distiller import Distiller, default_chunk
 from kd_bench.distill.encoding import Encoder
 from kd_bench.distill.image_terms import AttentionProbe, image_correlation
 from kd_bench.distill.methods import METHODS, Term
@@ -180,3 +180,9 @@ def test_correlation_of_equal_states_is_zero_whatever_their_scale():
     owners = torch.tensor([0, 0, 0, 2, 2, 2])
     assert image_correlation(states, 3 * states, owners).item() == pytest.approx(0, abs=1e-6)
     assert image_correlation(states, torch.randn(6, 9), owners).item() > 0
+
+
+def test_heads_take_as_many_positions_as_their_vocabulary_allows() -> None:
+    assert default_chunk(891) == 512
+    assert 64 <= default_chunk(151_936) <= 128
+    assert default_chunk(10**9) == 16

@@ -30,9 +30,10 @@ from kd_bench.distill.pathways import Features, Pathway, answer_positions, pathw
 from kd_bench.distill.teacher_cache import TeacherCache
 from kd_bench.errors import UsageError
 
-__all__ = ["Distiller", "Passes"]
+__all__ = ["Distiller", "Passes", "default_chunk"]
 
 AT_IMAGES = ("image_kl", "image_correlation")
+LOGITS_AT_ONCE = 2**24
 
 
 @dataclass
@@ -61,7 +62,8 @@ class Distiller(nn.Module):
     Args:
         terms: the objective.
         vocabulary: rows that both LM heads are cut to; None is all of them.
-        head_chunk: answer positions that pass through heads and losses at a time.
+        head_chunk: answer positions that pass through heads and losses at a time; None keeps
+            64 MB of float32 logits a pathway.
         cache: the teacher's hidden states of earlier passes over the same samples.
     """
 
@@ -74,7 +76,7 @@ class Distiller(nn.Module):
         terms: Sequence[Term],
         *,
         vocabulary: int | None = None,
-        head_chunk: int = 512,
+        head_chunk: int | None = None,
         cache: TeacherCache | None = None,
     ) -> None:
         super().__init__()
@@ -84,9 +86,9 @@ class Distiller(nn.Module):
             term for term in self.terms if term.loss == "ce" or term.loss in VOCABULARY_LOSSES
         )
         self.image_terms = tuple(term for term in self.terms if term not in self.token_terms)
-        self.head_chunk = head_chunk
         self.vocabulary = vocabulary
         self.pathway = pathway_for(student)
+        self.head_chunk = head_chunk or default_chunk(self.pathway.vocabulary_size)
         teacher = teacher if needs_teacher(self.terms) else None
         if teacher is not None:
             teacher.requires_grad_(False).eval()
@@ -240,6 +242,11 @@ class Distiller(nn.Module):
         asks = batch["attention_mask"].bool() & ~places
         weights = passes.attention
         return attention_mse(weights["teacher"], weights["student"], asks, places)
+
+
+def default_chunk(vocabulary: int) -> int:
+    """Answer positions whose logits are made at a time."""
+    return max(16, min(512, LOGITS_AT_ONCE // vocabulary))
 
 
 def _width(pathway: Pathway) -> int:

@@ -62,7 +62,7 @@ class Size:
 
 SIZES = {
     "teacher": Size(vision_layers=2, width=128, layers=4, heads=4),
-    "student": Size(vision_layers=2, width=96, layers=3, heads=3),
+    "student": Size(vision_layers=2, width=96, layers=4, heads=3),
     "vision": Size(vision_layers=2, width=96, layers=3, heads=3),
 }
 # Heads that begin by looking back a fixed distance: layer, head, tokens.

@@ -92,7 +92,8 @@ class Stage(StrictModel):
         max_length: tokens of a sample, image tokens included; longer ones lose their end.
         save_every: steps between checkpoints that a killed run resumes from; 0 is only at the end.
         log_every: steps between lines of `train_log.jsonl`.
-        head_chunk: answer positions that go through the LM heads and losses at a time.
+        head_chunk: answer positions that go through the LM heads and losses at a time; by default
+            as many as keep 64 MB of float32 logits a pathway, at most 512.
     """
 
     name: str = "train"
@@ -121,7 +122,7 @@ class Stage(StrictModel):
     workers: int = Field(default=0, ge=0)
     save_every: int = Field(default=500, ge=0)
     log_every: int = Field(default=25, ge=1)
-    head_chunk: int = Field(default=512, ge=1)
+    head_chunk: int | None = Field(default=None, ge=1)
 
     @field_validator("method")
     @classmethod
