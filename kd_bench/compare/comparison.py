@@ -188,10 +188,8 @@ def compare(
     )
 
 
-def list_flips(
-    runs: Sequence[Run], task: str, *, allow_different: bool = False, other: int = 1
-) -> list[Flip]:
-    """Documents whose score changed between the first run and another, broken ones first."""
+def list_flips(runs: Sequence[Run], task: str, *, allow_different: bool = False) -> list[Flip]:
+    """Documents whose score changed between the first run and the second, broken ones first."""
     common = common_tasks(runs)
     if task not in common:
         raise UsageError(
@@ -199,7 +197,7 @@ def list_flips(
             f"In common: {', '.join(common)}.",
         )
     columns = [column for column in SAMPLE_COLUMNS if column != "answer_confidence"]
-    found = flips(align(runs, task, allow_different=allow_different, columns=columns), 0, other)
+    found = flips(align(runs, task, allow_different=allow_different, columns=columns), 0, 1)
     return [replace(flip, picture=str(runs[0].picture(flip.image_digest) or "")) for flip in found]
 
 

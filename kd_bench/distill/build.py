@@ -1,6 +1,5 @@
-"""Put models together: a student from parts, a LoRA student, the switch as a model of its own."""
+"""Put models together: a student from parts, a student with adapters."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from kd_bench.distill.recipe import LoraSettings, StudentParts
 from kd_bench.errors import MissingExtraError, UsageError
 from kd_bench.world.embedded import resolve
 
-__all__ = ["add_lora", "build_student", "merge_lora", "switch_model", "tinyllava_template"]
+__all__ = ["add_lora", "build_student", "merge_lora", "tinyllava_template"]
 
 TEMPLATES = Path(__file__).parent / "templates"
 IMAGE_TOKEN = "<image>"
@@ -209,26 +208,3 @@ def _chosen(name: str, wanted: list[str] | str) -> bool:
 def merge_lora(student: Any) -> Any:
     """The plain model with its adapters folded into the weights; others come back as they are."""
     return student.merge_and_unload() if hasattr(student, "merge_and_unload") else student
-
-
-def switch_model(student: nn.Module, teacher: nn.Module) -> Any:
-    """The visual switch as an ordinary model: the student's vision tower in the teacher.
-
-    Saved with `save_pretrained` and the teacher's processor it can be evaluated like any other.
-
-    Raises:
-        UsageError: one of the two cannot be taken apart there.
-    """
-    hybrid: Any = copy.deepcopy(teacher)
-    eyes = pathway_for(student).vision_tower
-    place = pathway_for(hybrid).vision_tower
-    name = next((n for n, module in hybrid.named_modules() if module is place), None)
-    if name is None or type(place) is not type(eyes):
-        raise UsageError(
-            f"A {type(eyes).__name__} cannot take the place of a {type(place).__name__}.",
-            "Both models must be of one family.",
-        )
-    hybrid.set_submodule(name, copy.deepcopy(eyes))
-    given: Any = student
-    hybrid.config.vision_config = copy.deepcopy(given.config.vision_config)
-    return hybrid.eval()

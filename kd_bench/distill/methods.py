@@ -49,7 +49,6 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "attention_mse": (),
 }
 VOCABULARY_LOSSES = ("kl", "rkl", "jsd", "bild", "dbild")
-IMAGE_LOSSES = ("image_kl", "image_correlation", "image_mse")
 
 
 class Term(StrictModel):

@@ -39,13 +39,11 @@ def load_model(
     device: str | torch.device | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
-    attention: str | None = None,
 ) -> Any:
     """A vision-language model of transformers, in evaluation mode.
 
     Args:
         path: folder written by `save_pretrained`, or a hub name.
-        attention: `attn_implementation` of transformers; None is its default.
 
     Raises:
         UsageError: no checkpoint there, only pickled weights, or code of its own.
@@ -56,8 +54,6 @@ def load_model(
     settings: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if not allow_pickle:
         settings["use_safetensors"] = True
-    if attention is not None:
-        settings["attn_implementation"] = attention
     try:
         model = AutoModelForImageTextToText.from_pretrained(str(path), **settings)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

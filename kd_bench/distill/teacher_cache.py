@@ -47,8 +47,6 @@ class TeacherCache:
         self.width = width
         self.dtype = dtype
         self._check()
-        self.hits = 0
-        self.misses = 0
         self._where: dict[int, tuple[np.memmap | None, int, int]] = {}
         for records in sorted(folder.glob("records-*.bin")):
             self._read(records)
@@ -94,9 +92,7 @@ class TeacherCache:
             for place, count in zip(known, counts, strict=True)
         )
         if not fits:
-            self.misses += 1
             return None
-        self.hits += 1
         parts = []
         for place in known:
             assert place is not None

@@ -56,7 +56,7 @@ class SuiteProgress:
 
     def start(self, task: str, total: int) -> None:
         """A task begins with `total` answers to compute."""
-        self._answers, self._total = 0, total
+        self._answers = 0
         self._started = time.perf_counter()
         if self._bars is not None:
             self._task = self._bars.add_task(f"  {task}", total=total, speed="")

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from kd_bench.records import RunManifest
 from kd_bench.report.board import Entry
 
-__all__ = ["LOG_NAME", "TrainingLog", "log_of", "logs_of", "read_log"]
+__all__ = ["LOG_NAME", "TrainingLog", "logs_of", "read_log"]
 
 LOG_NAME = "train_log.jsonl"
 
@@ -36,33 +35,17 @@ class TrainingLog:
 
 def logs_of(entry: Entry) -> list[TrainingLog]:
     """The training logs that can be found for an entry's runs, one a seed."""
-    logs = (log_of(manifest) for manifest in entry.manifests)
+    logs = (_log_of(manifest) for manifest in entry.manifests)
     return [log for log in logs if log is not None]
 
 
-def log_of(manifest: RunManifest, base: Path | None = None) -> TrainingLog | None:
-    """The log that a run's lineage names; None where there is none to be found."""
-    training = manifest.training or {}
-    for key in ("log", "train_log", "folder", "output", "path", "checkpoint"):
-        place = training.get(key)
-        if not isinstance(place, str):
-            continue
-        for path in _places(place, base):
-            if path.is_file():
-                return read_log(path, manifest.model.name)
-    for path in _places(manifest.model.path, base):
-        if path.is_file():
-            return read_log(path, manifest.model.name)
+def _log_of(manifest: RunManifest) -> TrainingLog | None:
+    """The log in a checkpoint's folder or beside it; None where there is none."""
+    checkpoint = Path(manifest.model.path)
+    for folder in (checkpoint, checkpoint.parent):
+        if (folder / LOG_NAME).is_file():
+            return read_log(folder / LOG_NAME, manifest.model.name)
     return None
-
-
-def _places(place: str, base: Path | None) -> Iterable[Path]:
-    path = Path(place)
-    starts = [path] if path.is_absolute() or base is None else [path, base / path]
-    for start in starts:
-        yield from (
-            [start] if start.suffix == ".jsonl" else [start / LOG_NAME, start.parent / LOG_NAME]
-        )
 
 
 def read_log(path: Path, name: str = "") -> TrainingLog | None:
