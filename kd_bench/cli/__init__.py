@@ -62,7 +62,7 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     try:
-        code = app(arguments, standalone_mode=False, obj=debug)
+        code = app(arguments, prog_name="kd-bench", standalone_mode=False, obj=debug)
         if code == INTERRUPTED:  # typer has turned the signal into this
             raise KeyboardInterrupt
     except _WrongCommandLine as error:

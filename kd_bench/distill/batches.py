@@ -16,7 +16,7 @@ from kd_bench.distill.data import Conversation, Unreadable
 from kd_bench.distill.encoding import IGNORED, PER_TOKEN, EncodedSample, Encoder
 from kd_bench.errors import TrainingError, UsageError
 
-__all__ = ["BatchOrder", "Collator", "ConversationDataset", "Encoder"]
+__all__ = ["BatchOrder", "Collator", "ConversationDataset"]
 
 MEMORY_BUDGET = 2 << 30  # bytes of encoded samples that are kept in memory
 FIRST, AT_A_TIME = 8, 256  # conversations encoded at a time

@@ -12,8 +12,9 @@ from kd_bench.distill.recipe import LoraSettings, StudentParts
 from kd_bench.errors import MissingExtraError, UsageError
 from kd_bench.world.embedded import resolve
 
-__all__ = ["add_lora", "build_student", "merge_lora", "tinyllava_template"]
+__all__ = ["NEW", "add_lora", "build_start", "build_student", "merge_lora", "tinyllava_template"]
 
+NEW = "embedded:new/"
 TEMPLATES = Path(__file__).parent / "templates"
 IMAGE_TOKEN = "<image>"
 
@@ -67,6 +68,25 @@ def build_student(parts: StudentParts, folder: Path, seed: int = 0) -> None:
         strategy=parts.vision_feature_select_strategy,
         template=_template(parts.chat_template),
     ).save_pretrained(folder)
+
+
+def build_start(student: StudentParts | str, folder: Path, seed: int = 0) -> None:
+    """Save what a training starts from: a student of parts, or `embedded:new/<name>`.
+
+    Raises:
+        UsageError: a part cannot be loaded, or nothing of that name is embedded.
+    """
+    from kd_bench.distill import mini
+
+    if isinstance(student, StudentParts):
+        build_student(student, folder, seed)
+        return
+    name = student.removeprefix(NEW)
+    if name not in mini.SIZES:
+        raise UsageError(
+            f"There is no {student}.", f"Known: {', '.join(NEW + known for known in mini.SIZES)}."
+        )
+    mini.build(name, folder, seed)
 
 
 def add_image_token(tokenizer: Any) -> int:

@@ -21,11 +21,12 @@ import torch
 from rich.console import Console
 
 from kd_bench import provenance
-from kd_bench.distill.batches import BatchOrder, Collator, ConversationDataset, Encoder
-from kd_bench.distill.build import add_lora, build_student, merge_lora
+from kd_bench.distill.batches import BatchOrder, Collator, ConversationDataset
+from kd_bench.distill.build import NEW, add_lora, build_start, merge_lora
 from kd_bench.distill.compatibility import check_pair, check_terms, step_zero
 from kd_bench.distill.data import data_digest, read_conversations
 from kd_bench.distill.distiller import Distiller
+from kd_bench.distill.encoding import Encoder
 from kd_bench.distill.engine import DistillationTrainer, last_checkpoint
 from kd_bench.distill.methods import needs_teacher
 from kd_bench.distill.models import (
@@ -39,7 +40,7 @@ from kd_bench.distill.models import (
 )
 from kd_bench.distill.outputs import is_done, only_one, save_whole
 from kd_bench.distill.progress import LogWriter, ProgressReport, cut_log
-from kd_bench.distill.recipe import Recipe, Stage, StudentParts, recipe_yaml
+from kd_bench.distill.recipe import Recipe, Stage, recipe_yaml
 from kd_bench.distill.teacher_cache import TeacherCache, cache_folder
 from kd_bench.errors import KdBenchError, UsageError
 from kd_bench.files import digest_text, write_json, write_text
@@ -47,7 +48,6 @@ from kd_bench.world.embedded import resolve
 
 __all__ = ["train"]
 
-NEW = "embedded:new/"
 SMALL_DATA = 50_000  # conversations that are encoded before the first step and kept in memory
 
 
@@ -192,29 +192,12 @@ def _start(run: Run) -> Path:
         return resolve(recipe.student)
     start = run.folder / "init"
     if run.is_main and not start.exists():
-        _build_start(recipe, run.folder, start)
+        staging = run.folder / ".init.saving"
+        shutil.rmtree(staging, ignore_errors=True)
+        build_start(recipe.student, staging, recipe.seed)
+        staging.rename(start)
     wait_for_everyone()
     return start
-
-
-def _build_start(recipe: Recipe, folder: Path, start: Path) -> None:
-    staging = folder / ".init.saving"
-    shutil.rmtree(staging, ignore_errors=True)
-    if isinstance(recipe.student, StudentParts):
-        build_student(recipe.student, staging, recipe.seed)
-    else:
-        _build_embedded(recipe.student.removeprefix(NEW), staging, recipe.seed)
-    staging.rename(start)
-
-
-def _build_embedded(name: str, folder: Path, seed: int) -> None:
-    from kd_bench.distill import mini
-
-    if name not in mini.SIZES:
-        raise UsageError(
-            f"There is no {NEW}{name}.", f"Known: {', '.join(NEW + known for known in mini.SIZES)}."
-        )
-    mini.build(name, folder, seed)
 
 
 def _load(recipe: Recipe, path: Path) -> Any:

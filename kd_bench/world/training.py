@@ -123,6 +123,13 @@ def claims(rng: Random, turns: int = 8) -> Conversation:
     return [scene], list(asked.items())
 
 
+def choices(rng: Random, turns: int = 6) -> Conversation:
+    """Ask as MMBench does about one picture, in both languages."""
+    scene = sample_scene(rng, "train", "full")
+    made = [_turn(rng.choice(["mmbench_en", "mmbench_cn"]), scene, rng) for _ in range(turns)]
+    return [scene], list(dict(turn[1] for turn in made if turn).items())
+
+
 def _verdict(claim: str, holds: bool) -> Turn:
     return claim + SHORT, "yes" if holds else "no"
 
@@ -231,6 +238,7 @@ MAKERS = {
     "glances": glances,
     "presence": presence,
     "claims": claims,
+    "choices": choices,
     "letters": letters,
     "drills": drill,
 }
