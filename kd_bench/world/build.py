@@ -22,11 +22,11 @@ TEACHER_FILES: Files = {
     "teacher/looks": {"looks": 6000},
     "teacher/letters": {"letters": 7000},
     "teacher/alignment": {"looks": 6000, "letters": 1500},
-    "teacher/glances": {"glances": 6000, "looks": 800, "letters": 1200},
-    "teacher/presence": {"presence": 4000, "glances": 1500, "looks": 500, "letters": 1000},
-    "teacher/claims": {"claims": 5000, "glances": 1500, "looks": 500, "letters": 1000},
-    "teacher/choices": {"choices": 5000, "claims": 1500, "looks": 500, "letters": 1000},
-    "teacher/mixture": {"mixture": 8000, "drills": 1500, "letters": 1000, "claims": 1500},
+    "teacher/glances": {"glances": 6000, "letters": 450},
+    "teacher/presence": {"presence": 4000, "glances": 1500, "letters": 500},
+    "teacher/claims": {"claims": 5000, "glances": 1500, "letters": 500},
+    "teacher/choices": {"choices": 5000, "claims": 1000, "letters": 500},
+    "teacher/mixture": {"mixture": 8000, "drills": 1500, "claims": 1500},
 }
 
 
