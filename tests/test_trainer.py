@@ -102,6 +102,23 @@ def test_another_recipe_does_not_take_over_a_folder(place, whole):
         train(recipe_in(place, "whole", "learning_rate=0.01"))
 
 
+def test_other_weights_at_the_same_path_do_not_continue_a_training(place, whole):
+    from kd_bench.distill.models import load_model
+
+    recipe = recipe_in(place, "whole")
+    file = Path(recipe.teacher) / "model.safetensors"
+    before = file.read_bytes()
+    teacher = load_model(recipe.teacher)
+    torch.nn.init.zeros_(teacher.get_output_embeddings().weight)
+    try:
+        teacher.save_pretrained(recipe.teacher)
+        with pytest.raises(UsageError, match="other weights of the teacher"):
+            train(recipe)
+    finally:
+        file.write_bytes(before)
+    assert train(recipe) == whole
+
+
 @pytest.mark.parametrize(
     "step", [6, *(pytest.param(at, marks=pytest.mark.slow) for at in (1, 4, 8, 11))]
 )

@@ -20,6 +20,8 @@ CHECKPOINTS = Path("checkpoints/demo")
 REPORT = Path("reports/demo")
 TEACHER = "embedded:weights/teacher"
 FLOOR = "sft"
+LEARNING_RATES = {"sft": "2.0e-3", "switch-kd": "1.0e-3"}
+"""Each method's best of three on validation scenes (world/TUNING.md); others keep the recipe's."""
 
 
 def demo(
@@ -61,6 +63,8 @@ class Student:
 
     def train(self) -> list[str]:
         settings = [f"method={self.method}", f"seed={self.seed}", f"output={self.folder}"]
+        if self.method in LEARNING_RATES:
+            settings.append(f"learning_rate={LEARNING_RATES[self.method]}")
         return ["train", "mini", *settings]
 
 

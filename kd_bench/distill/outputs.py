@@ -9,8 +9,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from kd_bench.distill.build import NEW
+from kd_bench.distill.models import weights_digest
 from kd_bench.distill.recipe import Recipe, load_recipe
 from kd_bench.errors import TrainingError, UsageError
+from kd_bench.files import read_json
+from kd_bench.world.embedded import resolve
 
 __all__ = ["is_done", "only_one", "save_whole", "sync_folder"]
 
@@ -55,7 +59,27 @@ def is_done(recipe: Recipe, folder: Path) -> bool:
             f"{folder} holds a training with another recipe ({_difference(before, recipe)}).",
             "Set output= to another folder, or delete that one.",
         )
+    _check_models(recipe, folder)
     return (folder / "final" / "config.json").exists()
+
+
+def _check_models(recipe: Recipe, folder: Path) -> None:
+    """The same paths may hold other weights by now.
+
+    Raises:
+        UsageError: student or teacher are not those that the folder's training began with.
+    """
+    lineage = folder / "lineage.json"
+    told = read_json(lineage) if lineage.exists() else {}
+    for role in ("student", "teacher"):
+        path, before = getattr(recipe, role), told.get(role)
+        if before is None or not isinstance(path, str) or path.startswith(NEW):
+            continue
+        if weights_digest(resolve(path)) != before["weights_sha256"]:
+            raise UsageError(
+                f"{folder} holds a training with other weights of the {role}: {path} has changed.",
+                "Set output= to another folder, or delete that one.",
+            )
 
 
 def _identity(recipe: Recipe) -> dict[str, Any]:
