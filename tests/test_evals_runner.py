@@ -189,9 +189,11 @@ def test_a_flipped_bit_in_the_journal_is_computed_again(
     go(checkpoint, data, tmp_path, tasks=["gqa"])
     run = go(checkpoint, data, tmp_path, tasks=["gqa"])
     file = run.path / "journal" / "gqa.jsonl"
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
+    lines = file.read_bytes().splitlines(keepends=True)
+    middle = bytearray(lines[len(lines) // 2])
+    middle[len(middle) // 2] ^= 1
+    lines[len(lines) // 2] = bytes(middle)
+    file.write_bytes(b"".join(lines))
     run.discard("gqa")
     again = go(checkpoint, data, tmp_path, tasks=["gqa"])
     assert again.result("gqa").computed == 1
