@@ -68,7 +68,7 @@ class Cost:
         parameters: number of weights.
         weight_bytes: size of the weights in memory at the evaluation's dtype.
         latency_ms: median milliseconds for one answer at batch 1.
-        peak_memory_bytes: peak memory of the evaluation above the idle process.
+        peak_memory_bytes: of the evaluation; on a CPU, of the weights and a few answers.
     """
 
     parameters: int | None = None

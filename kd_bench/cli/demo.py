@@ -32,7 +32,7 @@ def demo(
     ] = None,
 ) -> None:
     """Train, evaluate and report on the embedded world; a second call continues the first."""
-    from kd_bench.world.embedded import resolve, world_folder
+    from kd_bench.world.embedded import world_folder
 
     start = time.monotonic()
     workers = processes or os.cpu_count() or 1
@@ -43,7 +43,7 @@ def demo(
     ]
     # The slow methods first: nothing long is left over when the cores run out of work.
     _side_by_side("train", [student.train() for student in reversed(students)], workers)
-    teacher = _evaluate([str(resolve(TEACHER))], "--role", "teacher", "--name", "teacher")
+    teacher = _evaluate([TEACHER], "--role", "teacher", "--name", "teacher")
     checkpoints = [str(student.folder / "final") for student in students]
     shares = [_evaluate(checkpoints[part::workers]) for part in range(workers)]
     _side_by_side("eval", [teacher, *(share for share in shares if share)], workers)

@@ -20,7 +20,7 @@ REPEATS = 15
 
 
 class MemoryMeter:
-    """Peak memory of this process since the meter was made, above what it held then."""
+    """Peak memory since the meter was made: the accelerator's own, or this process's growth."""
 
     def __init__(self) -> None:
         if torch.cuda.is_available():
@@ -42,15 +42,21 @@ class MemoryMeter:
 def measure(engine: "Engine", memory: MemoryMeter, repeats: int = REPEATS) -> Cost:
     """Measure a loaded model on a fixed question about a fixed picture, four tokens an answer.
 
-    The latency is the median of `repeats` answers at batch 1, picture encoding included.
+    The latency is the median of `repeats` answers at batch 1, picture encoding included. On an
+    accelerator the peak memory is the evaluation's. On a CPU it is the weights and what the answers
+    need: the evaluation's would count the libraries that a process loads with its first model.
     """
-    peak = memory.peak()
     weights = {id(weight): weight for weight in engine.model.parameters()}.values()
+    weight_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
+    on_cpu = not torch.cuda.is_available()
+    meter = MemoryMeter() if on_cpu else memory
+    latency = _latency(engine, repeats)
+    peak = meter.peak()
     return Cost(
         parameters=sum(weight.numel() for weight in weights),
-        weight_bytes=sum(weight.numel() * weight.element_size() for weight in weights),
-        latency_ms=round(_latency(engine, repeats), 3),
-        peak_memory_bytes=peak,
+        weight_bytes=weight_bytes,
+        latency_ms=round(latency, 3),
+        peak_memory_bytes=peak + weight_bytes if on_cpu and peak is not None else peak,
     )
 
 

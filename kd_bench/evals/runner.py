@@ -121,7 +121,9 @@ def _subject(
     if vision is not None and language is not None:
         chosen = {key: labels[key] for key in ("name", "seed")}
         return inspect_hybrid(_resolve(vision), _resolve(language), **chosen)
-    return inspect_checkpoint(_resolve(checkpoint or ""), **labels)
+    given = str(checkpoint or "")
+    found = inspect_checkpoint(_resolve(given), **labels)
+    return replace(found, ref=replace(found.ref, path=given))  # as it was named, not where it lies
 
 
 def _resolve(checkpoint: str | Path) -> Path:

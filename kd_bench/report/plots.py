@@ -77,6 +77,7 @@ def radar(board: Board) -> Plot | None:
     figure, axes = canvas(WIDTH, 3.7)
     axes.set_aspect("equal")
     axes.axis("off")
+    axes.set_xlim(-1.6, 1.6)  # room for the names beside the outer ring
     low = max(0, 20 * math.floor((min(min(values) for _, values in whole) - 6) / 20))
     spokes = [2 * math.pi * place / len(groups) for place in range(len(groups))]
 
