@@ -82,7 +82,7 @@ def print_table(title: str, figures: Sequence[Figure]) -> None:
             figure.name,
             figure.ours,
             figure.theirs,
-            "" if figure.ratio is None else f"{figure.ratio:.1f} x",
+            "" if figure.ratio is None else f"{figure.ratio:.3g} x",
             "" if figure.goal is None else f"{figure.goal:g} x",
         )
     console = Console(width=120)

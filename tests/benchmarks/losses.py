@@ -56,14 +56,15 @@ def pair_figures(rows: int = 256, k: int = 1024, part: int = 32) -> list[Figure]
     name = f"dbild forward + backward, N = {rows}, k = {k}"
     return [
         Figure(
-            f"{name}: time (gradients differ by {difference:.0e})",
+            f"{name}: time (pair list on {part} rows, x {rows // part}; gradients differ by "
+            f"{difference:.0e})",
             f"{times[0] * 1e3:.1f} ms",
             f"{times[1]:.1f} s",
             times[1] / times[0],
             100,
         ),
         Figure(
-            f"{name}: memory",
+            f"{name}: memory (pair list on {part} rows, x {rows // part})",
             f"{peaks[0] / 2**20:.1f} MB",
             f"{peaks[1] / 2**20:.0f} MB",
             peaks[1] / peaks[0],

@@ -74,7 +74,7 @@ def memory_figure(rows: int = 1024, k: int = 256, student: int = 64, teacher: in
     peaks = peak_memory(ours), peak_memory(theirs)
     return Figure(
         f"objective of switch-kd, N = {rows}, V = {VOCABULARY}: peak memory against materialised "
-        f"logits and pair lists of k = {k}",
+        f"logits and pair lists of k = {k}, hidden sizes {student} and {teacher}",
         f"{peaks[0] / 2**20:.0f} MB",
         f"{peaks[1] / 2**20:.0f} MB",
         peaks[1] / peaks[0],
