@@ -48,7 +48,10 @@ def forest(board: Board) -> Plot | None:
     told = ""
     if found is not None and found.known:
         points = format_number(found.value, "difference")
-        told = f" On the average, {clean(best.name)} leads with {points}."
+        told = f" On the average, {clean(best.name)} has the largest, {points}"
+        interval = found.interval
+        unsure = interval is not None and interval.low <= 0 <= interval.high
+        told += ", which may be chance." if unsure else "."
     summary = f"Points above plain fine-tuning, with 95 % intervals.{told}"
     return to_plot(figure, "forest", "Difference from SFT", summary)
 
