@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
-from platformdirs import user_cache_path
-
 from kd_bench.errors import one_line
 
 __all__ = ["Folder", "Package", "Step", "folders", "import_problems", "packages", "self_test"]
@@ -134,10 +132,9 @@ class Folder:
 def folders(environment: Mapping[str, str] = os.environ) -> list[Folder]:
     """The caches, the store of this working folder and the temporary folder."""
     from kd_bench.world.build import VERSION
+    from kd_bench.world.embedded import wanted_cache
 
-    chosen = environment.get("KD_BENCH_CACHE")
-    cache = Path(chosen) if chosen else user_cache_path("kd-bench")
-    world = cache / f"world-{VERSION}"
+    world = wanted_cache(environment) / f"world-{VERSION}"
     note = "drawn" if world.is_dir() else "drawn on first use"
     general = environment.get("XDG_CACHE_HOME") or "~/.cache"
     hub = environment.get("HF_HOME") or f"{general}/huggingface"

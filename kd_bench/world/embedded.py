@@ -5,6 +5,7 @@ Weights lie in the package. Data is drawn into the user's cache folder on first 
 
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from platformdirs import user_cache_path
@@ -12,7 +13,7 @@ from platformdirs import user_cache_path
 from kd_bench.errors import UsageError
 from kd_bench.world.build import VERSION, build_world
 
-__all__ = ["resolve", "world_folder"]
+__all__ = ["resolve", "wanted_cache", "world_folder"]
 
 PREFIX = "embedded:"
 WEIGHTS = Path(__file__).parent / "weights"
@@ -48,15 +49,20 @@ def world_folder(*, teacher: bool = False) -> Path:
     return folder
 
 
+def wanted_cache(environment: Mapping[str, str] = os.environ) -> Path:
+    """`$KD_BENCH_CACHE`, or the user's cache folder."""
+    chosen = environment.get("KD_BENCH_CACHE")
+    return Path(chosen) if chosen else user_cache_path("kd-bench")
+
+
 def _cache() -> Path:
-    """`$KD_BENCH_CACHE`, the user's cache folder, or a temporary one where neither is writable."""
-    chosen = os.environ.get("KD_BENCH_CACHE")
-    cache = Path(chosen) if chosen else user_cache_path("kd-bench")
+    """The wanted cache, or a temporary one where the user's is not writable."""
+    cache = wanted_cache()
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=cache):
             return cache
     except OSError:
-        if chosen:
+        if chosen := os.environ.get("KD_BENCH_CACHE"):
             raise UsageError(f"KD_BENCH_CACHE={chosen} cannot be written.", "Change it.") from None
         return Path(tempfile.gettempdir()) / "kd-bench"

@@ -11,6 +11,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from kd_bench.provenance import hardware
+
 __all__ = ["Figure", "peak_memory", "print_table", "seconds", "timed"]
 
 Result = TypeVar("Result")
@@ -88,17 +90,6 @@ def print_table(title: str, figures: Sequence[Figure]) -> None:
     console = Console(width=120)
     console.print(table)
     console.print(
-        f"{_processor()}, {torch.get_num_threads()} thread(s), Python "
+        f"{hardware()['processor']}, {torch.get_num_threads()} thread(s), Python "
         f"{platform.python_version()}, torch {torch.__version__}; CPU seconds, fastest run."
     )
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:  # noqa: PTH123
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
