@@ -1,7 +1,10 @@
 """A store with known contents for the report's tests: answers drawn from a small skill model."""
 
 import json
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -274,3 +277,23 @@ def add_pictures(run: Run, tasks: Sequence[str] = TASKS, size: int = 32) -> None
 def with_status(run: Run, status: RunStatus) -> None:
     """Change a stored run's status."""
     run.write_manifest(replace(run.manifest, status=status))
+
+
+@contextmanager
+def written_elsewhere(run: Run) -> Iterator[None]:
+    """Let another process hold the run for writing; it is killed at the end."""
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom kd_bench.store import Run\n"
+        "with Run(Path(sys.argv[1])).locked():\n    print('held', flush=True)\n    time.sleep(60)\n"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(run.path)], stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    try:
+        yield
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()

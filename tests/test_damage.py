@@ -15,6 +15,7 @@ from kd_bench.damage import Finding, examine
 from kd_bench.errors import UsageError
 from kd_bench.records import Interval, ModelRef, Protocol, TaskResult, to_json
 from kd_bench.store import Run, open_run, set_baseline
+from tests.report_store import written_elsewhere
 from tests.test_compare import samples
 
 SCORES = [1.0, 0.0, 1.0, 1.0]
@@ -236,21 +237,10 @@ def test_samples_before_their_result_are_harmless(run: Run) -> None:
 def test_a_run_that_is_being_written_is_not_touched(run: Run) -> None:
     torn = run.path / "journal" / "mmmu.jsonl"
     torn.write_bytes(torn.read_bytes() + b"{")
-    code = (
-        "import sys, time\nfrom pathlib import Path\nfrom kd_bench.store import Run\n"
-        "with Run(Path(sys.argv[1])).locked():\n    print('held', flush=True)\n    time.sleep(60)\n"
-    )
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code, str(run.path)], stdout=subprocess.PIPE, text=True
-    )
-    assert holder.stdout is not None
-    assert holder.stdout.readline() == "held\n"
-    finding = only(run, repair=True)
-    assert (finding.path, finding.state) == (run.path, "harmless")
-    assert torn.read_bytes().endswith(b"{")
-    holder.kill()
-    holder.wait()
-    holder.stdout.close()
+    with written_elsewhere(run):
+        finding = only(run, repair=True)
+        assert (finding.path, finding.state) == (run.path, "harmless")
+        assert torn.read_bytes().endswith(b"{")
     assert only(run, repair=True).state == "repaired"
 
 

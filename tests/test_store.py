@@ -1,8 +1,6 @@
 """Run folders: created, continued, committed, found, locked, damaged."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +27,7 @@ from kd_bench.store import (
     open_run,
     set_baseline,
 )
+from tests.report_store import written_elsewhere
 
 MODEL = ModelRef("student", "kd", "checkpoints/student", "a" * 64, "switch-kd", 1)
 PROTOCOL = Protocol("mini", batch_size=8)
@@ -365,19 +364,11 @@ def test_a_baseline_whose_run_was_deleted(tmp_path: Path) -> None:
 
 def test_a_second_process_is_told_and_a_dead_one_holds_nothing(tmp_path: Path) -> None:
     run = new_run(tmp_path)
-    code = (
-        "import sys, time\nfrom pathlib import Path\nfrom kd_bench.store import Run\n"
-        "with Run(Path(sys.argv[1])).locked():\n    print('held', flush=True)\n    time.sleep(60)\n"
-    )
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code, str(run.path)], stdout=subprocess.PIPE, text=True
-    )
-    assert holder.stdout is not None
-    assert holder.stdout.readline() == "held\n"
-    with pytest.raises(UsageError, match="another kd-bench process"), run.locked():
+    with (
+        written_elsewhere(run),
+        pytest.raises(UsageError, match="another kd-bench process"),
+        run.locked(),
+    ):
         pass
-    holder.kill()
-    holder.wait()
-    holder.stdout.close()
     with run.locked():
         pass
