@@ -114,6 +114,25 @@ def test_a_text_only_batch_never_reaches_a_vision_tower(pair, text_batch, method
     assert "switch" not in values
 
 
+@pytest.mark.parametrize("method", ["sft", "vsd", "switch-kd", "align-kd"])
+def test_a_text_only_batch_gives_a_gradient_to_the_same_weights(pair, batch, text_batch, method):
+    """Devices that exchange gradients weight by weight would otherwise wait for each other."""
+    distiller = Distiller(*pair, METHODS[method])
+    distiller.freeze_unreached(batch)
+    frozen = {name for name, p in pair[0].named_parameters() if not p.requires_grad}
+    assert frozen == {f"model.vision_tower.post_layernorm.{name}" for name in ("weight", "bias")}
+    language = {id(p) for p in pair[0].model.language_model.parameters()}
+    for inputs in (batch, text_batch):
+        distiller.zero_grad()
+        loss, _ = distiller(inputs, 1.0)
+        loss.backward()
+        learning = [p for p in distiller.parameters() if p.requires_grad]
+        assert all(p.grad is not None for p in learning)
+    seen = [p for p in learning if id(p) not in language | {id(pair[0].lm_head.weight)}]
+    assert seen
+    assert all(float(p.grad.abs().max()) == 0 for p in seen)
+
+
 def test_the_teacher_stays_out_of_what_is_trained_and_saved(pair):
     student, teacher = pair
     distiller = Distiller(student, teacher, METHODS["switch-kd"])

@@ -136,6 +136,8 @@ def test_text_only_batches_do_not_reach_the_vision_tower(case):
     whole = student(**without_labels(batch)).logits
     torch.testing.assert_close(parts, whole[positions], rtol=1e-5, atol=1e-5)
     assert torch.equal(switched, theirs.decode(None, batch, positions))
+    nothing = torch.zeros(0, theirs.language_model.config.hidden_size)
+    assert torch.equal(switched, theirs.decode(nothing, batch, positions))
 
 
 @torch.no_grad()

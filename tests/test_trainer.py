@@ -62,6 +62,16 @@ def killed(place, output, step, *overrides):
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
 
 
+def assert_close_weights(expected, found, **tolerance):
+    ours, theirs = load_file(expected / "model.safetensors"), load_file(found / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        # Softmax ignores a bias of the keys: its gradient is rounding noise, which Adam scales up.
+        if "vision_tower" in name and name.endswith("k_proj.bias"):
+            continue
+        torch.testing.assert_close(theirs[name], tensor, msg=name, **tolerance)
+
+
 @pytest.fixture(scope="module")
 def whole(place):
     """An uninterrupted switch-kd training."""
@@ -130,8 +140,12 @@ def test_killed_and_resumed_gives_the_very_same_weights(place, whole, step):
     expected, found = load_file(whole / "model.safetensors"), load_file(final / "model.safetensors")
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-    steps = [json.loads(line)["step"] for line in (place / output / "train_log.jsonl").open()]
-    assert steps == [4, 8, 12]
+    logs = [
+        [json.loads(line) for line in (place / name / "train_log.jsonl").open()]
+        for name in ("whole", output)
+    ]
+    for key in ("step", "loss", "terms"):
+        assert [line[key] for line in logs[0]] == [line[key] for line in logs[1]]
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_step_and_samples(place, monkeypatch):
@@ -220,16 +234,12 @@ def test_a_switch_term_with_frozen_eyes_is_refused_before_training(place):
 
 def test_accumulation_gives_the_same_weights_to_rounding(place, whole):
     final = train(recipe_in(place, "pieces", "gradient_accumulation=2"))
-    expected, found = load_file(whole / "model.safetensors"), load_file(final / "model.safetensors")
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, atol=2e-4, rtol=2e-3, msg=name)
+    assert_close_weights(whole, final, atol=2e-4, rtol=2e-3)
 
 
 def test_recomputation_and_small_chunks_give_the_same_weights_to_rounding(place, whole):
     final = train(recipe_in(place, "recomputed", "gradient_checkpointing=true", "head_chunk=5"))
-    expected, found = load_file(whole / "model.safetensors"), load_file(final / "model.safetensors")
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, atol=2e-4, rtol=2e-3, msg=name)
+    assert_close_weights(whole, final, atol=2e-4, rtol=2e-3)
 
 
 def test_adapters_are_merged_into_an_ordinary_checkpoint(place):
@@ -346,40 +356,85 @@ def test_two_processes_do_not_share_a_folder(place):
             train(recipe)
 
 
-@pytest.mark.slow
-def test_two_processes_give_what_one_gives(place):
-    """Two gloo processes under torchrun, each with half of every batch."""
-    settings = ("steps=8", "trainable=[vision_tower, projector, language_model]")
-    one = train(recipe_in(place, "one", *settings))
-    code = (
-        "import sys; from kd_bench.distill.recipe import load_recipe;"
-        "from kd_bench.distill.trainer import train; train(load_recipe(sys.argv[1], sys.argv[2:]))"
-    )
+SHARDED = """
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+begin = AcceleratorState.__init__
+
+def begin_sharded(self, *arguments, fsdp_plugin=None, **named):
+    '''On a CPU accelerate would fall back to whole copies of the weights.'''
+    begin(self, *arguments, fsdp_plugin=fsdp_plugin, **named)
+    chosen = fsdp_plugin or self._shared_state.get("fsdp_plugin")
+    self.fsdp_plugin = chosen or FullyShardedDataParallelPlugin()
+    self.distributed_type = DistributedType.FSDP
+
+AcceleratorState.__init__ = begin_sharded
+"""
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",  # accelerate launch's default
+}
+EVERYTHING = "trainable=[vision_tower, projector, language_model]"
+
+
+def in_two_processes(place, output, *settings, sharded=False, killed_at=-1):
+    """Two gloo processes under torchrun, each with half of every batch; the folder's `final`."""
     script = place / "script.py"
-    script.write_text(code)
+    script.write_text((SHARDED if sharded else "") + KILLED_AT)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "."}
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         str(script), str(place / "recipe.yaml"), f"output={place / 'two-processes'}", *settings],
+         str(script), str(killed_at), str(place / "recipe.yaml"), f"output={place / output}",
+         *settings],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parent.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "."},
+        env=environment | FSDP if sharded else environment,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    two = place / "two-processes" / "final"
-    expected, found = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
-    for name, tensor in expected.items():
-        # Softmax ignores a bias of the keys: its gradient is rounding noise, which Adam scales up.
-        if "vision_tower" in name and name.endswith("k_proj.bias"):
-            continue
-        torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=0, msg=name)
+    assert (done.returncode == 0) == (killed_at < 0), done.stderr[-3000:]
+    return place / output / "final"
+
+
+def assert_same_training(expected, found):
+    """Weights and logs of two finished trainings are equal within 1e-5."""
+    assert_close_weights(expected, found, atol=1e-5, rtol=0)
     logs = [
         [json.loads(line) for line in (folder.parent / "train_log.jsonl").open()]
-        for folder in (one, two)
+        for folder in (expected, found)
     ]
     for left, right in zip(*logs, strict=True):
         assert left["loss"] == pytest.approx(right["loss"], abs=1e-5)
         assert left["terms"] == pytest.approx(right["terms"], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(place):
+    settings = ("steps=8", EVERYTHING)
+    one = train(recipe_in(place, "one", *settings))
+    assert_same_training(one, in_two_processes(place, "two-processes", *settings))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapted", [(), ("lora={r: 2}", "gradient_checkpointing=true")])
+def test_two_processes_with_sharded_weights_give_what_one_gives(place, adapted):
+    """Killed after the first checkpoint and continued; the batches mix pictures and plain text."""
+    settings = ("steps=8", EVERYTHING, *adapted)
+    name = f"sharded-{len(adapted)}"
+    one = train(recipe_in(place, f"{name}-one", *settings))
+    in_two_processes(place, name, *settings, sharded=True, killed_at=6)
+    assert list((place / name).rglob("checkpoint-4/pytorch_model_fsdp_0/*.distcp"))
+    assert_same_training(one, in_two_processes(place, name, *settings, sharded=True))
+
+
+def test_the_first_version_of_fsdp_is_refused(place, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UsageError, match="first version") as refused:
+        train(recipe_in(place, "flattened"))
+    assert "--fsdp_version 2" in refused.value.way_out
+    assert not (place / "flattened").exists()
 
 
 def test_mixed_precision_trains_float32_weights_and_logs_to_tensorboard(place):
@@ -388,7 +443,11 @@ def test_mixed_precision_trains_float32_weights_and_logs_to_tensorboard(place):
     tensors = load_file(final / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
-    assert list((place / "mixed").rglob("events.out.tfevents*"))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    [events] = (place / "mixed").rglob("events.out.tfevents*")
+    plotted = EventAccumulator(str(events)).Reload().Tags()["scalars"]
+    assert {"train/loss", "train/term_switch", "train/knee_teacher_p50"} <= set(plotted)
 
 
 @pytest.mark.parametrize("method", ["llava-kd", "align-kd", "jsd", "bild", "vsd"])

@@ -88,6 +88,9 @@ class Distiller(nn.Module):
         self.image_terms = tuple(term for term in self.terms if term not in self.token_terms)
         self.vocabulary = vocabulary
         self.pathway = pathway_for(student)
+        # FSDP splits by these layers; not by the vision tower's, which a device without a picture
+        # does not run, so that the others would wait for it for ever.
+        self._no_split_modules = self.pathway.language_model._no_split_modules
         self.head_chunk = head_chunk or default_chunk(self.pathway.vocabulary_size)
         teacher = teacher if needs_teacher(self.terms) else None
         if teacher is not None:
@@ -149,6 +152,37 @@ class Distiller(nn.Module):
                 values[term.label] = value.detach()
         return loss, values
 
+    def _of_pictures(self) -> list[nn.Parameter]:
+        """Learning weights outside the language model and its head."""
+        language = {id(p) for p in self.pathway.language_model.parameters()}
+        language |= {id(p) for p in self._heads().parameters}
+        return [p for p in self.parameters() if p.requires_grad and id(p) not in language]
+
+    def freeze_unreached(self, batch: Mapping[str, Tensor]) -> None:
+        """Freeze what no gradient can reach, such as a tower's layers above the one that is read.
+
+        Args:
+            batch: one with a picture.
+        """
+        embeddings = self.pathway.project(self.pathway.encode_image(batch), batch)
+        reached = _leaves(embeddings)
+        own = set() if self.adapter is None else {id(p) for p in self.adapter.parameters()}
+        for parameter in self._of_pictures():
+            if id(parameter) not in reached | own:
+                parameter.requires_grad_(False)
+
+    def _no_pictures(self, device: torch.device) -> Tensor:
+        """Image embeddings [0, hidden] of a text-only batch, in whose graph all pictures' weights
+        are.
+
+        Devices exchange gradients weight by weight, so one whose piece of a batch has no picture
+        must give zeros too, and one device alone must give its optimizer the same zeros.
+        """
+        nothing = [p.flatten()[:0] for p in self._of_pictures()]
+        if not nothing:
+            return torch.zeros(0, _width(self.pathway), device=device)
+        return torch.cat(nothing).view(0, _width(self.pathway))
+
     def _heads(self) -> Heads:
         head: Any = self.student.get_output_embeddings()  # type: ignore[operator]
         return Heads(
@@ -166,7 +200,10 @@ class Distiller(nn.Module):
         """
         passes = Passes()
         features = self.pathway.encode_image(batch)
-        if needs_student_logits(self.terms):
+        if features is None:
+            nothing = self._no_pictures(answers.device)
+            passes.hidden["student"] = self.pathway.decode(nothing, batch, answers)
+        elif needs_student_logits(self.terms):
             embeddings = self.pathway.project(features, batch)
             self._decode("student", self.pathway, embeddings, batch, answers, passes)
         teacher = self.teacher
@@ -247,6 +284,21 @@ class Distiller(nn.Module):
 def default_chunk(vocabulary: int) -> int:
     """Answer positions whose logits are made at a time."""
     return max(16, min(512, LOGITS_AT_ONCE // vocabulary))
+
+
+def _leaves(outputs: Features | None) -> set[int]:
+    """Ids of the weights that a backward pass from `outputs` would reach."""
+    tensors = outputs if isinstance(outputs, tuple) else (outputs,)
+    nodes = [t.grad_fn for t in tensors if t is not None and t.grad_fn is not None]
+    seen, leaves = set(nodes), set()
+    while nodes:
+        node = nodes.pop()
+        if hasattr(node, "variable"):
+            leaves.add(id(node.variable))
+        further = {n for n, _ in node.next_functions if n is not None} - seen
+        seen |= further
+        nodes += further
+    return leaves
 
 
 def _width(pathway: Pathway) -> int:

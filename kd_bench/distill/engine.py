@@ -20,7 +20,7 @@ from kd_bench.distill.distiller import Distiller
 from kd_bench.distill.encoding import IGNORED
 from kd_bench.distill.objective import KneeLog
 from kd_bench.distill.outputs import sync_folder
-from kd_bench.distill.progress import ProgressReport
+from kd_bench.distill.progress import TERM, ProgressReport
 from kd_bench.errors import TrainingError
 
 __all__ = ["DistillationTrainer", "last_checkpoint"]
@@ -110,6 +110,14 @@ class DistillationTrainer(Trainer):
         samples = [self.dataset[index] for index in next(iter(self.order))]
         return self._prepare_inputs(self.data_collator(samples))
 
+    def pictured_batch(self) -> dict[str, Tensor] | None:
+        """One sample with a picture, on this process's device; None where there is none."""
+        for index, conversation in enumerate(self.dataset.conversations):
+            sample = self.dataset[index] if conversation.images else None
+            if isinstance(sample, dict):
+                return self._prepare_inputs(self.data_collator([sample]))
+        return None
+
     # One step
 
     def training_step(
@@ -135,6 +143,8 @@ class DistillationTrainer(Trainer):
             items = (inputs["labels"][:, 1:] != IGNORED).sum()
         knee_log = self._knee_log if self._watches_knees else None
         loss, values = model(inputs, items, knee_log)
+        if not self._sums:
+            self._summed_from = self.state.global_step
         for name, value in values.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._unchecked.append((self.state.global_step + 1, loss.detach(), samples))
@@ -205,21 +215,25 @@ class DistillationTrainer(Trainer):
         if "loss" in logs:
             self.check_finite()
             steps = max(self.state.global_step - self._summed_from, 1)
-            logs["terms"] = self._drain(steps)
-            self._summed_from = self.state.global_step
+            logs.update(self._drain(steps))
             if self._knee_log is not None:
                 logs.update(self._knee_log.summary())
                 self._knee_log = None
         super().log(logs, start_time)
 
     def _drain(self, steps: int) -> dict[str, float]:
-        """Mean of every term over the steps since the last log, over all devices."""
+        """Mean of every term over the steps since the last log, over all devices.
+
+        Flat, as `term_ce`: TensorBoard and its like plot numbers only.
+        """
         labels = [term.label for term in self.model.terms]
         nothing = torch.zeros((), device=self.args.device)
         stacked = torch.stack([self._sums.get(label, nothing).detach() for label in labels])
         self._sums = {}
         stacked = self.accelerator.reduce(stacked, "sum") / steps
-        return dict(zip(labels, stacked.tolist(), strict=True))
+        return {
+            f"{TERM}{label}": value for label, value in zip(labels, stacked.tolist(), strict=True)
+        }
 
     # Checkpoints
 

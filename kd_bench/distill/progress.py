@@ -9,7 +9,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from transformers import TrainerCallback
 
-__all__ = ["LogWriter", "ProgressReport", "cut_log", "duration"]
+__all__ = ["TERM", "LogWriter", "ProgressReport", "cut_log", "duration"]
+
+TERM = "term_"
 
 
 def duration(seconds: float) -> str:
@@ -47,6 +49,8 @@ class LogWriter(TrainerCallback):
         steps = max(state.global_step - self._step, 1)
         seconds_a_step = (now - self._clock) / steps
         self._clock, self._step = now, state.global_step
+        names = [name for name in logs if name.startswith(TERM)]
+        logs["terms"] = {name.removeprefix(TERM): logs.pop(name) for name in names}
         logs["samples_per_second"] = self.samples / seconds_a_step
         logs["seconds_left"] = (state.max_steps - state.global_step) * seconds_a_step
         if not state.is_world_process_zero:

@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 
 from kd_bench import provenance
+from kd_bench.distill.arguments import trainer_arguments
 from kd_bench.distill.batches import BatchOrder, Collator, ConversationDataset
 from kd_bench.distill.build import NEW, add_lora, build_start, merge_lora
 from kd_bench.distill.compatibility import check_pair, check_terms, step_zero
@@ -41,6 +42,7 @@ from kd_bench.distill.models import (
 from kd_bench.distill.outputs import is_done, only_one, save_whole
 from kd_bench.distill.progress import LogWriter, ProgressReport, cut_log
 from kd_bench.distill.recipe import Recipe, Stage, recipe_yaml
+from kd_bench.distill.sharding import begin_sharding, gather_weights
 from kd_bench.distill.teacher_cache import TeacherCache, cache_folder
 from kd_bench.errors import KdBenchError, UsageError
 from kd_bench.files import digest_text, write_json, write_text
@@ -87,6 +89,7 @@ def train(recipe: Recipe, *, resume: bool = True, console: Console | None = None
         TrainingError: training stopped; the last checkpoint is kept.
     """
     quiet()
+    begin_sharding()
     folder = recipe.output_folder
     final = folder / "final"
     console = console or Console()
@@ -256,18 +259,23 @@ def _run_stage(run: Run, stage: Stage, folder: Path, student: Any) -> Any:
             checkpoint_activations(teacher, frozen=True)
     trainer = _trainer(run, stage, folder, distiller, order, seed)
     _check_processes(trainer)
+    pictured = trainer.pictured_batch()
+    if pictured is not None:
+        distiller.freeze_unreached(pictured)
     checkpoint = last_checkpoint(folder)
     _announce(run, stage, trainer, checkpoint)
     with contextlib.closing(trainer.report):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.check_finite()
+    if trainer.is_fsdp_enabled:
+        gather_weights(student)
     student = merge_lora(student)
     if run.is_main:
         save_whole(student, run.processor, folder / "model")
         for leftover in folder.glob("checkpoint-*"):
             shutil.rmtree(leftover, ignore_errors=True)
     wait_for_everyone()
-    return student
+    return student if not trainer.is_fsdp_enabled else _load(recipe, folder / "model")
 
 
 def _check_processes(trainer: DistillationTrainer) -> None:
@@ -338,7 +346,7 @@ def _trainer(
     log = LogWriter(run.folder / "train_log.jsonl", stage.name, stage.batch_size)
     return DistillationTrainer(
         distiller,
-        _arguments(run.recipe, stage, folder, steps, order.batch_size, seed),
+        trainer_arguments(run.recipe, stage, folder, steps, order.batch_size, seed),
         order,
         Collator(pad),
         stage=stage.name,
@@ -370,41 +378,4 @@ def _announce(
         f"{stage.name}: {stage.method_name}, {steps} steps of {stage.batch_size} out of "
         f"{len(dataset)} samples, {counts['trainable']:,} of {counts['total']:,} weights learn"
         + (f"; resuming at step {reached}" if reached else "")
-    )
-
-
-def _arguments(
-    recipe: Recipe, stage: Stage, folder: Path, steps: int, piece: int, seed: int
-) -> Any:
-    """The stage's settings in the Trainer's words."""
-    from transformers import TrainingArguments
-
-    schedule = "constant_with_warmup" if stage.schedule == "constant" else stage.schedule
-    return TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=piece,
-        gradient_accumulation_steps=stage.gradient_accumulation,
-        max_steps=steps,
-        learning_rate=stage.learning_rate,
-        lr_scheduler_type=schedule,
-        warmup_steps=stage.warmup,
-        weight_decay=stage.weight_decay,
-        adam_beta1=stage.betas[0],
-        adam_beta2=stage.betas[1],
-        max_grad_norm=stage.max_grad_norm,
-        bf16=stage.precision == "bfloat16",
-        use_cpu=not torch.accelerator.is_available(),
-        logging_steps=stage.log_every,
-        logging_nan_inf_filter=False,
-        save_strategy="steps" if stage.save_every else "no",
-        save_steps=stage.save_every or 500,
-        report_to=list(recipe.report_to) or "none",
-        seed=seed,
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        dataloader_num_workers=stage.workers,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        ddp_find_unused_parameters=True,  # a text-only batch leaves the vision tower out
-        average_tokens_across_devices=True,
     )

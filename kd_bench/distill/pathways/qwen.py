@@ -45,7 +45,7 @@ class _QwenPathway(PathwayBase):
         self, image_embeddings: Features | None, inputs: Inputs, is_image: Tensor
     ) -> dict[str, Any]:
         arguments = super().language_arguments(image_embeddings, inputs, is_image)
-        if arguments["position_ids"] is None and image_embeddings is not None:
+        if arguments["position_ids"] is None and bool(is_image.any()):
             kinds = inputs.get("mm_token_type_ids")
             arguments["position_ids"], _ = self._core.get_rope_index(
                 inputs["input_ids"],

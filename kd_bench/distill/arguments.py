@@ -1,0 +1,53 @@
+"""A recipe's stage in the words of transformers' Trainer."""
+
+from pathlib import Path
+
+import torch
+from transformers import TrainingArguments
+
+from kd_bench.distill.recipe import Recipe, Stage
+
+__all__ = ["trainer_arguments"]
+
+
+def trainer_arguments(
+    recipe: Recipe, stage: Stage, folder: Path, steps: int, piece: int, seed: int
+) -> TrainingArguments:
+    """The stage's settings in the Trainer's words.
+
+    Args:
+        folder: where its checkpoints go.
+        steps: optimizer steps in all.
+        piece: samples that one device takes at a time.
+    """
+    schedule = "constant_with_warmup" if stage.schedule == "constant" else stage.schedule
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=piece,
+        gradient_accumulation_steps=stage.gradient_accumulation,
+        max_steps=steps,
+        learning_rate=stage.learning_rate,
+        lr_scheduler_type=schedule,
+        warmup_steps=stage.warmup,
+        weight_decay=stage.weight_decay,
+        adam_beta1=stage.betas[0],
+        adam_beta2=stage.betas[1],
+        max_grad_norm=stage.max_grad_norm,
+        bf16=stage.precision == "bfloat16",
+        use_cpu=not torch.accelerator.is_available(),
+        logging_steps=stage.log_every,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if stage.save_every else "no",
+        save_steps=stage.save_every or 500,
+        report_to=list(recipe.report_to) or "none",
+        project="kd-bench",
+        run_name=f"{recipe.output_folder.name}-{stage.name}",
+        seed=seed,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_num_workers=stage.workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=True,  # a text-only batch leaves the vision tower out
+        average_tokens_across_devices=True,
+    )
