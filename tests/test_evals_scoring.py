@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kd_bench.evals.asking import Asked, answer_keys, ask
 from kd_bench.evals.documents import Document
@@ -161,3 +163,18 @@ def test_no_upstream_file_is_left_behind(
     run("mmbench_cn", replicas, oracle("mmbench_cn"), limit=8)
     run("textvqa", replicas, lambda document: "a\x01b", limit=8)  # upstream's writer would raise
     assert list(tmp_path.iterdir()) == []
+
+
+@given(st.text(alphabet="ab1,.?!-/' \t", max_size=12))
+def test_remembered_normalisation_is_upstreams_own(text):
+    from kd_bench.evals.upstream import lmms_eval
+
+    lmms_eval()
+    from lmms_eval.tasks._task_utils.vqa_eval_metric import EvalAIAnswerProcessor
+
+    remembered = EvalAIAnswerProcessor.process_punctuation
+    plain = remembered.__wrapped__
+    for _ in range(2):
+        assert EvalAIAnswerProcessor().process_punctuation(text) == plain(
+            EvalAIAnswerProcessor(), text
+        )

@@ -192,6 +192,7 @@ def load_documents(spec: TaskSpec, folder: Path, profile: str | None = None) -> 
     media = [name for name in schema.names if kinds.get(name) == "image"]
     plain = [name for name in schema.names if name not in media]
     table = pa.concat_tables([pq.read_table(file, columns=plain) for file in files])
+    pa.default_memory_pool().release_unused()
     if table.num_rows == 0:
         raise UsageError(f"{spec.id}: {files[0]} holds no rows.", "Fetch or build the data again.")
     pictures = {name: _Pictures(files, name) for name in media}
