@@ -5,6 +5,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -16,7 +18,7 @@ import pytest
 from kd_bench.errors import UsageError
 from kd_bench.evals.runner import evaluate
 from kd_bench.files import Journal, read_json, write_json
-from kd_bench.store import Run
+from kd_bench.store import Run, list_runs
 from tests.eval_world import TEN, save_talker, write_replicas
 
 QUICK = [task for task in TEN if task != "mmbench_en"]  # its cap is 1,024 tokens
@@ -181,6 +183,44 @@ def test_killed_at_random_moments_and_resumed(
     counts = Counter(entry["key"] for entry in entries(run))
     assert max(counts.values()) == 1
     assert sum(counts.values()) == len({entry["key"] for entry in entries(whole)})
+
+
+TOGETHER = """
+import sys
+from pathlib import Path
+from kd_bench.evals.runner import evaluate
+
+checkpoint, data, results, *tasks = sys.argv[1:]
+evaluate(checkpoint, data=Path(data), results=Path(results), tasks=tasks, limit=24, progress=False)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_give_what_one_gives(
+    processes: int, whole: Run, checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    """As torchrun starts them; three do not share the documents out evenly."""
+    script = tmp_path / "together.py"
+    script.write_text(TOGETHER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={processes}", str(script)]
+    command += [str(checkpoint), str(data), str(tmp_path / "results"), *QUICK]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "."}
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert done.returncode == 0, done.stderr[:4000]
+    [run] = list_runs(tmp_path / "results")
+    assert run.manifest.status == "complete"
+    same(run, whole)
+    assert sum(result.computed for result in run.results().values()) == len(
+        {entry["key"] for entry in entries(whole)}
+    )
 
 
 def test_a_flipped_bit_in_the_journal_is_computed_again(

@@ -25,13 +25,11 @@ def join() -> None:
     if world_size() == 1:
         return
     import torch
-    from torch import distributed
+    from accelerate import PartialState
 
-    if not distributed.is_initialized():
-        on_gpu = torch.cuda.is_available()
-        if on_gpu:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    # Without an accelerator the processes find each other only if told to stay on the CPU; and
+    # lmms-eval asks this very state how many there are.
+    PartialState(cpu=not torch.accelerator.is_available())
 
 
 def broadcast(value: Any) -> Any:
