@@ -41,6 +41,10 @@ class RowMaker(Protocol):
         """One row a question, in order."""
 
 
+PICTURES_AT_A_TIME = {"cpu": 8}
+"""On a processor the activations of more leave its caches: 24 % slower at 48 than at 8."""
+
+
 class FeatureCache(OrderedDict[str, Any]):
     """Image features by picture, least recently used first, bounded in bytes."""
 
@@ -101,11 +105,13 @@ class FixedRows:
         wanted = {picture.digest: picture for picture in pictures}
         found = {key: self._features[key] for key in wanted if key in self._features}
         fresh = [picture for key, picture in wanted.items() if key not in found]
-        if fresh:
-            inputs = {"pixel_values": torch.stack([p.pixels for p in fresh]).to(device)}
+        size = PICTURES_AT_A_TIME.get(device.type, 64)
+        for start in range(0, len(fresh), size):
+            some = fresh[start : start + size]
+            inputs = {"pixel_values": torch.stack([p.pixels for p in some]).to(device)}
             projected = self._pathway.project(self._pathway.encode_image(inputs), inputs)
             assert isinstance(projected, Tensor)
-            for picture, embedding in zip(fresh, projected, strict=True):
+            for picture, embedding in zip(some, projected, strict=True):
                 found[picture.digest] = self._features[picture.digest] = embedding
         return found
 
