@@ -5,8 +5,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -20,6 +18,7 @@ from kd_bench.evals.runner import evaluate
 from kd_bench.files import Journal, read_json, write_json
 from kd_bench.store import Run, list_runs
 from tests.eval_world import TEN, save_talker, write_replicas
+from tests.torchrun import torchrun
 
 QUICK = [task for task in TEN if task != "mmbench_en"]  # its cap is 1,024 tokens
 
@@ -203,17 +202,8 @@ def test_several_processes_give_what_one_gives(
     """As torchrun starts them; three do not share the documents out evenly."""
     script = tmp_path / "together.py"
     script.write_text(TOGETHER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={processes}", str(script)]
-    command += [str(checkpoint), str(data), str(tmp_path / "results"), *QUICK]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "."}
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=Path(__file__).parent.parent,
-    )
+    places = (str(checkpoint), str(data), str(tmp_path / "results"))
+    done = torchrun(processes, script, *places, *QUICK)
     assert done.returncode == 0, done.stderr[:4000]
     [run] = list_runs(tmp_path / "results")
     assert run.manifest.status == "complete"

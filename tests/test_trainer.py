@@ -17,6 +17,7 @@ from kd_bench.distill.recipe import load_recipe
 from kd_bench.distill.trainer import train
 from kd_bench.errors import TrainingError, UsageError
 from tests import tiny
+from tests.torchrun import torchrun
 
 KILLED_AT = """
 import os, signal, sys
@@ -384,16 +385,8 @@ def in_two_processes(place, output, *settings, sharded=False, killed_at=-1):
     """Two gloo processes under torchrun, each with half of every batch; the folder's `final`."""
     script = place / "script.py"
     script.write_text((SHARDED if sharded else "") + KILLED_AT)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "."}
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         str(script), str(killed_at), str(place / "recipe.yaml"), f"output={place / output}",
-         *settings],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent.parent,
-        env=environment | FSDP if sharded else environment,
-    )  # fmt: skip
+    arguments = [str(killed_at), str(place / "recipe.yaml"), f"output={place / output}", *settings]
+    done = torchrun(2, script, *arguments, environment=FSDP if sharded else None)
     assert (done.returncode == 0) == (killed_at < 0), done.stderr[-3000:]
     return place / output / "final"
 

@@ -48,6 +48,6 @@ def trainer_arguments(
         label_names=["labels"],
         dataloader_num_workers=stage.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
-        ddp_find_unused_parameters=True,  # a text-only batch leaves the vision tower out
+        ddp_find_unused_parameters=True,  # terms on the switch alone leave the language model out
         average_tokens_across_devices=True,
     )

@@ -179,9 +179,7 @@ class Distiller(nn.Module):
         must give zeros too, and one device alone must give its optimizer the same zeros.
         """
         nothing = [p.flatten()[:0] for p in self._of_pictures()]
-        if not nothing:
-            return torch.zeros(0, _width(self.pathway), device=device)
-        return torch.cat(nothing).view(0, _width(self.pathway))
+        return torch.cat([torch.zeros(0, device=device), *nothing]).view(0, _width(self.pathway))
 
     def _heads(self) -> Heads:
         head: Any = self.student.get_output_embeddings()  # type: ignore[operator]

@@ -10,7 +10,6 @@ The same command continues a stopped training and leaves a finished one alone.
 """
 
 import contextlib
-import os
 import shutil
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -21,6 +20,7 @@ import torch
 from rich.console import Console
 
 from kd_bench import provenance
+from kd_bench.distill import processes
 from kd_bench.distill.arguments import trainer_arguments
 from kd_bench.distill.batches import BatchOrder, Collator, ConversationDataset
 from kd_bench.distill.build import NEW, add_lora, build_start, merge_lora
@@ -93,17 +93,17 @@ def train(recipe: Recipe, *, resume: bool = True, console: Console | None = None
     folder = recipe.output_folder
     final = folder / "final"
     console = console or Console()
-    is_main = int(os.environ.get("RANK", "0")) == 0
+    is_main = processes.rank() == 0
     with only_one(folder) if is_main else contextlib.nullcontext():
         if not resume and is_main:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-        wait_for_everyone()
+        processes.barrier()
         run = Run(recipe, folder, console, _lineage(recipe), is_main)
         if is_done(recipe, folder):
             run.say(f"Already trained: {final}")
             return final
-        wait_for_everyone()
+        processes.barrier()
         if is_main:
             write_text(folder / "recipe.yaml", recipe_yaml(recipe))
         run.note(status="running")
@@ -112,7 +112,7 @@ def train(recipe: Recipe, *, resume: bool = True, console: Console | None = None
             run.note(status="complete", finished=_now())
             if is_main:
                 _save_final(run, student, final)
-            wait_for_everyone()
+            processes.barrier()
         except KeyboardInterrupt:
             run.note(status="interrupted")
             raise
@@ -121,15 +121,6 @@ def train(recipe: Recipe, *, resume: bool = True, console: Console | None = None
             raise
     run.say(f"Trained: {final}")
     return final
-
-
-def wait_for_everyone() -> None:
-    """Let all processes of a distributed training come this far."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from accelerate import PartialState
-
-        # Without an accelerator the processes find each other only if told to stay on the CPU.
-        PartialState(cpu=not torch.accelerator.is_available()).wait_for_everyone()
 
 
 def _now() -> str:
@@ -199,7 +190,7 @@ def _start(run: Run) -> Path:
         shutil.rmtree(staging, ignore_errors=True)
         build_start(recipe.student, staging, recipe.seed)
         staging.rename(start)
-    wait_for_everyone()
+    processes.barrier()
     return start
 
 
@@ -274,13 +265,13 @@ def _run_stage(run: Run, stage: Stage, folder: Path, student: Any) -> Any:
         save_whole(student, run.processor, folder / "model")
         for leftover in folder.glob("checkpoint-*"):
             shutil.rmtree(leftover, ignore_errors=True)
-    wait_for_everyone()
+    processes.barrier()
     return student if not trainer.is_fsdp_enabled else _load(recipe, folder / "model")
 
 
 def _check_processes(trainer: DistillationTrainer) -> None:
     """Processes that do not know of each other would each train on a part of every batch."""
-    started = int(os.environ.get("WORLD_SIZE", "1"))
+    started = processes.world_size()
     joined = trainer.accelerator.num_processes
     if joined != started:
         raise UsageError(
@@ -306,7 +297,7 @@ def _dataset(run: Run, stage: Stage) -> ConversationDataset:
 
 def _order(run: Run, stage: Stage, dataset: ConversationDataset) -> tuple[BatchOrder, int]:
     """The order of batches, and the stage's own seed."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = processes.world_size()
     pieces = stage.gradient_accumulation * world
     if stage.batch_size % pieces:
         raise UsageError(
@@ -333,7 +324,7 @@ def _cache(
         dtype=teacher.dtype,
     )
     width = teacher.get_input_embeddings().weight.shape[1]
-    return TeacherCache(folder, width, teacher.dtype, int(os.environ.get("RANK", "0")))
+    return TeacherCache(folder, width, teacher.dtype, processes.rank())
 
 
 def _trainer(

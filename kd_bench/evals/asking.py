@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd_bench.evals import processes
+from kd_bench.distill import processes
 from kd_bench.evals.questions import Answer
 from kd_bench.evals.tasks import PreparedTask
 from kd_bench.files import Journal, digest_text

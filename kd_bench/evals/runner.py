@@ -14,8 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from kd_bench.distill import processes
 from kd_bench.errors import KdBenchError, UsageError, one_line
-from kd_bench.evals import processes
 from kd_bench.evals.checkpoint import (
     Checkpoint,
     inspect_checkpoint,

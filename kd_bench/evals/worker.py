@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd_bench.evals import processes
+from kd_bench.distill import processes
 from kd_bench.evals.asking import Asked, TaskJournal, answer_keys, ask
 from kd_bench.evals.checkpoint import Checkpoint
 from kd_bench.evals.progress import SuiteProgress

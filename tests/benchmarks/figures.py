@@ -74,8 +74,10 @@ def peak_memory(work: Callable[[], object]) -> int:
     return peak
 
 
-def print_table(title: str, figures: Sequence[Figure]) -> None:
-    """The figures, and the machine and versions they were measured with."""
+def print_table(
+    title: str, figures: Sequence[Figure], clock: str = "CPU seconds, fastest run"
+) -> None:
+    """The figures, and the machine, versions and clock they were measured with."""
     table = Table(title=title)
     for column in ("figure", "kd-bench", "baseline", "ratio", "to reach"):
         table.add_column(column, justify="left" if column == "figure" else "right")
@@ -91,5 +93,5 @@ def print_table(title: str, figures: Sequence[Figure]) -> None:
     console.print(table)
     console.print(
         f"{hardware()['processor']}, {torch.get_num_threads()} thread(s), Python "
-        f"{platform.python_version()}, torch {torch.__version__}; CPU seconds, fastest run."
+        f"{platform.python_version()}, torch {torch.__version__}; {clock}."
     )

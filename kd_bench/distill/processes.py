@@ -1,7 +1,7 @@
-"""Several processes on one evaluation, as torchrun and accelerate start them.
+"""Several processes on one training or evaluation, as torchrun and accelerate start them.
 
-lmms-eval shares the documents out; what is here keeps the run folder in one hand: process 0 writes
-it, the others only append answers to journals of their own.
+The Trainer and lmms-eval share the work out; what is here keeps a run folder in one hand: process 0
+writes it, and in an evaluation the others only append answers to journals of their own.
 """
 
 import os
@@ -55,8 +55,9 @@ def gather(value: Any) -> list[Any]:
 
 
 def barrier() -> None:
-    """Wait for the others."""
+    """Meet the others and wait until all came this far."""
     if world_size() > 1:
+        join()
         from torch import distributed
 
         distributed.barrier()
