@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from kd_bench.evals import generate
 from kd_bench.evals.engine import Engine, plan_batches
 from kd_bench.evals.questions import PLACEHOLDER, Answer, Question, Settings
 from tests.eval_world import processor, talker
@@ -73,6 +74,19 @@ def test_answers_equal_batch_one(
     assert facts(answers) == facts(one_by_one)
     for index, answer in answers.items():
         assert answer.confidence == pytest.approx(one_by_one[index].confidence, abs=2e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_prefilling_a_few_rows_at_a_time_changes_nothing(
+    model: Any,
+    one_by_one: dict[int, Answer],
+    rows: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(generate, "PREFILL_ROWS", {"cpu": rows})
+    for share in (False, True):
+        answers = ask(Engine(model, processor(), batch_size=64, share=share), questions())
+        assert facts(answers) == facts(one_by_one)
 
 
 def test_answers_equal_generate_of_transformers(model: Any, one_by_one: dict[int, Answer]) -> None:

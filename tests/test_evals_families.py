@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kd_bench.distill.pathways import pathway_for
+from kd_bench.evals import generate
 from kd_bench.evals.budget import MemoryBudget
 from kd_bench.evals.engine import Engine, _path
 from kd_bench.evals.generate import Decoder
@@ -78,6 +79,29 @@ def test_rows_give_what_generate_gives(family: str) -> None:
     assert [d.tokens for d in decoder.decode(rows, settings, share=False)] == expected
     assert [d.tokens for d in decoder.decode(rows, settings, share=True)] == expected
     assert len({tuple(answer) for answer in expected}) > 1
+
+
+@pytest.mark.parametrize("family", ["qwen2.5-vl", "llava-siglip"])
+def test_a_batch_may_mix_rows_with_pictures_and_without(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three axes of positions in one part of a batch, one in the other."""
+    monkeypatch.setattr(generate, "PREFILL_ROWS", {"cpu": 2})
+    model = make(family)
+    pathway = pathway_for(model)
+    pixels, tokens = one_picture(family, model)
+    embed = model.get_input_embeddings()
+    rows = []
+    with torch.inference_mode():
+        for inputs in prompts(family, pixels, tokens):
+            features = pathway.project(pathway.encode_image(inputs), inputs)
+            rows.append(row_of(pathway, embed, inputs, features, "picture"))
+            words = inputs["input_ids"][0][inputs["input_ids"][0] != IMAGE]
+            rows.append(generate.Row(words.tolist(), embed(words)))
+    decoder = Decoder(pathway.language_model, pathway.lm_head, embed, NoStops(), [2])
+    settings = Settings(GENERATED)
+    alone = [decoder.decode([row], settings)[0].tokens for row in rows]
+    assert [found.tokens for found in decoder.decode(rows, settings)] == alone
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

@@ -20,6 +20,8 @@ CHECKPOINTS = Path("checkpoints/demo")
 REPORT = Path("reports/demo")
 TEACHER = "embedded:weights/teacher"
 FLOOR = "sft"
+SWITCHED = "switch-kd"
+"""The method whose students' eyes are tried before the teacher's language model, too."""
 LEARNING_RATES = {"sft": "2.0e-3", "switch-kd": "1.0e-3"}
 """Each method's best of three on validation scenes (world/TUNING.md); others keep the recipe's."""
 
@@ -44,9 +46,11 @@ def demo(
     # The slow methods first: nothing long is left over when the cores run out of work.
     _side_by_side("train", [student.train() for student in reversed(students)], workers)
     teacher = _evaluate([TEACHER], "--role", "teacher", "--name", "teacher")
-    checkpoints = [str(student.folder / "final") for student in students]
-    shares = [_evaluate(checkpoints[part::workers]) for part in range(workers)]
-    _side_by_side("eval", [teacher, *(share for share in shares if share)], workers)
+    checkpoints = [student.checkpoint for student in students]
+    shares = [_evaluate(checkpoints[part::workers]) for part in range(min(workers, len(students)))]
+    hybrids = [student.hybrid() for student in students if student.method == SWITCHED]
+    # Shares first: they take longest.
+    _side_by_side("eval", [*shares, teacher, *hybrids], workers)
     _report(names, time.monotonic() - start)
 
 
@@ -61,15 +65,23 @@ class Student:
     def folder(self) -> Path:
         return CHECKPOINTS / f"{self.method}-seed{self.seed}"
 
+    @property
+    def checkpoint(self) -> str:
+        return str(self.folder / "final")
+
     def train(self) -> list[str]:
         settings = [f"method={self.method}", f"seed={self.seed}", f"output={self.folder}"]
         if self.method in LEARNING_RATES:
             settings.append(f"learning_rate={LEARNING_RATES[self.method]}")
         return ["train", "mini", *settings]
 
+    def hybrid(self) -> list[str]:
+        """The visual switch of this student and the teacher."""
+        return _evaluate([], "--vision", self.checkpoint, "--language", TEACHER)
+
 
 def _evaluate(checkpoints: Sequence[str], *options: str) -> list[str]:
-    return ["eval", *checkpoints, *options, "--results", str(RESULTS)] if checkpoints else []
+    return ["eval", *checkpoints, *options, "--results", str(RESULTS)]
 
 
 def _side_by_side(title: str, commands: list[list[str]], workers: int) -> None:

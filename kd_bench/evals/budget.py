@@ -44,7 +44,7 @@ class MemoryBudget:
         """Memory of one question; a token is at least a byte of text."""
         prompt = text_bytes + 64 + pictures * self._image_tokens
         kept = prompt + settings.max_new_tokens
-        # Growing the cache by a token holds the old and the new one of a layer side by side.
+        # The prefixes' caches, then the rows that go on, stand for a moment beside the batch's own.
         return int(1.5 * kept * self._cache_token) + prompt * self._working_token + self._logits
 
     def rows(self, question: Question) -> int:

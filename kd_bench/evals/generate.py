@@ -1,9 +1,9 @@
 """Batched greedy decoding on a KV cache, with a common prefix computed once.
 
     prefixes  [P, Lp]  system text + picture, one row a distinct picture
-        |  prefill, then each row repeated for its questions
+        |  prefill, then each row copied to its questions' places in the cache of the batch
     suffixes  [B, Ls]  the question, left-padded behind its prefix
-        |  prefill
+        |  prefill, on a processor a few rows at a time
     answers   [B, 1]   one token a step, finished rows dropped
 
 Padding is masked and positions count real tokens only, so a row's answer does not depend on its
@@ -12,15 +12,21 @@ neighbours.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import Cache
 
+from kd_bench.evals.cache import BatchCache, grows_by_column
 from kd_bench.evals.questions import Settings
 
 __all__ = ["Decoded", "Decoder", "Row"]
+
+PREFILL_ROWS = {"cpu": 8}
+"""On a processor the activations of more rows leave its caches; a GPU takes the whole batch."""
 
 
 @dataclass(frozen=True)
@@ -99,31 +105,58 @@ class Decoder:
 
     def decode(self, rows: Sequence[Row], settings: Settings, share: bool = True) -> list[Decoded]:
         """Answers of rows with equal settings, in order."""
+        # Rows near in length stand together: the parts of a batch are padded less.
+        order = sorted(range(len(rows)), key=lambda number: len(rows[number].ids))
+        near = [rows[number] for number in order]
         with torch.inference_mode():
-            if share and _worth_sharing(rows):
-                state = self._prefill_shared(rows)
-            else:
-                state = self._prefill(rows)
-            return self._continue(state, settings)
+            state = self._prefill(near, settings, share and _worth_sharing(rows))
+            found = self._continue(state, settings)
+        answers = dict(zip(order, found, strict=True))
+        return [answers[number] for number in range(len(rows))]
 
-    def _prefill(self, rows: Sequence[Row]) -> "_State":
+    def _prefill(self, rows: Sequence[Row], settings: Settings, share: bool) -> "_State":
+        """The state behind all prompts; with `share` each distinct prefix is computed once."""
+        first = self._new_cache()
+        device = rows[0].embeddings.device
+        lead = torch.zeros(len(rows), 0, dtype=torch.long, device=device)
+        which = None
+        if share:
+            prefixes, which = _distinct_prefixes(rows)
+            self._forward(prefixes, prefixes.mask, first)
+            lead = prefixes.mask[which]  # [B, Lp]
+            rows = [row.part(row.prefix, len(row.ids)) for row in rows]
+        width = lead.shape[1] + max(len(row.ids) for row in rows)
+        mask = torch.cat([lead, lead.new_zeros(len(rows), width - lead.shape[1])], dim=1)
+        if not grows_by_column(first):
+            if which is not None:
+                first.batch_select_indices(which)
+            hidden, positions = self._prefill_part(rows, mask, lambda _: first)
+            return _State(first, mask, positions, self._lm_head(hidden))
+        whole = BatchCache(len(first.layers), len(rows), width + settings.max_new_tokens)
+        if which is not None:
+            whole.put(first, which)
+        size = PREFILL_ROWS.get(device.type, len(rows))
+        parts = [slice(start, start + size) for start in range(0, len(rows), size)]
+        done = [
+            self._prefill_part(rows[part], mask[part], partial(whole.part, part)) for part in parts
+        ]
+        hidden = torch.cat([hidden for hidden, _ in done])
+        axes = max(len(positions) for _, positions in done)
+        positions = torch.cat([positions[:1] for _, positions in done], dim=1).expand(axes, -1)
+        return _State(whole.part(slice(None), width), mask, positions, self._lm_head(hidden))
+
+    def _prefill_part(
+        self, rows: Sequence[Row], mask: Tensor, cache: Callable[[int], Cache]
+    ) -> tuple[Tensor, Tensor]:
+        """Last hidden states [rows, hidden] and positions [axes, rows]; fills in the mask.
+
+        Args:
+            cache: gives the cache to fill from a column on.
+        """
         block = _Block(rows)
-        cache = self._new_cache()
-        hidden = self._forward(block, block.mask, cache)
-        return _State(cache, block.mask, block.last_positions(), self._lm_head(hidden))
-
-    def _prefill_shared(self, rows: Sequence[Row]) -> "_State":
-        distinct = {row.prefix_key: row for row in rows}
-        places = {key: place for place, key in enumerate(distinct)}
-        prefixes = _Block([row.part(0, row.prefix) for row in distinct.values()])  # [P, Lp]
-        cache = self._new_cache()
-        self._forward(prefixes, prefixes.mask, cache)
-        which = torch.tensor([places[row.prefix_key] for row in rows], device=prefixes.mask.device)
-        cache.batch_select_indices(which)  # [P, ...] -> [B, ...]
-        suffixes = _Block([row.part(row.prefix, len(row.ids)) for row in rows])  # [B, Ls]
-        mask = torch.cat([prefixes.mask[which], suffixes.mask], dim=1)  # [B, Lp + Ls]
-        hidden = self._forward(suffixes, mask, cache)
-        return _State(cache, mask, suffixes.last_positions(), self._lm_head(hidden))
+        start = mask.shape[1] - block.mask.shape[1]
+        mask[:, start:] = block.mask
+        return self._forward(block, mask, cache(start)), block.last_positions()
 
     def _new_cache(self) -> DynamicCache:
         return DynamicCache(config=self._language_model.config)
@@ -163,7 +196,7 @@ class Decoder:
         block = _Block([], self._embed(tokens[:, None]), state.positions[..., None], ones)
         return self._forward(block, state.mask, state.cache)
 
-    def _forward(self, block: "_Block", mask: Tensor, cache: DynamicCache) -> Tensor:
+    def _forward(self, block: "_Block", mask: Tensor, cache: Cache) -> Tensor:
         """Hidden states of the last column [rows, hidden]; the cache grows."""
         positions = block.positions  # [axes, rows, columns]
         output = self._language_model(
@@ -206,7 +239,7 @@ class _State:
         logits: [rows, vocabulary] of the next token.
     """
 
-    cache: DynamicCache
+    cache: Cache
     mask: Tensor
     positions: Tensor
     logits: Tensor
@@ -270,6 +303,15 @@ class _Block:
         """Where the newest token stands [axes, rows]; the next one stands behind the furthest."""
         furthest = self.positions.amax(dim=(0, 2))  # [rows]
         return furthest.expand(len(self.positions), -1)
+
+
+def _distinct_prefixes(rows: Sequence[Row]) -> tuple[_Block, Tensor]:
+    """Each distinct prefix once, and which of them every row begins with [B]."""
+    distinct = {row.prefix_key: row for row in rows}
+    places = {key: place for place, key in enumerate(distinct)}
+    block = _Block([row.part(0, row.prefix) for row in distinct.values()])
+    which = torch.tensor([places[row.prefix_key] for row in rows], device=block.mask.device)
+    return block, which
 
 
 def _worth_sharing(rows: Sequence[Row]) -> bool:
