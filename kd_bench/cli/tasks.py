@@ -18,15 +18,16 @@ SuiteOption = Annotated[str, typer.Option("--suite", help="Suite whose benchmark
 
 @app.command("list")
 def list_tasks() -> None:
-    """The benchmarks, what they measure and in which unit."""
+    """The benchmarks, one line each; `tasks show` tells everything about one."""
     from rich.console import Console
     from rich.table import Table
 
     from kd_bench.registry import load_tasks
 
-    table = Table("Benchmark", "Title", "Skill", "lmms-eval task", "Metric", "Unit", box=None)
+    table = Table("Benchmark", "Skill", "Unit", "Title", box=None)
     for task in load_tasks():
-        table.add_row(task.id, task.title, task.skill, task.upstream, task.metric, task.unit)
+        # What follows the colon explains; `tasks show` has room for it.
+        table.add_row(task.id, task.skill, task.unit, task.title.partition(":")[0])
     Console().print(table)
 
 
