@@ -130,8 +130,9 @@ def _verdict(method: str) -> str:
     from kd_bench.compare import compare_methods
     from kd_bench.store import list_runs
 
-    # The teacher was trained by SFT too: it is nobody's student here.
-    students = [run for run in list_runs(RESULTS) if run.manifest.model.role != "teacher"]
+    # The teacher was trained by SFT too, and a hybrid carries the method of its student's eyes.
+    others = ("teacher", "switch")
+    students = [run for run in list_runs(RESULTS) if run.manifest.model.role not in others]
     ours = [run for run in students if run.manifest.model.method == method]
     floor = [run for run in students if run.manifest.model.method == FLOOR]
     found = compare_methods(floor, ours).average

@@ -120,9 +120,11 @@ def _subject(
         return inspect_stock(model, model_args, **labels)
     if vision is not None and language is not None:
         chosen = {key: labels[key] for key in ("name", "seed")}
-        return inspect_hybrid(_resolve(vision), _resolve(language), **chosen)
-    given = str(checkpoint or "")
-    found = inspect_checkpoint(_resolve(given), **labels)
+        found = inspect_hybrid(_resolve(vision), _resolve(language), **chosen)
+        given = f"{vision} + {language}"
+    else:
+        given = str(checkpoint or "")
+        found = inspect_checkpoint(_resolve(given), **labels)
     return replace(found, ref=replace(found.ref, path=given))  # as it was named, not where it lies
 
 
