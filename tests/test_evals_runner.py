@@ -62,7 +62,7 @@ def whole(checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
 def test_a_run_holds_what_was_asked(whole: Run, checkpoint: Path) -> None:
     manifest = whole.manifest
     assert manifest.status == "complete", manifest.notes
-    assert manifest.tasks == TEN
+    assert manifest.tasks == list(TEN)
     assert manifest.model.architecture == "LlavaForConditionalGeneration"
     assert manifest.model.path == str(checkpoint)
     assert manifest.cost.parameters is not None
