@@ -195,6 +195,8 @@ def _front(points: Sequence[Point]) -> list[Point]:
 
 
 def _pareto_panel(axes: Any, board: Board, points: Sequence[Point], title: str, key: str) -> None:
+    from matplotlib.ticker import LogLocator
+
     numbers = colours(board)
     front = _front(points)
     steps_x, steps_y = [], []
@@ -208,6 +210,7 @@ def _pareto_panel(axes: Any, board: Board, points: Sequence[Point], title: str, 
     wide = max(p[0] for p in points) > 5 * min(p[0] for p in points) > 0
     if wide:
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # powers of ten alone are few
     low, high = min(p[0] for p in points), max(p[0] for p in points)
     room = (high / low) ** 0.5 if wide else (high - low) * 0.38 or high * 0.3 or 1
     axes.set_xlim(low / 1.15 if wide else low - room * 0.2, high * room if wide else high + room)
