@@ -86,6 +86,7 @@ class Protocol:
         profiles: protocol variant by task where it is not the default.
         limit: documents per task, None for all.
         dtype, batch_size, engine: noted, not part of a task's fingerprint.
+        quantize: what the weights were rounded to while they were loaded: nf4, int8 or nothing.
     """
 
     suite: str
@@ -94,6 +95,7 @@ class Protocol:
     dtype: str = "float32"
     batch_size: int | None = None
     engine: str = ""
+    quantize: str = ""
 
 
 @dataclass(frozen=True)

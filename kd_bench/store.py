@@ -167,7 +167,11 @@ def open_run(results: Path, model: ModelRef, protocol: Protocol, tasks: list[str
     Asking for further tasks of a known run adds them to it.
     """
     identity = digest_text(
-        protocol.suite, str(sorted(protocol.profiles.items())), str(protocol.limit), protocol.dtype
+        protocol.suite,
+        str(sorted(protocol.profiles.items())),
+        str(protocol.limit),
+        protocol.dtype,
+        *([protocol.quantize] if protocol.quantize else []),
     )
     tail = f"{_slug(model.name)}-{model.weights_digest[:8]}-{identity[:8]}"
     runs = results / "runs"

@@ -6,13 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from kd_bench.distill.checkpoints import weights_digest
 from kd_bench.distill.convert import (
     convert_tinyllava,
     from_tinyllava_key,
     to_tinyllava,
     to_tinyllava_key,
 )
-from kd_bench.distill.models import load_model, load_processor, weights_digest
+from kd_bench.distill.models import load_model, load_processor
 from kd_bench.errors import UsageError
 from tests import tiny
 

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kd_bench.distill.build import add_lora, build_student, merge_lora
+from kd_bench.distill.checkpoints import weights_digest
 from kd_bench.distill.distiller import Distiller
 from kd_bench.distill.methods import METHODS
 from kd_bench.distill.models import (
@@ -16,7 +17,6 @@ from kd_bench.distill.models import (
     load_processor,
     parameter_counts,
     set_trainable,
-    weights_digest,
 )
 from kd_bench.distill.recipe import LoraSettings, StudentParts
 from kd_bench.errors import UsageError

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from kd_bench.distill.checkpoints import weights_digest
 from kd_bench.distill.engine import DistillationTrainer
-from kd_bench.distill.models import weights_digest
 from kd_bench.distill.recipe import load_recipe
 from kd_bench.distill.trainer import train
 from kd_bench.errors import TrainingError, UsageError

@@ -22,7 +22,7 @@ WAYS = "Name checkpoints, or --model, or --vision with --language."
 def evaluate(
     context: typer.Context,
     checkpoints: Annotated[
-        list[str] | None, typer.Argument(help="Checkpoint folders.", metavar="CHECKPOINT")
+        list[str] | None, typer.Argument(help="Folders or hub names.", metavar="CHECKPOINT")
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="Any model that lmms-eval knows.", metavar="NAME")
@@ -47,7 +47,15 @@ def evaluate(
         int | None, typer.Option(help="Questions at a time; default: chosen for you.", min=1)
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float32 (default), bfloat16 or float16.")
+        str | None,
+        typer.Option(
+            help="auto (the checkpoint's own on an accelerator, float32 on a CPU), float32, "
+            "bfloat16 or float16."
+        ),
+    ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(help="Round the weights while loading: nf4 or int8.", metavar="nf4|int8"),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name in tables.")] = None,
     role: Annotated[
@@ -65,7 +73,8 @@ def evaluate(
 ) -> None:
     """Evaluate models; the same command continues a stopped evaluation."""
     subjects = _subjects(checkpoints or [], vision, language, model, model_args)
-    _refuse(subjects, {"name": name, "seed": seed, "role": role, "method": method, "dtype": dtype})
+    told = {"name": name, "seed": seed, "role": role, "method": method, "dtype": dtype}
+    _refuse(subjects, {**told, "quantize": quantize})
     profiles = profiles_of(profile, specs_of(suite, tasks))
     from kd_bench.evals import runner
 
@@ -83,7 +92,8 @@ def evaluate(
             name=name,
             method=method,
             seed=seed,
-            dtype=dtype or "float32",
+            dtype=dtype or "auto",
+            quantize=quantize or "",
             error_limit=runner.ERROR_LIMIT if error_limit is None else error_limit,
             results=results,
             debug=bool(context.obj),
@@ -127,6 +137,7 @@ def _refuse(subjects: list[dict[str, Any]], options: dict[str, Any]) -> None:
         ("role", "vision" in subjects[0], "is fixed for --vision with --language: switch"),
         ("method", "vision" in subjects[0], "is read from the --vision checkpoint"),
         ("dtype", "model" in subjects[0], "goes into --model-args for a --model"),
+        ("quantize", "model" in subjects[0], "goes into --model-args for a --model"),
     ]
     for option, broken, reason in rules:
         if broken and options[option] is not None:

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from kd_bench.distill.checkpoints import locate
 from kd_bench.distill.models import load_model
 from kd_bench.distill.pathways import pathway_for
 from kd_bench.distill.recipe import LoraSettings, StudentParts
 from kd_bench.errors import MissingExtraError, UsageError
-from kd_bench.world.embedded import resolve
 
 __all__ = ["NEW", "add_lora", "build_start", "build_student", "merge_lora", "tinyllava_template"]
 
@@ -137,7 +137,7 @@ def _vision(path: str) -> tuple[Any, Any]:
     """A vision tower, alone or out of a two-tower or vision-language model; and its processor."""
     from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
-    where = str(resolve(path)) if path.startswith("embedded:") else path
+    where = str(locate(path))
     try:
         config = AutoConfig.from_pretrained(where)
         pictures = AutoImageProcessor.from_pretrained(where)
@@ -160,7 +160,7 @@ def _vision_language_configs() -> set[str]:
 def _language(path: str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where = str(resolve(path)) if path.startswith("embedded:") else path
+    where = str(locate(path))
     try:
         language = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32)
         return language, AutoTokenizer.from_pretrained(where)

@@ -1,35 +1,41 @@
-"""Load checkpoints, know them by their weights, and freeze what shall not learn."""
+"""Load checkpoints whole, count their weights, and freeze what shall not learn."""
 
-import hashlib
-import json
-import mmap
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
+from kd_bench.distill.checkpoints import (
+    base_of,
+    check_files,
+    locate,
+    processor_folder,
+    quantization_of,
+    read_config,
+)
 from kd_bench.distill.pathways import Pathway, pathway_for
-from kd_bench.errors import UsageError
-from kd_bench.files import digest_files
+from kd_bench.errors import MissingExtraError, UsageError, one_line
 
 __all__ = [
     "PARTS",
+    "QUANTIZATIONS",
     "checkpoint_activations",
     "load_model",
     "load_processor",
     "parameter_counts",
     "quiet",
     "set_trainable",
-    "weights_digest",
+    "weight_count",
 ]
 
 PARTS: tuple[str, ...] = ("vision_tower", "projector", "language_model")
-PICKLES: tuple[str, ...] = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+QUANTIZATIONS: tuple[str, ...] = ("nf4", "int8")
+"""What a checkpoint can be rounded to while it is loaded, by bitsandbytes."""
 TINY = 10_000_000  # parameters
+NAMED = 5  # tensors that an error names
 
 
 def load_model(
@@ -39,32 +45,257 @@ def load_model(
     device: str | torch.device | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
+    quantize: str = "",
+    projector_seed: int | None = None,
 ) -> Any:
-    """A vision-language model of transformers, in evaluation mode.
+    """A vision-language model of transformers with all of its weights, in evaluation mode.
 
     Args:
-        path: folder written by `save_pretrained`, or a hub name.
+        path: folder written by `save_pretrained`, adapter folder of peft, or hub name.
+        quantize: one of `QUANTIZATIONS`, applied to the language model's and tower's linear layers.
+        projector_seed: draw a projector with it where the checkpoint has none; None refuses that.
 
     Raises:
-        UsageError: no checkpoint there, only pickled weights, or code of its own.
+        UsageError: no checkpoint there; only pickled weights or code of its own; weights that are
+            missing, surplus, of another shape or not finite, with five of them named.
+        MissingExtraError: a package is missing that adapters or quantized weights need.
     """
     from transformers import AutoModelForImageTextToText
 
-    _check_checkpoint(path, allow_pickle, trust_remote_code)
+    folder = locate(path, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    base = base_of(folder)
+    whole = base or folder
+    check_files(whole, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     settings: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if not allow_pickle:
         settings["use_safetensors"] = True
-    try:
-        model = AutoModelForImageTextToText.from_pretrained(str(path), **settings)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UsageError(
-            f"{path} could not be loaded as a vision-language model: {reason[0]}",
-            "It must be a transformers checkpoint of an image-text-to-text class.",
-        ) from error
+    settings |= _quantized(path, whole, quantize, base is not None, dtype, device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(projector_seed or 0)  # what is new is drawn while the rest is read
+        model, told = read_weights(
+            AutoModelForImageTextToText, path, whole, "vision-language model", **settings
+        )
+    _check_loaded(path, model, told, projector_seed is not None)
+    if base is not None:
+        model = _with_adapter(model, folder, allow_pickle)
+    _check_finite(path, model)
     model.eval()
     _spare_threads(model)
-    return model if device is None else model.to(device)
+    placed = device is None or "device_map" in settings
+    return model if placed else model.to(device)
+
+
+def read_weights(
+    kind: Any, path: str | Path, folder: Path, what: str, **settings: Any
+) -> tuple[Any, dict[str, Any]]:
+    """A model of transformers and what it says about the tensors that it read.
+
+    Args:
+        kind: a class with `from_pretrained`.
+        path: as the user named it.
+        what: that the errors call it.
+
+    Raises:
+        UsageError: it cannot be loaded.
+    """
+    try:
+        model, told = kind.from_pretrained(
+            str(folder), output_loading_info=True, ignore_mismatched_sizes=True, **settings
+        )
+    except ImportError as error:
+        raise _package_missing(path, error) from error
+    except Exception as error:  # a damaged config raises whatever its first reader trips over
+        raise UsageError(
+            f"{path} could not be loaded as a {what}: {_reason(error)}.",
+            "Give a folder written by save_pretrained with such a class, or a hub name.",
+        ) from error
+    return model, told
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, without the pages that transformers may add."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = one_line(Exception(lines[0] if lines else ""))[:300].removesuffix(".")
+    return said if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {said}"
+
+
+def _package_missing(path: str | Path, error: ImportError) -> UsageError:
+    if "bitsandbytes" in str(error):
+        return MissingExtraError("eval", "quantize", "bitsandbytes")
+    return UsageError(
+        f"{path} needs a package that is not installed: {_reason(error)}", "Install it with pip."
+    )
+
+
+def _quantized(
+    path: str | Path,
+    folder: Path,
+    quantize: str,
+    adapted: bool,
+    dtype: torch.dtype,
+    device: str | torch.device | None,
+) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for weights that are, or shall be, quantized.
+
+    Raises:
+        UsageError: the name is unknown, the weights are quantized already, or an adapter would
+            have to be merged into rounded weights.
+        MissingExtraError: bitsandbytes is not installed.
+    """
+    if quantize and quantize not in QUANTIZATIONS:
+        raise UsageError(f"There is no quantization {quantize!r}.", "Use nf4 or int8.")
+    already = quantization_of(read_config(folder))
+    if quantize and already:
+        raise UsageError(f"{path} is quantized already ({already}).", "Leave --quantize out.")
+    if adapted and (quantize or already):
+        raise UsageError(
+            f"{path} is an adapter, and its weights would be merged into quantized ones.",
+            "Merge it into the float checkpoint, save that, and quantize the result.",
+        )
+    if not quantize and not already:
+        return {}
+    settings: dict[str, Any] = {"device_map": {"": str(device or "cpu")}}
+    if quantize or already in ("int8", "nf4", "fp4"):
+        _need_bitsandbytes()
+    if quantize:
+        settings["quantization_config"] = _bitsandbytes_config(quantize, dtype)
+    return settings
+
+
+def _need_bitsandbytes() -> None:
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise MissingExtraError("eval", "quantize", "bitsandbytes") from None
+
+
+def _bitsandbytes_config(quantize: str, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if quantize == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+    )
+
+
+def _check_loaded(
+    path: str | Path, model: Any, told: dict[str, Any], projector_may_be_new: bool
+) -> None:
+    """Say which tensors the checkpoint lacks, has too many, or has in another shape.
+
+    transformers draws the missing ones at random and drops the others, with a warning at most.
+    """
+    reshaped = {str(entry[0]) for entry in told["mismatched_keys"]}
+    missing = set(told["missing_keys"]) - reshaped
+    unexpected = set(told["unexpected_keys"])
+    lacks_projector = bool(missing) and missing == _projector_names(model)
+    if lacks_projector and projector_may_be_new and not unexpected and not reshaped:
+        return
+    kinds = {"missing": missing, "not known to its class": unexpected, "of another shape": reshaped}
+    problem = _listed(kinds)
+    if problem:
+        raise UsageError(
+            f"{path} does not hold the weights of a {type(model).__name__}: {problem}.",
+            _way_out(model, missing, unexpected, reshaped),
+        )
+    if projector_may_be_new:
+        raise UsageError(
+            f"{path} has a projector, and the recipe asks for a new one.",
+            "Leave new_projector out.",
+        )
+
+
+def _listed(kinds: dict[str, set[str]]) -> str:
+    """`7 tensors are missing (a, b, c, d, e, ...); 1 tensor is ...`; empty where there are none."""
+    return "; ".join(
+        f"{len(names)} {'tensors are' if len(names) > 1 else 'tensor is'} {kind} ({_named(names)})"
+        for kind, names in kinds.items()
+        if names
+    )
+
+
+def _named(names: Collection[str]) -> str:
+    """The first of them by name, as many as an error has room for."""
+    return ", ".join(sorted(names)[:NAMED]) + (", ..." if len(names) > NAMED else "")
+
+
+def _projector_names(model: Any) -> set[str]:
+    """Names of the projector's weights; empty for families that are not known."""
+    try:
+        inside = {id(weight) for weight in part(pathway_for(model), "projector").parameters()}
+    except UsageError:
+        return set()
+    return {name for name, weight in model.named_parameters() if id(weight) in inside}
+
+
+def _way_out(model: Any, missing: set[str], unexpected: set[str], reshaped: set[str]) -> str:
+    if missing and missing == _projector_names(model) and not unexpected:
+        return "To train a new projector set new_projector=true; to evaluate, train one first."
+    heads = {name.partition(".")[0] for name in unexpected}
+    if missing and len(heads) == 1 and not any(hasattr(model, head) for head in heads):
+        return f"All its names begin with {heads.pop()!r}: save the model inside that wrapper."
+    if missing == {"lm_head.weight"} and not unexpected:
+        return "Save the head with it, or set tie_word_embeddings in config.json if it is tied."
+    if unexpected and not missing and not reshaped:
+        return "Take them out if they are surplus: load and save_pretrained with that class."
+    return "Save the whole model again with save_pretrained, with the class that config.json names."
+
+
+def _check_finite(path: str | Path, model: nn.Module) -> None:
+    bad = {
+        name
+        for name, weight in [*model.named_parameters(), *model.named_buffers()]
+        if weight.is_floating_point() and not bool(torch.isfinite(weight).all())
+    }
+    if bad:
+        raise UsageError(
+            f"{path} holds NaN or infinite values in {len(bad)} of its tensors: {_named(bad)}.",
+            "Its training diverged or the file is damaged: use an earlier checkpoint.",
+        )
+
+
+def _with_adapter(model: Any, folder: Path, allow_pickle: bool) -> Any:
+    """The model with an adapter of peft folded into its weights.
+
+    Raises:
+        UsageError: its tensors are not those of this model, or it cannot be merged.
+        MissingExtraError: peft is not installed.
+    """
+    try:
+        from peft import PeftConfig, PeftModel
+        from peft.utils import load_peft_weights, set_peft_model_state_dict
+    except ImportError:
+        raise MissingExtraError("eval", "train", "peft") from None
+
+    if not allow_pickle and not (folder / "adapter_model.safetensors").is_file():
+        raise UsageError(
+            f"{folder} holds no adapter_model.safetensors.",
+            "Save the adapter again with safetensors, or allow pickles with allow_pickle=true.",
+        )
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        config.inference_mode = True
+        wrapped = PeftModel(model, config)
+        told = set_peft_model_state_dict(wrapped, load_peft_weights(str(folder), device="cpu"))
+        learned = {name for name, _ in wrapped.named_parameters() if wrapped.prefix in name}
+    except Exception as error:
+        raise UsageError(
+            f"{folder} could not be read as an adapter of its base: {_reason(error)}",
+            "Is base_model_name_or_path the model that it was trained on?",
+        ) from error
+    kinds = {"missing": learned & set(told.missing_keys), "new to it": set(told.unexpected_keys)}
+    if problem := _listed(kinds):
+        raise UsageError(
+            f"{folder} is no adapter of its base: {problem}.",
+            "Is base_model_name_or_path the model that it was trained on?",
+        )
+    if not hasattr(wrapped, "merge_and_unload"):
+        raise UsageError(
+            f"{folder} is a {config.peft_type} adapter, which cannot be merged into its base.",
+            "Use an adapter of low rank (LoRA and its kin).",
+        )
+    return wrapped.merge_and_unload()
 
 
 def _spare_threads(model: nn.Module) -> None:
@@ -79,10 +310,13 @@ def _spare_threads(model: nn.Module) -> None:
 
 def quiet() -> None:
     """Keep the libraries' progress bars and reminders out of our own output."""
-    from transformers.utils import logging
+    import logging
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    from transformers.utils import logging as reminders
+
+    reminders.disable_progress_bar()
+    reminders.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for each cast of an input
 
 
 def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Any:
@@ -93,12 +327,14 @@ def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoProcessor
 
+    folder = processor_folder(locate(path, trust_remote_code=trust_remote_code))
     try:
-        processor = AutoProcessor.from_pretrained(str(path), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+        processor = AutoProcessor.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    except ImportError as error:
+        raise _package_missing(path, error) from error
+    except Exception as error:  # damaged files raise whatever their first reader trips over
         raise UsageError(
-            f"{path} has no usable processor: {reason[0]}",
+            f"{path} has no usable processor: {_reason(error)}",
             "Save it there with processor.save_pretrained.",
         ) from error
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
@@ -107,105 +343,6 @@ def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Any:
             "Save tokenizer, image processor and processor_config.json there.",
         )
     return processor
-
-
-def _check_checkpoint(path: str | Path, allow_pickle: bool, trust_remote_code: bool) -> None:
-    """Refuse, in plain words, what `from_pretrained` would refuse in pages of them."""
-    folder = Path(path).expanduser()
-    if not folder.exists():
-        if str(path).count("/") == 1 and not str(path).startswith((".", "~", "/")):
-            return  # may be a hub name
-        raise UsageError(f"There is no checkpoint at {path}.", "Check the path.")
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise UsageError(
-            f"{path} is not a checkpoint: it has no config.json.",
-            "Give the folder that save_pretrained wrote (after `kd-bench train`: its final/).",
-        )
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UsageError(f"{config_file} is not valid JSON.", "Restore the file.") from None
-    if config.get("auto_map") and not trust_remote_code and not _is_native(config):
-        raise UsageError(
-            f"{path} brings its own model code, which would run on loading.",
-            "Read it first; then allow it with trust_remote_code=true.",
-        )
-    if any(folder.glob("*.safetensors")):
-        return
-    pickled = sorted(file.name for kind in PICKLES for file in folder.glob(kind))
-    if not pickled:
-        raise UsageError(
-            f"{path} holds no weights (*.safetensors).", "Was the download or the save cut short?"
-        )
-    if not allow_pickle:
-        raise UsageError(
-            f"{path} holds pickled weights ({pickled[0]}), which can run code on loading.",
-            "Convert them to safetensors, or allow them with allow_pickle=true.",
-        )
-
-
-def _is_native(config: dict[str, Any]) -> bool:
-    from transformers import CONFIG_MAPPING
-
-    return config.get("model_type") in CONFIG_MAPPING
-
-
-def weights_digest(folder: str | Path) -> str:
-    """sha256 over the names, types, shapes and bytes of all tensors, hexadecimal.
-
-    Does not depend on how the tensors are spread over files or on metadata; needs no torch.
-    Pickled checkpoints are digested file by file.
-
-    Raises:
-        UsageError: no weights there, or a damaged file.
-    """
-    path = Path(folder).expanduser()
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        pickled = [file for kind in PICKLES for file in path.glob(kind)]
-        if not pickled:
-            raise UsageError(f"{folder} holds no weights.", "Check the path.")
-        return digest_files(pickled)
-    tensors: dict[str, str] = {}
-    for file in files:
-        tensors.update(_tensor_digests(file))
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(f"{name}\0{tensors[name]}\n".encode())
-    return digest.hexdigest()
-
-
-def _tensor_digests(file: Path) -> dict[str, str]:
-    """Digest of each tensor in one safetensors file (8-byte header length, JSON header, data)."""
-    try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if length > file.stat().st_size:
-                raise ValueError("the header is longer than the file")
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            start = 8 + length
-            if not header:
-                return {}
-            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                view = memoryview(content)
-                try:
-                    return {name: _one_tensor(view, start, entry) for name, entry in header.items()}
-                finally:
-                    view.release()
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UsageError(f"{file} is damaged: {error}.", "Copy or train it again.") from None
-
-
-def _one_tensor(view: memoryview, start: int, entry: dict[str, Any]) -> str:
-    first, last = entry["data_offsets"]
-    if start + last > len(view):
-        raise ValueError("the file ends inside a tensor")
-    digest = hashlib.sha256(f"{entry['dtype']}{entry['shape']}".encode())
-    with view[start + first : start + last] as data:
-        digest.update(data)
-    return digest.hexdigest()
 
 
 def part(pathway: Pathway, name: str) -> nn.Module:
@@ -263,4 +400,10 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
 
 
 def _count(parameters: Iterable[nn.Parameter]) -> int:
-    return sum({id(p): p.numel() for p in parameters}.values())
+    return sum({id(p): weight_count(p) for p in parameters}.values())
+
+
+def weight_count(parameter: torch.Tensor) -> int:
+    """Weights that a parameter stands for; bitsandbytes packs two of 4 bits into a byte."""
+    packed = getattr(parameter, "quant_state", None)
+    return parameter.numel() if packed is None else int(packed.shape.numel())

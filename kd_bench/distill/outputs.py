@@ -10,11 +10,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from kd_bench.distill.build import NEW
-from kd_bench.distill.models import weights_digest
+from kd_bench.distill.checkpoints import locate, weights_digest
 from kd_bench.distill.recipe import Recipe, load_recipe
 from kd_bench.errors import TrainingError, UsageError
 from kd_bench.files import read_json
-from kd_bench.world.embedded import resolve
 
 __all__ = ["is_done", "only_one", "save_whole", "sync_folder"]
 
@@ -75,7 +74,7 @@ def _check_models(recipe: Recipe, folder: Path) -> None:
         path, before = getattr(recipe, role), told.get(role)
         if before is None or not isinstance(path, str) or path.startswith(NEW):
             continue
-        if weights_digest(resolve(path)) != before["weights_sha256"]:
+        if weights_digest(locate(path)) != before["weights_sha256"]:
             raise UsageError(
                 f"{folder} holds a training with other weights of the {role}: {path} has changed.",
                 "Set output= to another folder, or delete that one.",

@@ -170,6 +170,7 @@ class Recipe(StrictModel):
         output: folder of the result; by default `checkpoints/<name>-<method>-seed<seed>`.
         truncate_vocabulary: allow a teacher whose LM head has more (padding) rows than the
             student's, by ignoring the surplus; the tokenizers must be equal all the same.
+        new_projector: the student checkpoint has no projector; one is drawn from `seed`.
         allow_pickle, trust_remote_code: permit checkpoints that can run code when loaded.
         teacher_cache: folder for the teacher's hidden states at answer positions.
         report_to: other loggers, e.g. [tensorboard].
@@ -182,6 +183,7 @@ class Recipe(StrictModel):
     seed: int = 0
     output: str | None = None
     truncate_vocabulary: bool = False
+    new_projector: bool = False
     allow_pickle: bool = False
     trust_remote_code: bool = False
     teacher_cache: str | None = None

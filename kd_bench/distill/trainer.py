@@ -24,6 +24,7 @@ from kd_bench.distill import processes
 from kd_bench.distill.arguments import trainer_arguments
 from kd_bench.distill.batches import BatchOrder, Collator, ConversationDataset
 from kd_bench.distill.build import NEW, add_lora, build_start, merge_lora
+from kd_bench.distill.checkpoints import locate, weights_digest
 from kd_bench.distill.compatibility import check_pair, check_terms, step_zero
 from kd_bench.distill.data import data_digest, read_conversations
 from kd_bench.distill.distiller import Distiller
@@ -37,7 +38,6 @@ from kd_bench.distill.models import (
     parameter_counts,
     quiet,
     set_trainable,
-    weights_digest,
 )
 from kd_bench.distill.outputs import is_done, only_one, save_whole
 from kd_bench.distill.progress import LogWriter, ProgressReport, cut_log
@@ -46,7 +46,6 @@ from kd_bench.distill.sharding import begin_sharding, gather_weights
 from kd_bench.distill.teacher_cache import TeacherCache, cache_folder
 from kd_bench.errors import KdBenchError, UsageError
 from kd_bench.files import digest_text, write_json, write_text
-from kd_bench.world.embedded import resolve
 
 __all__ = ["train"]
 
@@ -172,7 +171,8 @@ def _run_stages(run: Run) -> Any:
     for index, stage in enumerate(recipe.stages):
         folder = run.folder / "stages" / f"{index + 1:02d}-{stage.name}"
         if not (folder / "model").exists():
-            student = _load(recipe, start) if student is None else student
+            new = recipe.seed if recipe.new_projector and index == 0 else None
+            student = _load(recipe, start, new) if student is None else student
             student = _run_stage(run, stage, folder, student)
         start = folder / "model"
         run.done.append(stage.name)
@@ -183,7 +183,7 @@ def _start(run: Run) -> Path:
     """The checkpoint that the first stage starts from, built where the recipe asks for that."""
     recipe = run.recipe
     if isinstance(recipe.student, str) and not recipe.student.startswith(NEW):
-        return resolve(recipe.student)
+        return _locate(recipe, recipe.student)
     start = run.folder / "init"
     if run.is_main and not start.exists():
         staging = run.folder / ".init.saving"
@@ -194,9 +194,18 @@ def _start(run: Run) -> Path:
     return start
 
 
-def _load(recipe: Recipe, path: Path) -> Any:
+def _locate(recipe: Recipe, reference: str) -> Path:
+    return locate(
+        reference, allow_pickle=recipe.allow_pickle, trust_remote_code=recipe.trust_remote_code
+    )
+
+
+def _load(recipe: Recipe, path: Path, projector_seed: int | None = None) -> Any:
     return load_model(
-        path, allow_pickle=recipe.allow_pickle, trust_remote_code=recipe.trust_remote_code
+        path,
+        allow_pickle=recipe.allow_pickle,
+        trust_remote_code=recipe.trust_remote_code,
+        projector_seed=projector_seed,
     )
 
 
@@ -205,7 +214,7 @@ def _load_teacher(run: Run) -> None:
     if recipe.teacher is None or not any(needs_teacher(s.objective) for s in recipe.stages):
         return
     mixed = any(stage.precision == "bfloat16" for stage in recipe.stages)
-    path = resolve(recipe.teacher)
+    path = _locate(recipe, recipe.teacher)
     run.teacher = load_model(
         path,
         dtype=torch.bfloat16 if mixed else torch.float32,

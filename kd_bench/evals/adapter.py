@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from lmms_eval.api.model import lmms
 
-from kd_bench.distill.models import load_model, load_processor
+from kd_bench.distill.checkpoints import locate, stored_dtype
+from kd_bench.distill.models import load_model, load_processor, weight_count
 from kd_bench.errors import IncompleteRunError, UsageError, one_line
 from kd_bench.evals.cost import MemoryMeter, measure
 from kd_bench.evals.engine import Engine
@@ -39,8 +40,10 @@ class KdBench(_Generative):
     """kd-bench's engine as an lmms-eval model: batched, left-padded, equal to batch 1.
 
     Args:
-        pretrained: checkpoint folder.
+        pretrained: checkpoint folder, adapter folder or hub name.
         batch_size: questions at a time; `auto` or None for the default.
+        dtype: auto, float32, bfloat16 or float16.
+        quantize: nf4 or int8 rounds the weights while they are loaded.
         share: prefill each picture once for all its questions.
     """
 
@@ -49,7 +52,8 @@ class KdBench(_Generative):
         pretrained: str | None = None,
         batch_size: int | str | None = None,
         device: str | None = None,
-        dtype: str = "float32",
+        dtype: str = "auto",
+        quantize: str = "",
         share: bool = True,
         model: Any = None,
         processor: Any = None,
@@ -62,13 +66,16 @@ class KdBench(_Generative):
         if unknown:
             raise UsageError(
                 f"kd_bench has no model argument {next(iter(unknown))!r}.",
-                "It knows pretrained, batch_size, device, dtype and share.",
+                "It knows pretrained, batch_size, device, dtype, quantize and share.",
             )
         if model is None:
             if pretrained is None:
                 raise UsageError("No checkpoint was given.", "Pass pretrained=CHECKPOINT.")
             place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-            model = load_model(pretrained, dtype=torch_dtype(dtype), device=place)
+            if dtype == "auto":
+                dtype = "float32" if place == "cpu" else stored_dtype(locate(pretrained))
+            kind = torch_dtype(dtype)
+            model = load_model(pretrained, dtype=kind, device=place, quantize=quantize)
             processor = load_processor(pretrained)
         size = None if batch_size in (None, "auto") else int(batch_size)
         self._engine = Engine(
@@ -141,7 +148,7 @@ class StockModel:
             return Cost(peak_memory_bytes=memory.peak())
         weights = {id(weight): weight for weight in inner.parameters()}.values()
         return Cost(
-            parameters=sum(weight.numel() for weight in weights),
+            parameters=sum(weight_count(weight) for weight in weights),
             weight_bytes=sum(weight.numel() * weight.element_size() for weight in weights),
             peak_memory_bytes=memory.peak(),
         )
@@ -233,7 +240,7 @@ def torch_dtype(name: str) -> torch.dtype:
         UsageError: it is none of `DTYPES`.
     """
     if name not in DTYPES:
-        raise UsageError(f"dtype {name!r} is not known.", f"Use one of {', '.join(DTYPES)}.")
+        raise UsageError(f"dtype {name!r} is not known.", f"Use one of auto, {', '.join(DTYPES)}.")
     return DTYPES[name]
 
 

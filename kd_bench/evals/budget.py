@@ -26,7 +26,7 @@ class MemoryBudget:
         self, model: Any, image_tokens: int | None, budget_bytes: int | None = None
     ) -> None:
         config = model.config.get_text_config()
-        weight = next(model.parameters())
+        weight = max(model.parameters(), key=lambda each: each.is_floating_point())
         self._size = weight.element_size()
         self._device = weight.device.type
         heads = config.num_attention_heads

@@ -12,7 +12,13 @@ from kd_bench.errors import UsageError, closest
 from kd_bench.files import digest_files, digest_text, read_json
 from kd_bench.records import ROLES, ModelRef, Role
 
-__all__ = ["Checkpoint", "inspect_checkpoint", "inspect_hybrid", "inspect_stock"]
+__all__ = [
+    "Checkpoint",
+    "chosen_dtype",
+    "inspect_checkpoint",
+    "inspect_hybrid",
+    "inspect_stock",
+]
 
 # Files that change answers although the weights stay the same.
 SETUP_FILES = (
@@ -38,7 +44,7 @@ class Checkpoint:
 
     Attributes:
         path: its folder; of a hybrid, that of the language side.
-        setup_digest: of configuration, tokenizer and processor files.
+        setup_digest: of configuration, tokenizer and processor files, of an adapter its base's too.
         lineage: what `kd-bench train` wrote beside the weights; None for foreign checkpoints.
         vision: of a hybrid, the folder whose vision tower sees.
         stock: of a stock model, its name in lmms-eval and its arguments.
@@ -53,7 +59,7 @@ class Checkpoint:
 
 
 def inspect_checkpoint(
-    path: Path,
+    given: str | Path,
     *,
     role: str | None = None,
     name: str | None = None,
@@ -62,36 +68,60 @@ def inspect_checkpoint(
 ) -> Checkpoint:
     """Identity of a checkpoint; what the caller leaves open is read from its lineage.
 
+    Args:
+        given: folder, adapter folder of peft, `embedded:weights/...` or hub name.
+
     Raises:
         UsageError: no checkpoint there, or an unknown role.
     """
-    from kd_bench.distill.models import weights_digest
+    from kd_bench.distill.checkpoints import base_of, check_files, locate, weights_digest
 
-    if not path.exists():
-        raise UsageError(f"There is no checkpoint at {path}.", "Check the path.")
-    if not (path / "config.json").is_file():
-        final = path / "final"
-        hint = f"Did you mean {final}?" if (final / "config.json").is_file() else "Check the path."
-        raise UsageError(f"{path} is not a checkpoint: it has no config.json.", hint)
+    path = locate(given)
+    base = base_of(path)
+    check_files(base or path)
     lineage = _lineage(path)
     told = lineage or {}
     method = method or str(told.get("method") or "")
     seed = seed if seed is not None else told.get("seed")
     reference = ModelRef(
-        name=name or str(told.get("name") or "") or _folder_name(path),
+        name=name or str(told.get("name") or "") or _name(given, path),
         role=_role(role or _guess(method)),
-        path=str(path),
+        path=str(given),
         weights_digest=weights_digest(path),
         method=method,
         seed=None if seed is None else int(seed),
-        architecture=_architecture(path),
+        architecture=_architecture(base or path),
     )
-    present = [path / file for file in SETUP_FILES if (path / file).is_file()]
+    folders = [path] if base is None else [path, base]
+    files = [folder / file for folder in folders for file in SETUP_FILES]
+    present = [file for file in files if file.is_file()]
     return Checkpoint(path, reference, digest_files(present), lineage)
 
 
+def chosen_dtype(checkpoint: Checkpoint, wanted: str) -> str:
+    """The float type of an evaluation, `auto` resolved; empty for a stock model, which has its own.
+
+    `auto` is the checkpoint's own type on an accelerator, and float32 on a CPU, where the short
+    types are slower and no closer to what the training saw.
+
+    Raises:
+        UsageError: the type is not known.
+    """
+    import torch
+
+    from kd_bench.distill.checkpoints import stored_dtype
+    from kd_bench.evals.adapter import torch_dtype
+
+    if checkpoint.stock is not None:
+        return ""
+    if wanted != "auto":
+        torch_dtype(wanted)
+        return wanted
+    return stored_dtype(checkpoint.path) if torch.cuda.is_available() else "float32"
+
+
 def inspect_hybrid(
-    vision: Path, language: Path, *, name: str | None = None, seed: int | None = None
+    vision: str | Path, language: str | Path, *, name: str | None = None, seed: int | None = None
 ) -> Checkpoint:
     """Identity of the visual switch: the eyes of one checkpoint, the rest of another.
 
@@ -110,7 +140,7 @@ def inspect_hybrid(
         architecture=mind.ref.architecture,
     )
     setup = digest_text(eyes.setup_digest, mind.setup_digest)
-    return Checkpoint(language, reference, setup, eyes.lineage, vision=vision)
+    return Checkpoint(mind.path, reference, setup, eyes.lineage, vision=eyes.path)
 
 
 def inspect_stock(
@@ -127,7 +157,7 @@ def inspect_stock(
     The weights are digested where `pretrained` is a folder; otherwise the name and arguments stand
     for them, and a model that changes behind them would not be noticed.
     """
-    from kd_bench.distill.models import weights_digest
+    from kd_bench.distill.checkpoints import weights_digest
 
     given = dict(part.split("=", 1) for part in arguments.split(",") if "=" in part)
     place = Path(given.get("pretrained", ""))
@@ -171,15 +201,17 @@ def _role(role: str) -> Role:
     return role  # type: ignore[return-value]
 
 
-def _folder_name(path: Path) -> str:
+def _name(given: str | Path, path: Path) -> str:
+    """A model's name in tables: of its folder, or what the hub calls it."""
+    if not Path(given).expanduser().exists() and not str(given).startswith("embedded:"):
+        return str(given).partition("@")[0].rpartition("/")[2]
     resolved = path.resolve()
     generic = resolved.name in ("final", "checkpoint", "model")
     return resolved.parent.name if generic else resolved.name
 
 
 def _architecture(path: Path) -> str:
-    try:
-        classes = read_json(path / "config.json").get("architectures") or [""]
-    except (ValueError, AttributeError):
-        raise UsageError(f"{path / 'config.json'} is not valid JSON.", "Restore it.") from None
-    return str(classes[0])
+    from kd_bench.distill.checkpoints import read_config
+
+    classes = read_config(path).get("architectures")
+    return str(classes[0]) if isinstance(classes, list) and classes else ""

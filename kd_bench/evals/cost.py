@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kd_bench.distill.models import weight_count
 from kd_bench.evals.questions import Question, Settings
 from kd_bench.records import Cost
 
@@ -53,7 +54,7 @@ def measure(engine: "Engine", memory: MemoryMeter, repeats: int = REPEATS) -> Co
     latency = _latency(engine, repeats)
     peak = meter.peak()
     return Cost(
-        parameters=sum(weight.numel() for weight in weights),
+        parameters=sum(weight_count(weight) for weight in weights),
         weight_bytes=weight_bytes,
         latency_ms=round(latency, 3),
         peak_memory_bytes=peak + weight_bytes if on_cpu and peak is not None else peak,

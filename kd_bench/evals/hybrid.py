@@ -57,7 +57,7 @@ class _Whole(nn.Module):
         return self._embeddings[0]
 
 
-def load_hybrid(vision: Path, language: Path, dtype: str) -> dict[str, Any]:
+def load_hybrid(vision: Path, language: Path, dtype: str, quantize: str = "") -> dict[str, Any]:
     """Model, processor and pathway of a hybrid, as `KdBench` takes them.
 
     Raises:
@@ -67,8 +67,8 @@ def load_hybrid(vision: Path, language: Path, dtype: str) -> dict[str, Any]:
 
     place = "cuda" if torch.cuda.is_available() else "cpu"
     kind = torch_dtype(dtype)
-    student = load_model(vision, dtype=kind, device=place)
-    teacher = load_model(language, dtype=kind, device=place)
+    student = load_model(vision, dtype=kind, device=place, quantize=quantize)
+    teacher = load_model(language, dtype=kind, device=place, quantize=quantize)
     eyes, words = load_processor(vision), load_processor(language)
     switch = [Term(loss="dbild", of="switch")]
     check_pair(student, teacher, eyes, words, switch, truncate_vocabulary=True)

@@ -18,6 +18,7 @@ from kd_bench.distill import processes
 from kd_bench.errors import KdBenchError, UsageError, one_line
 from kd_bench.evals.checkpoint import (
     Checkpoint,
+    chosen_dtype,
     inspect_checkpoint,
     inspect_hybrid,
     inspect_stock,
@@ -52,7 +53,8 @@ def evaluate(
     method: str | None = None,
     seed: int | None = None,
     results: Path = Path("results"),
-    dtype: str = "float32",
+    dtype: str = "auto",
+    quantize: str = "",
     profiles: dict[str, str] | None = None,
     progress: bool = True,
     debug: bool = False,
@@ -61,7 +63,8 @@ def evaluate(
     """Evaluate a model; a run that was stopped is continued, a finished one returned.
 
     Args:
-        checkpoint: folder that save_pretrained wrote, or `embedded:weights/...`.
+        checkpoint: folder that save_pretrained wrote, adapter folder of peft, hub name, or
+            `embedded:weights/...`.
         vision, language: instead of it, the visual switch of two checkpoints: the first one's
             vision tower before the second one's projector and language model.
         model, model_args: instead of it, any model that lmms-eval knows, with its arguments.
@@ -70,6 +73,8 @@ def evaluate(
         data: folder of parquet files; None for the suite's own data.
         limit: about that many documents a benchmark; pairs and rotations stay whole.
         role, name, method, seed: as tables show the model; None reads the checkpoint's lineage.
+        dtype: auto, float32, bfloat16 or float16; see `checkpoint.chosen_dtype`.
+        quantize: nf4 or int8 rounds the weights while they are loaded.
         profiles: protocol variant by benchmark.
         error_limit: share of failed answers above which the run is unhealthy.
 
@@ -85,7 +90,17 @@ def evaluate(
         load_task(task).profile(profile)
     labels = {"role": role, "name": name, "method": method, "seed": seed}
     known = _subject(checkpoint, vision, language, model, model_args, labels)
-    protocol = Protocol(chosen.name, dict(profiles or {}), limit, dtype, batch_size, ENGINE)
+    if quantize and name is None:  # stands beside the run of the float weights, under its own name
+        known = replace(known, ref=replace(known.ref, name=f"{known.ref.name}-{quantize}"))
+    protocol = Protocol(
+        chosen.name,
+        dict(profiles or {}),
+        limit,
+        chosen_dtype(known, dtype),
+        batch_size,
+        ENGINE,
+        quantize,
+    )
     plan = Plan(known, specs, data or _suite_data(chosen), protocol, debug)
     processes.join()
     run = None
@@ -119,19 +134,8 @@ def _subject(
     if model is not None:
         return inspect_stock(model, model_args, **labels)
     if vision is not None and language is not None:
-        chosen = {key: labels[key] for key in ("name", "seed")}
-        found = inspect_hybrid(_resolve(vision), _resolve(language), **chosen)
-        given = f"{vision} + {language}"
-    else:
-        given = str(checkpoint or "")
-        found = inspect_checkpoint(_resolve(given), **labels)
-    return replace(found, ref=replace(found.ref, path=given))  # as it was named, not where it lies
-
-
-def _resolve(checkpoint: str | Path) -> Path:
-    from kd_bench.world.embedded import resolve
-
-    return resolve(str(checkpoint))
+        return inspect_hybrid(vision, language, name=labels["name"], seed=labels["seed"])
+    return inspect_checkpoint(checkpoint or "", **labels)
 
 
 def _suite_data(suite: Suite) -> Path:

@@ -146,9 +146,15 @@ def _load(plan: Plan) -> Any:
             return load_stock(*checkpoint.stock, protocol.batch_size)
         parts: dict[str, Any] = {"pretrained": str(checkpoint.path)}
         if checkpoint.vision is not None:
-            parts = load_hybrid(checkpoint.vision, checkpoint.path, protocol.dtype)
+            parts = load_hybrid(
+                checkpoint.vision, checkpoint.path, protocol.dtype, protocol.quantize
+            )
         return KdBench(
-            **parts, batch_size=protocol.batch_size, dtype=protocol.dtype, pictures=_pictures()
+            **parts,
+            batch_size=protocol.batch_size,
+            dtype=protocol.dtype,
+            quantize=protocol.quantize,
+            pictures=_pictures(),
         )
 
 

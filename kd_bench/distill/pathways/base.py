@@ -202,8 +202,11 @@ def has_pixels(inputs: Inputs) -> bool:
 
 def like_weights(tensor: Tensor, module: nn.Module) -> Tensor:
     """`tensor` on the device and in the float type of `module`, which may differ in a switch."""
-    weight = next(module.parameters(), None)
-    return tensor if weight is None else tensor.to(weight.device, weight.dtype)
+    weights = list(module.parameters())
+    floats = [weight for weight in weights if weight.is_floating_point()]  # quantized ones are not
+    if not floats:
+        return tensor
+    return tensor.to(weights[0].device, floats[0].dtype)
 
 
 def projected(projector: nn.Module, features: Tensor) -> Tensor:
