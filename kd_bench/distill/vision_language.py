@@ -1,0 +1,431 @@
+"""Vision-language models of transformers: their parts, the visual switch, what must be equal.
+
+    z_T  = L_T(P_T(V_T(x_v)), x_t)    the teacher's own forward
+    z_S  = L_S(P_S(V_S(x_v)), x_t)    the student's own forward
+    z_SW = L_T(P_T(V_S(x_v)), x_t)    the teacher's own forward while it `seeing_with` the student
+
+Nothing of a family's forward is written again here: the switch of Switch-KD (arXiv 2604.14629) is
+the teacher with another vision module in its place.
+"""
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kd_bench.errors import UsageError
+
+__all__ = [
+    "FAMILIES",
+    "Inputs",
+    "KeptVision",
+    "VisionLanguageModel",
+    "answer_positions",
+    "has_images",
+    "keeping_vision",
+    "seeing_with",
+]
+
+Inputs = Mapping[str, Any]
+"""What the processor returns: `input_ids`, `attention_mask`, `pixel_values`, ..."""
+
+NOT_GIVEN = ("labels", "sample_index")  # ours, or read by the loss that is computed elsewhere
+OF_IMAGES = (
+    "pixel_values",
+    "pixel_attention_mask",
+    "image_sizes",
+    "image_grid_thw",
+    "batch_num_images",
+)
+
+
+def _no_fixed_count(model: Any) -> None:
+    return None
+
+
+def _llava_tokens(model: Any) -> int:
+    """Tokens of CLIP or SigLIP, less the class token where the projector does not see it."""
+    drops_first = getattr(model.config, "vision_feature_select_strategy", "full") == "default"
+    tower = model.model.vision_tower
+    for module in tower.modules():
+        if hasattr(module, "num_positions"):
+            return int(module.num_positions) - int(drops_first)
+    return int((tower.config.image_size // tower.config.patch_size) ** 2) - int(drops_first)
+
+
+def _idefics_tokens(model: Any) -> int:
+    vision = model.config.vision_config
+    return int((vision.image_size // vision.patch_size) ** 2 // model.config.scale_factor**2)
+
+
+def _internvl_tokens(model: Any) -> int:
+    vision = model.config.vision_config
+    (height, width), (down, across) = vision.image_size, vision.patch_size
+    return int((height // down) * (width // across) * model.config.downsample_ratio**2)
+
+
+def _gemma3_tokens(model: Any) -> int:
+    return int(model.config.mm_tokens_per_image)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where an architecture keeps its parts.
+
+    Attributes:
+        vision: name of the vision module in `model.model`.
+        projector: names of the projector's modules, inside the vision module where it contains
+            them (Qwen's mergers), else in `model.model`.
+        language: name of the language model in `model.model`.
+        image_tokens: image tokens of one image, or of one tile; None where its size decides.
+    """
+
+    vision: str = "vision_tower"
+    projector: tuple[str, ...] = ("multi_modal_projector",)
+    language: str = "language_model"
+    image_tokens: Callable[[Any], int | None] = _llava_tokens
+
+    @property
+    def merges_inside(self) -> bool:
+        """Whether the vision module contains the projector."""
+        return self.vision == "visual"
+
+
+_QWEN = Family("visual", ("merger",), image_tokens=_no_fixed_count)
+_QWEN3 = Family("visual", ("merger", "deepstack_merger_list"), image_tokens=_no_fixed_count)
+_IDEFICS = Family("vision_model", ("connector",), "text_model", _idefics_tokens)
+_LLAVA = Family()
+
+FAMILIES: dict[str, Family] = {
+    "LlavaForConditionalGeneration": _LLAVA,
+    "LlavaNextForConditionalGeneration": _LLAVA,
+    "LlavaOnevisionForConditionalGeneration": _LLAVA,
+    "Qwen2VLForConditionalGeneration": _QWEN,
+    "Qwen2_5_VLForConditionalGeneration": _QWEN,
+    "Qwen3VLForConditionalGeneration": _QWEN3,
+    "SmolVLMForConditionalGeneration": _IDEFICS,
+    "Idefics3ForConditionalGeneration": _IDEFICS,
+    "InternVLForConditionalGeneration": Family(image_tokens=_internvl_tokens),
+    "PaliGemmaForConditionalGeneration": Family(),
+    "Gemma3ForConditionalGeneration": Family(image_tokens=_gemma3_tokens),
+}
+"""Supported architectures by the class name of the transformers model."""
+
+
+class VisionLanguageModel:
+    """A loaded model, adapters included, seen by its parts.
+
+    Attributes:
+        model: the model as it was given.
+        whole: the transformers model inside adapters and wrappers; the weights are shared.
+        architecture: its key in `FAMILIES`.
+
+    Raises:
+        UsageError: the architecture is not one of `FAMILIES`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.whole: Any = _unwrapped(model)
+        names = [kind.__name__ for kind in type(self.whole).__mro__]
+        known = [name for name in names if name in FAMILIES]
+        if not known:
+            raise UsageError(
+                f"{names[0]} is not an architecture that kd-bench can distil.",
+                f"Supported: {', '.join(FAMILIES)}.",
+            )
+        self.architecture = known[0]
+        self.family = FAMILIES[known[0]]
+        self.core: Any = self.whole.model
+        self.config: Any = self.whole.config
+
+    # Parts
+
+    @property
+    def vision_module(self) -> nn.Module:
+        """What the forward pass calls with pixels; contains the projector in some families."""
+        return getattr(self.core, self.family.vision)  # type: ignore[no-any-return]
+
+    @property
+    def projector_modules(self) -> list[nn.Module]:
+        """The modules that are called with vision features."""
+        owner = self.vision_module if self.family.merges_inside else self.core
+        modules = []
+        for name in self.family.projector:
+            module = getattr(owner, name)
+            modules += list(module) if isinstance(module, nn.ModuleList) else [module]
+        return modules
+
+    @property
+    def vision_tower(self) -> nn.Module:
+        """The vision module without the projector."""
+        if not self.family.merges_inside:
+            return self.vision_module
+        children = self.vision_module.named_children()
+        return nn.ModuleDict({n: part for n, part in children if n not in self.family.projector})
+
+    @property
+    def projector(self) -> nn.Module:
+        """The projector, with the token that ends a row of patches where tiles are packed."""
+        parts = nn.ModuleList(self.projector_modules)
+        newline = getattr(self.core, "image_newline", None)
+        if newline is None and len(parts) == 1:
+            return parts[0]
+        if newline is not None:
+            parts.register_parameter("image_newline", newline)
+        return parts
+
+    @property
+    def language_model(self) -> nn.Module:
+        """The decoder, without the LM head."""
+        return getattr(self.core, self.family.language)  # type: ignore[no-any-return]
+
+    # Sizes
+
+    @property
+    def image_token_id(self) -> int:
+        return int(self.config.image_token_id)
+
+    @property
+    def image_token_count(self) -> int | None:
+        """Image tokens of one image (one tile where images are tiled); None: its size decides."""
+        return self.family.image_tokens(self.whole)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the LM head: more than the tokenizer has where the checkpoint is padded."""
+        return int(self.whole.get_output_embeddings().weight.shape[0])
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the language model."""
+        return int(self.config.get_text_config().hidden_size)
+
+    @property
+    def image_geometry(self) -> dict[str, Any]:
+        """Settings that decide how many image tokens an image has and where they lie, by name."""
+        found = {"number of image tokens an image": self.image_token_count}
+        vision = self.config.vision_config
+        for name in ("image_size", "patch_size", "temporal_patch_size", "spatial_merge_size"):
+            found[name] = getattr(vision, name, None)
+        for name in ("image_grid_pinpoints", "vision_aspect_ratio", "scale_factor"):
+            found[name] = getattr(self.config, name, None)
+        found["downsample_ratio"] = getattr(self.config, "downsample_ratio", None)
+        return {name: _plain(value) for name, value in found.items() if value is not None}
+
+    @property
+    def vision_geometry(self) -> dict[str, Any]:
+        """Settings that decide what the projector reads from the vision tower, by name."""
+        config, vision = self.config, self.config.vision_config
+        layer = getattr(config, "vision_feature_layer", None)
+        depth = getattr(vision, "num_hidden_layers", None)
+        counted_from_start = isinstance(layer, int) and layer >= 0
+        return {
+            "projector's place": self.family.vision,
+            # Qwen2-VL's hidden_size is the language model's.
+            "vision width": getattr(vision, "embed_dim", None) or vision.hidden_size,
+            "vision_feature_layer": _plain(layer),
+            "vision_feature_select_strategy": getattr(
+                config, "vision_feature_select_strategy", None
+            ),
+            "vision layers": depth if counted_from_start else None,
+            "DeepStack layers": len(getattr(vision, "deepstack_visual_indexes", None) or ()),
+        }
+
+    # Forward
+
+    def hidden_states(self, inputs: Inputs) -> Tensor:
+        """Last hidden states [batch, length, hidden] of the model's own forward pass.
+
+        Raises:
+            UsageError: the images do not fit the text, or there is a video.
+        """
+        try:
+            output = self.core(**self._given(inputs, self.core.forward), use_cache=False)
+        except ValueError as error:
+            raise UsageError(
+                f"{self.architecture} does not take this batch: {str(error).splitlines()[0]}",
+                "Use the processor of this checkpoint and do not truncate inside an image.",
+            ) from error
+        states: Tensor = output.last_hidden_state
+        return states
+
+    def image_embeddings(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        """Projected image tokens [image tokens, hidden]: for the input, then for each DeepStack
+        layer (arXiv 2406.04334)."""
+        get = self.core.get_image_features
+        output = get(**self._given(inputs, get))
+        embeddings = getattr(output, "pooler_output", output)
+        deep = getattr(output, "deepstack_features", None) or ()
+        return tuple(_flat(each) for each in (embeddings, *deep))
+
+    def _given(self, inputs: Inputs, function: Callable[..., Any]) -> dict[str, Any]:
+        """The inputs that a function knows, and what it needs and can be told from them."""
+        known = set(inspect.signature(function).parameters) - set(NOT_GIVEN)
+        given = {n: value for n, value in inputs.items() if n in known and value is not None}
+        if not has_images(inputs):
+            return {n: value for n, value in given.items() if n not in OF_IMAGES}
+        if "mm_token_type_ids" in known:  # without them Qwen falls back to positions of text
+            kinds = (inputs["input_ids"] == self.image_token_id).int()
+            given.setdefault("mm_token_type_ids", kinds)
+        return given
+
+    def lm_head(self, hidden: Tensor) -> Tensor:
+        """Logits [N, vocabulary] of hidden states [N, hidden]."""
+        logits: Tensor = self.whole.get_output_embeddings()(hidden)
+        cap = self._logit_cap
+        return logits if cap is None else (logits / cap).tanh() * cap
+
+    @cached_property
+    def _logit_cap(self) -> float | None:
+        """Gemma 2's cap, where the installed transformers applies it to PaliGemma (5.17 did not)."""
+        if "final_logit_softcapping" not in inspect.getsource(type(self.whole).forward):
+            return None
+        return getattr(self.config.get_text_config(), "final_logit_softcapping", None)
+
+
+# The visual switch
+
+
+@dataclass
+class KeptVision:
+    """What a model's vision tower gave in one forward pass, to be given again.
+
+    Attributes:
+        outputs: of the vision module; of its blocks where it contains the projector.
+    """
+
+    outputs: list[Any] = field(default_factory=list)
+
+
+class _Given(nn.Module):
+    """A module that gives what another one gave before."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        return self.output
+
+
+@contextlib.contextmanager
+def keeping_vision(model: VisionLanguageModel) -> Iterator[KeptVision]:
+    """Keep what the vision tower gives while the model runs, so that the switch need not run it."""
+    kept = KeptVision()
+    vision: Any = model.vision_module
+    modules = vision.blocks if model.family.merges_inside else [vision]
+    hooks = [
+        module.register_forward_hook(lambda _, __, output: kept.outputs.append(output))
+        for module in modules
+    ]
+    try:
+        yield kept
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def seeing_with(
+    teacher: VisionLanguageModel, student: VisionLanguageModel, kept: KeptVision | None = None
+) -> Iterator[None]:
+    """Inside, the teacher's forward is the visual switch: V_S in the place of V_T.
+
+    Gradients reach the student's tower through the teacher's projector and language model.
+
+    Args:
+        kept: what the student's tower gave for the same inputs; without it the tower runs.
+    """
+    own = teacher.vision_module
+    projectors = teacher.projector_modules
+    hooks = [module.register_forward_pre_hook(_in_own_type) for module in projectors]
+    setattr(teacher.core, teacher.family.vision, _switched_vision(teacher, student, kept))
+    try:
+        yield
+    finally:
+        setattr(teacher.core, teacher.family.vision, own)
+        for hook in hooks:
+            hook.remove()
+
+
+def _switched_vision(
+    teacher: VisionLanguageModel, student: VisionLanguageModel, kept: KeptVision | None
+) -> nn.Module:
+    """The student's tower, as the module that the teacher's forward calls."""
+    if not teacher.family.merges_inside:
+        return student.vision_module if kept is None else _Given(kept.outputs[-1])
+    vision = copy.copy(student.vision_module)
+    vision._modules = dict(vision._modules)  # the student keeps its own
+    for name in teacher.family.projector:
+        vision._modules[name] = getattr(teacher.vision_module, name)
+    if kept is not None:
+        vision._modules["blocks"] = nn.ModuleList(_Given(output) for output in kept.outputs)
+    return vision
+
+
+def _in_own_type(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Features of a float32 student for a projector in bfloat16."""
+    weight = next((p for p in module.parameters() if p.is_floating_point()), None)
+    if weight is None:
+        return given
+    return (given[0].to(weight.device, weight.dtype), *given[1:])
+
+
+# Batches
+
+
+def answer_positions(labels: Tensor) -> Tensor:
+    """Positions whose next token is supervised.
+
+    Args:
+        labels: [batch, length], -100 where nothing is asked.
+
+    Returns:
+        bool [batch, length]; the last column is always False.
+    """
+    positions = labels.new_zeros(labels.shape, dtype=torch.bool)
+    positions[:, :-1] = labels[:, 1:] != -100
+    return positions
+
+
+def has_images(inputs: Inputs) -> bool:
+    """Whether the batch holds an image.
+
+    Raises:
+        UsageError: it holds a video.
+    """
+    if inputs.get("pixel_values_videos") is not None:
+        raise UsageError("The batch holds a video.", "Give images; videos are not supported.")
+    pixels = inputs.get("pixel_values")
+    return pixels is not None and pixels.numel() > 0
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The transformers model inside a peft adapter or a data-parallel wrapper."""
+    inner: Any = model
+    while not hasattr(inner, "config") or hasattr(inner, "peft_config"):
+        if hasattr(inner, "get_base_model"):  # peft
+            inner = inner.get_base_model()
+        elif hasattr(inner, "module"):  # DistributedDataParallel and kin
+            inner = inner.module
+        else:
+            break
+    return inner
+
+
+def _flat(embeddings: Any) -> Tensor:
+    """One tensor [image tokens, hidden] of one for each image or tile, or of all."""
+    each = [embeddings] if isinstance(embeddings, Tensor) else embeddings
+    return torch.cat([tensor.flatten(0, -2) for tensor in each])
+
+
+def _plain(value: Any) -> Any:
+    """Lists for tuples, so that equal settings compare equal."""
+    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
