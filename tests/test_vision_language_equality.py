@@ -26,7 +26,9 @@ def test_swapped_module_equals_pathways(family):
     before = old.switch_hidden_states(eyes, words, batch, answers)
     with keeping_vision(ours) as kept:
         own = ours.hidden_states(batch)[answers]
-    assert torch.equal(own, eyes.decode(eyes.project(eyes.encode_image(batch), batch), batch, answers))
+    assert torch.equal(
+        own, eyes.decode(eyes.project(eyes.encode_image(batch), batch), batch, answers)
+    )
     tower = list(ours.vision_tower.parameters())
     expected = torch.autograd.grad(before.square().sum(), tower, allow_unused=True)
     for given in (kept, None):
@@ -35,4 +37,6 @@ def test_swapped_module_equals_pathways(family):
         assert torch.equal(now, before)
         found = torch.autograd.grad(now.square().sum(), tower, allow_unused=True)
         for left, right in zip(found, expected, strict=True):
-            assert left is right is None or torch.equal(left, right)
+            assert (left is None) == (right is None)
+            if left is not None:  # sums of branches may be taken in another order
+                torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-9)
