@@ -14,7 +14,7 @@ from kd_bench.distill.compatibility import (
 )
 from kd_bench.distill.distiller import Distiller
 from kd_bench.distill.methods import METHODS, Term
-from kd_bench.distill.pathways import pathway_for
+from kd_bench.distill.vision_language import VisionLanguageModel, answer_positions, seeing_with
 from kd_bench.errors import TrainingError, UsageError
 from tests import tiny
 
@@ -117,7 +117,7 @@ def test_a_switch_term_needs_eyes_that_learn():
 
 def test_the_switch_of_equal_eyes_is_the_teacher_to_the_last_bit(teacher, batch):
     student = tiny.model(width=32, seed=2)
-    ours, theirs = pathway_for(student), pathway_for(teacher)
+    ours, theirs = VisionLanguageModel(student), VisionLanguageModel(teacher)
     assert switch_gap(ours, theirs, batch) > 0
     ours.vision_tower.load_state_dict(theirs.vision_tower.state_dict())
     assert switch_gap(ours, theirs, batch) == 0
@@ -138,14 +138,13 @@ def test_a_teacher_that_never_says_the_same_twice_is_found_out(batch):
 
 
 def test_a_teacher_with_the_students_eyes_put_in_gives_the_switch_logits(teacher, batch):
-    from kd_bench.distill.pathways import answer_positions, switch_hidden_states
-
     student = tiny.model(width=32, seed=2)
     hybrid = copy.deepcopy(teacher)
     hybrid.model.vision_tower = student.model.vision_tower
     given = {k: v for k, v in batch.items() if k != "labels"}
     answers = answer_positions(batch["labels"])
-    ours, theirs = pathway_for(student), pathway_for(teacher)
+    ours, theirs = VisionLanguageModel(student), VisionLanguageModel(teacher)
     with torch.no_grad():
-        expected = theirs.lm_head(switch_hidden_states(ours, theirs, batch, answers))
+        with seeing_with(theirs, ours):
+            expected = theirs.lm_head(theirs.hidden_states(batch)[answers])
         torch.testing.assert_close(hybrid(**given).logits[answers], expected)

@@ -1,4 +1,4 @@
-"""The forward pass of a step: which pathways run, what they share, where gradients go."""
+"""The forward pass of a step: which models run, what they share, where gradients go."""
 
 import pytest
 import torch
@@ -9,10 +9,10 @@ from kd_bench.distill.batches import Collator
 from kd_bench.distill.data import read_conversations
 from kd_bench.distill.distiller import Distiller, default_chunk
 from kd_bench.distill.encoding import Encoder
-from kd_bench.distill.image_terms import AttentionProbe, image_correlation
+from kd_bench.distill.image_terms import FirstLayerProbe, image_correlation
 from kd_bench.distill.methods import METHODS, Term
-from kd_bench.distill.pathways import answer_positions, pathway_for
 from kd_bench.distill.recipe import DataSource
+from kd_bench.distill.vision_language import VisionLanguageModel, answer_positions
 from tests import tiny
 
 
@@ -82,7 +82,7 @@ def test_the_switch_term_reaches_the_students_eyes_and_nothing_else(pair, batch)
     "method,student_calls,teacher_calls",
     [("sft", 1, 0), ("kl", 1, 1), ("dbild", 1, 1), ("vsd", 1, 2), ("switch-kd", 1, 2)],
 )
-def test_only_the_pathways_that_a_term_needs_run(pair, batch, method, student_calls, teacher_calls):
+def test_only_what_a_term_needs_runs(pair, batch, method, student_calls, teacher_calls):
     student, teacher = pair
     calls = {"student": 0, "teacher": 0, "eyes": 0, "teacher eyes": 0}
 
@@ -169,8 +169,7 @@ def test_image_terms_by_hand(pair, batch):
 def test_the_probe_sees_the_attention_that_the_eager_model_reports(batch):
     model = tiny.model(seed=3)
     given = {k: batch[k] for k in ("input_ids", "attention_mask", "pixel_values")}
-    pathway = pathway_for(model)
-    with torch.no_grad(), AttentionProbe(pathway) as probe:
+    with torch.no_grad(), FirstLayerProbe(VisionLanguageModel(model)) as probe:
         model(**given)
     found = probe.weights(batch["attention_mask"])
     assert model.config.text_config._attn_implementation != "eager"

@@ -109,13 +109,13 @@ def test_answers_equal_generate_of_transformers(model: Any, one_by_one: dict[int
 
 def test_each_picture_is_encoded_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(model, processor(), batch_size=4)
-    encode, seen = engine._pathway.encode_image, []
+    encode, seen = engine._parts.image_embeddings, []
 
     def counted(inputs: Any) -> Any:
         seen.append(len(inputs["pixel_values"]))
         return encode(inputs)
 
-    monkeypatch.setattr(engine._pathway, "encode_image", counted)
+    monkeypatch.setattr(engine._parts, "image_embeddings", counted)
     ask(engine, questions())
     assert sum(seen) == 11
 
@@ -133,7 +133,7 @@ def test_pictures_inside_the_question_stand_where_they_are_named(model: Any) -> 
     ]
     engine = Engine(model, processor(), batch_size=4)
     rows = engine._rows.rows(engine._ready(asked)[0])
-    image, each = engine._pathway.image_token_id, engine._pathway.image_token_count
+    image, each = engine._parts.image_token_id, engine._parts.image_token_count
     for row, pictures in zip(rows, (2, 2, 0, 2), strict=True):
         assert list(row.ids).count(image) == pictures * each
     ids = list(rows[0].ids)

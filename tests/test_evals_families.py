@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kd_bench.distill.pathways import pathway_for
+from kd_bench.distill.vision_language import VisionLanguageModel
 from kd_bench.evals import generate
 from kd_bench.evals.budget import MemoryBudget
 from kd_bench.evals.engine import Engine, _path
@@ -32,11 +32,9 @@ def one_picture(family: str, model: Any) -> tuple[dict[str, Tensor], int]:
         for name, value in batch.items()
         if name not in ("input_ids", "attention_mask", "labels")
     }
-    pathway = pathway_for(model)
+    parts = VisionLanguageModel(model)
     with torch.inference_mode():
-        features = pathway.project(pathway.encode_image(pixels), pixels)
-    first = features if isinstance(features, Tensor) else features[0]
-    return pixels, first.flatten(0, -2).shape[0]
+        return pixels, len(parts.image_embeddings(pixels)[0])
 
 
 def prompts(family: str, pixels: dict[str, Tensor], tokens: int) -> list[dict[str, Tensor]]:
@@ -57,7 +55,7 @@ def prompts(family: str, pixels: dict[str, Tensor], tokens: int) -> list[dict[st
 def test_rows_give_what_generate_gives(family: str) -> None:
     model = make(family)
     model.generation_config.eos_token_id = 2
-    pathway = pathway_for(model)
+    parts = VisionLanguageModel(model)
     pixels, tokens = one_picture(family, model)
     asked = prompts(family, pixels, tokens)
     expected = []
@@ -69,10 +67,10 @@ def test_rows_give_what_generate_gives(family: str) -> None:
     with torch.inference_mode():
         rows = []
         for inputs in asked:
-            features = pathway.project(pathway.encode_image(inputs), inputs)
-            rows.append(row_of(pathway, embed, inputs, features, "picture"))
+            features = parts.image_embeddings(inputs)
+            rows.append(row_of(parts, embed, inputs, features, "picture"))
     assert {row.prefix for row in rows} == {3 + tokens}
-    decoder = Decoder(pathway.language_model, pathway.lm_head, embed, NoStops(), [2])
+    decoder = Decoder(parts.language_model, parts.lm_head, embed, NoStops(), [2])
     settings = Settings(GENERATED)
     alone = [decoder.decode([row], settings, share=False)[0].tokens for row in rows]
     assert alone == expected
@@ -88,17 +86,17 @@ def test_a_batch_may_mix_rows_with_pictures_and_without(
     """Three axes of positions in one part of a batch, one in the other."""
     monkeypatch.setattr(generate, "PREFILL_ROWS", {"cpu": 2})
     model = make(family)
-    pathway = pathway_for(model)
+    parts = VisionLanguageModel(model)
     pixels, tokens = one_picture(family, model)
     embed = model.get_input_embeddings()
     rows = []
     with torch.inference_mode():
         for inputs in prompts(family, pixels, tokens):
-            features = pathway.project(pathway.encode_image(inputs), inputs)
-            rows.append(row_of(pathway, embed, inputs, features, "picture"))
+            features = parts.image_embeddings(inputs)
+            rows.append(row_of(parts, embed, inputs, features, "picture"))
             words = inputs["input_ids"][0][inputs["input_ids"][0] != IMAGE]
             rows.append(generate.Row(words.tolist(), embed(words)))
-    decoder = Decoder(pathway.language_model, pathway.lm_head, embed, NoStops(), [2])
+    decoder = Decoder(parts.language_model, parts.lm_head, embed, NoStops(), [2])
     settings = Settings(GENERATED)
     alone = [decoder.decode([row], settings)[0].tokens for row in rows]
     assert [found.tokens for found in decoder.decode(rows, settings)] == alone
@@ -106,7 +104,7 @@ def test_a_batch_may_mix_rows_with_pictures_and_without(
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_the_path_of_each_family_is_stated(family: str) -> None:
-    path = _path(pathway_for(make(family)))
+    path = _path(VisionLanguageModel(make(family)))
     if family in BY_GENERATE:
         assert path == "generate"
     else:

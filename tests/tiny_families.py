@@ -141,6 +141,32 @@ def gemma3(width: int) -> Any:
 ROPE = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [1, 1, 2]}
 
 
+def qwen2(width: int) -> Any:
+    return hf.Qwen2VLForConditionalGeneration(
+        hf.Qwen2VLConfig(
+            vision_config={
+                "depth": 3,
+                "embed_dim": 16,
+                "mlp_ratio": 2,
+                "num_heads": 2,
+                "patch_size": 4,
+                "hidden_size": width,
+            },
+            text_config={
+                "hidden_size": width,
+                "intermediate_size": 48,
+                **TEXT_SETTINGS,
+                "rope_parameters": ROPE
+                | {"mrope_section": [width // 32, width // 32, width // 16]},
+            },
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            vision_start_token_id=92,
+            vision_end_token_id=93,
+        )
+    )
+
+
 def qwen25(width: int) -> Any:
     return hf.Qwen2_5_VLForConditionalGeneration(
         hf.Qwen2_5_VLConfig(
@@ -236,6 +262,7 @@ FAMILIES: dict[str, tuple[Callable[[int], Any], Callable[[int], dict[str, Tensor
     ),
     "llava-next": (llava_next, tiled_pictures),
     "llava-onevision": (llava_onevision, tiled_pictures),
+    "qwen2-vl": (qwen2, packed_patches),
     "qwen2.5-vl": (qwen25, packed_patches),
     "qwen3-vl": (qwen3, packed_patches),
     "smolvlm": (smolvlm, padded_tiles),

@@ -8,8 +8,8 @@ from torch import nn
 
 from kd_bench.distill.checkpoints import locate
 from kd_bench.distill.models import load_model
-from kd_bench.distill.pathways import pathway_for
 from kd_bench.distill.recipe import LoraSettings, StudentParts
+from kd_bench.distill.vision_language import VisionLanguageModel
 from kd_bench.errors import MissingExtraError, UsageError
 
 __all__ = ["NEW", "add_lora", "build_start", "build_student", "merge_lora", "tinyllava_template"]
@@ -142,7 +142,7 @@ def _vision(path: str) -> tuple[Any, Any]:
         config = AutoConfig.from_pretrained(where)
         pictures = AutoImageProcessor.from_pretrained(where)
         if hasattr(config, "text_config") and type(config).__name__ in _vision_language_configs():
-            return pathway_for(load_model(where)).vision_tower, pictures
+            return VisionLanguageModel(load_model(where)).vision_tower, pictures
         inner = getattr(config, "vision_config", config)
         with torch.device("meta"):
             kind = type(AutoModel.from_config(inner))
@@ -193,7 +193,7 @@ def add_lora(student: Any, settings: LoraSettings) -> Any:
         raise MissingExtraError("train", "train", "peft") from None
 
     learning = {name for name, p in student.named_parameters() if p.requires_grad}
-    inside = pathway_for(student).language_model
+    inside = VisionLanguageModel(student).language_model
     prefix = next(name for name, module in student.named_modules() if module is inside)
     names = [
         f"{prefix}.{name}"

@@ -1,5 +1,6 @@
 """Do this student and this teacher fit each other? Asked before anything is trained."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,15 +10,18 @@ from torch import Tensor, nn
 from kd_bench.distill import losses
 from kd_bench.distill.distiller import Distiller
 from kd_bench.distill.methods import Term, needs_switch, needs_teacher
-from kd_bench.distill.pathways import (
-    Pathway,
+from kd_bench.distill.vision_language import (
+    VisionLanguageModel,
     answer_positions,
-    pathway_for,
-    switch_hidden_states,
+    has_images,
+    seeing_with,
 )
 from kd_bench.errors import TrainingError, UsageError
 
 __all__ = ["check_pair", "check_terms", "self_divergence", "step_zero", "switch_gap"]
+
+
+TOKENS = "number of image tokens an image"
 
 
 def check_terms(terms: Sequence[Term], trainable: Sequence[str], stage: str) -> None:
@@ -55,30 +59,32 @@ def check_pair(
         return None
     _check_tokenizers(student_processor.tokenizer, teacher_processor.tokenizer)
     _check_pictures(student_processor, teacher_processor)
-    learner, master = pathway_for(student), pathway_for(teacher)
+    ours, theirs = VisionLanguageModel(student), VisionLanguageModel(teacher)
     _equal(
         "image token id",
-        learner.image_token_id,
-        master.image_token_id,
+        ours.image_token_id,
+        theirs.image_token_id,
         "Give both the same processor.",
     )
-    _equal(
-        "number of image tokens a picture",
-        learner.image_token_count,
-        master.image_token_count,
-        "Use vision towers of one picture size, patch size and feature selection.",
-    )
-    for name in sorted(learner.geometry.keys() & master.geometry.keys()):
-        _equal(name, learner.geometry[name], master.geometry[name], "Make the two configs agree.")
-    if needs_switch(tuple(terms)):
+    shared = ours.image_geometry.keys() & theirs.image_geometry.keys()
+    for name in sorted(shared, key=lambda name: name != TOKENS):
         _equal(
-            "vision width",
-            learner.vision_width,
-            master.vision_width,
-            "The switch feeds the student's vision tower into the teacher's projector: use a "
-            "tower of the teacher's width, or a method without a switch term (method=dbild).",
+            name,
+            ours.image_geometry[name],
+            theirs.image_geometry[name],
+            "Use vision towers of one image size, patch size and feature selection.",
         )
-    return _vocabulary(learner.vocabulary_size, master.vocabulary_size, truncate_vocabulary)
+    if needs_switch(tuple(terms)):
+        for name, value in ours.vision_geometry.items():
+            _equal(
+                name,
+                value,
+                theirs.vision_geometry[name],
+                "The switch feeds the student's vision tower into the teacher's projector: use a "
+                "tower that gives what the teacher's gives, or a method without a switch term "
+                "(method=dbild).",
+            )
+    return _vocabulary(ours.vocab_size, theirs.vocab_size, truncate_vocabulary)
 
 
 def _equal(what: str, student: Any, teacher: Any, way_out: str) -> None:
@@ -150,25 +156,25 @@ def _vocabulary(student: int, teacher: int, truncate: bool) -> int | None:
 
 
 @torch.no_grad()
-def switch_gap(student: Pathway, teacher: Pathway, batch: Mapping[str, Tensor]) -> float:
+def switch_gap(
+    student: VisionLanguageModel, teacher: VisionLanguageModel, batch: Mapping[str, Tensor]
+) -> float:
     """Largest |z_SW - z_T| over the answers' hidden states of a batch.
 
     Exactly zero where student and teacher have equal vision weights.
     """
     answers = answer_positions(batch["labels"])
-    switched = switch_hidden_states(student, teacher, batch, answers)
-    own = switch_hidden_states(teacher, teacher, batch, answers)
+    own = teacher.hidden_states(batch)[answers]
+    with seeing_with(teacher, student) if has_images(batch) else contextlib.nullcontext():
+        switched = teacher.hidden_states(batch)[answers]
     return float((switched - own).abs().max()) if switched.numel() else 0.0
 
 
 @torch.no_grad()
-def self_divergence(teacher: Pathway, batch: Mapping[str, Tensor]) -> float:
+def self_divergence(teacher: VisionLanguageModel, batch: Mapping[str, Tensor]) -> float:
     """Largest KL(T || T) over the answers of a batch: zero unless the teacher is not repeatable."""
     answers = answer_positions(batch["labels"])
-    first, second = (
-        teacher.lm_head(switch_hidden_states(teacher, teacher, batch, answers)[:64])
-        for _ in range(2)
-    )
+    first, second = (teacher.lm_head(teacher.hidden_states(batch)[answers][:64]) for _ in range(2))
     return float(losses.kl(first, second).abs().max()) if len(first) else 0.0
 
 
@@ -183,9 +189,9 @@ def step_zero(distiller: Distiller, batch: Mapping[str, Tensor]) -> dict[str, fl
         return {}
     found = {"self_divergence": self_divergence(teacher, batch)}
     if needs_switch(distiller.terms) and _equal_weights(
-        distiller.pathway.vision_tower, teacher.vision_tower
+        distiller.parts.vision_tower, teacher.vision_tower
     ):
-        found["switch_gap"] = switch_gap(distiller.pathway, teacher, batch)
+        found["switch_gap"] = switch_gap(distiller.parts, teacher, batch)
     for name, value in found.items():
         if not value == 0:
             raise TrainingError(

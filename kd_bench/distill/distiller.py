@@ -1,7 +1,7 @@
-"""One training step's forward pass: run the pathways that the terms need, once each.
+"""One training step's forward pass: run the models that the terms need, once each.
 
-The student's encoder output is shared by the student and the switch pathway; the teacher runs
-without gradient, the switch with gradients to the student's encoder only.
+The student's vision tower runs once for the student and the switch; the teacher runs without
+gradient, the switch with gradients to the student's vision tower only.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_bench.distill.image_terms import (
-    AttentionProbe,
+    FirstLayerProbe,
     attention_mse,
     image_correlation,
     image_mse,
@@ -26,30 +26,36 @@ from kd_bench.distill.methods import (
     needs_teacher,
 )
 from kd_bench.distill.objective import Heads, KneeLog, token_terms
-from kd_bench.distill.pathways import Features, Pathway, answer_positions, pathway_for
 from kd_bench.distill.teacher_cache import TeacherCache
+from kd_bench.distill.vision_language import (
+    KeptVision,
+    VisionLanguageModel,
+    answer_positions,
+    has_images,
+    keeping_vision,
+    seeing_with,
+)
 from kd_bench.errors import UsageError
 
 __all__ = ["Distiller", "Passes", "default_chunk"]
 
-AT_IMAGES = ("image_kl", "image_correlation")
 LOGITS_AT_ONCE = 2**24
 
 
 @dataclass
 class Passes:
-    """What the pathways gave for one batch.
+    """What the models gave for one batch.
 
     Attributes:
-        hidden: last hidden states at the answers [N, width], by pathway.
+        hidden: last hidden states at the answers [N, width], of `student`, `teacher`, `switch`.
         at_images: the same at image positions [M, width], of student and teacher.
-        embeddings: projected image tokens, of student and teacher.
+        embeddings: projected image tokens [M, width], of student and teacher.
         attention: first-layer weights [batch, heads, length, length], of student and teacher.
     """
 
     hidden: dict[str, Tensor] = field(default_factory=dict)
     at_images: dict[str, Tensor] = field(default_factory=dict)
-    embeddings: dict[str, Features] = field(default_factory=dict)
+    embeddings: dict[str, Tensor] = field(default_factory=dict)
     attention: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -63,7 +69,7 @@ class Distiller(nn.Module):
         terms: the objective.
         vocabulary: rows that both LM heads are cut to; None is all of them.
         head_chunk: answer positions that pass through heads and losses at a time; None keeps
-            64 MB of float32 logits a pathway.
+            64 MB of float32 logits a model.
         cache: the teacher's hidden states of earlier passes over the same samples.
     """
 
@@ -87,28 +93,23 @@ class Distiller(nn.Module):
         )
         self.image_terms = tuple(term for term in self.terms if term not in self.token_terms)
         self.vocabulary = vocabulary
-        self.pathway = pathway_for(student)
-        # FSDP splits by these layers; not by the vision tower's, which a device without a picture
+        self.parts = VisionLanguageModel(student)
+        # FSDP splits by these layers; not by the vision tower's, which a device without an image
         # does not run, so that the others would wait for it for ever.
-        self._no_split_modules = self.pathway.language_model._no_split_modules
-        self.head_chunk = head_chunk or default_chunk(self.pathway.vocabulary_size)
+        self._no_split_modules = self.parts.language_model._no_split_modules
+        self.head_chunk = head_chunk or default_chunk(self.parts.vocab_size)
         teacher = teacher if needs_teacher(self.terms) else None
         if teacher is not None:
             teacher.requires_grad_(False).eval()
-        self._teacher: tuple[Pathway, ...] = () if teacher is None else (pathway_for(teacher),)
+        self.teacher = None if teacher is None else VisionLanguageModel(teacher)
         self.adapter = self._width_adapter()
         self.cache = cache
         if cache is not None and self.image_terms:
             raise UsageError(
                 "teacher_cache keeps the teacher's states at answers only, but the term "
-                f"{self.image_terms[0].label!r} looks at pictures.",
+                f"{self.image_terms[0].label!r} looks at images.",
                 "Take teacher_cache out.",
             )
-
-    @property
-    def teacher(self) -> Pathway | None:
-        """The frozen teacher's pathway, where a term needs one."""
-        return self._teacher[0] if self._teacher else None
 
     def _has(self, *names: str) -> bool:
         return any(term.loss in names for term in self.terms)
@@ -117,7 +118,7 @@ class Distiller(nn.Module):
         """For `image_mse` between language models of different widths."""
         if self.teacher is None or not self._has("image_mse"):
             return None
-        ours, theirs = _width(self.pathway), _width(self.teacher)
+        ours, theirs = self.parts.hidden_size, self.teacher.hidden_size
         return None if ours == theirs else nn.Linear(theirs, ours, bias=False)
 
     def forward(
@@ -132,7 +133,7 @@ class Distiller(nn.Module):
         answers = answer_positions(batch["labels"])  # [batch, length]
         targets = batch["labels"][:, 1:][answers[:, :-1]]  # [N]
         passes = self.run(batch, answers)
-        # A text-only batch has no picture to switch: z_SW is z_T and the term is exactly zero.
+        # A text-only batch has no image to switch: z_SW is z_T and the term is exactly zero.
         terms = [t for t in self.token_terms if t.of != "switch" or "switch" in passes.hidden]
         heads = self._heads()
         loss, values = token_terms(
@@ -152,9 +153,9 @@ class Distiller(nn.Module):
                 values[term.label] = value.detach()
         return loss, values
 
-    def _of_pictures(self) -> list[nn.Parameter]:
+    def _of_images(self) -> list[nn.Parameter]:
         """Learning weights outside the language model and its head."""
-        language = {id(p) for p in self.pathway.language_model.parameters()}
+        language = {id(p) for p in self.parts.language_model.parameters()}
         language |= {id(p) for p in self._heads().parameters}
         return [p for p in self.parameters() if p.requires_grad and id(p) not in language]
 
@@ -162,62 +163,67 @@ class Distiller(nn.Module):
         """Freeze what no gradient can reach, such as a tower's layers above the one that is read.
 
         Args:
-            batch: one with a picture.
+            batch: one with an image.
         """
-        embeddings = self.pathway.project(self.pathway.encode_image(batch), batch)
-        reached = _leaves(embeddings)
+        reached = _leaves(self.parts.image_embeddings(batch))
         own = set() if self.adapter is None else {id(p) for p in self.adapter.parameters()}
-        for parameter in self._of_pictures():
+        for parameter in self._of_images():
             if id(parameter) not in reached | own:
                 parameter.requires_grad_(False)
 
-    def _no_pictures(self, device: torch.device) -> Tensor:
-        """Image embeddings [0, hidden] of a text-only batch, in whose graph all pictures' weights
-        are.
+    def _zero_of_images(self, device: torch.device) -> Tensor:
+        """Zero, in whose graph all weights of images are.
 
-        Devices exchange gradients weight by weight, so one whose piece of a batch has no picture
+        Devices exchange gradients weight by weight, so one whose piece of a batch has no image
         must give zeros too, and one device alone must give its optimizer the same zeros.
         """
-        nothing = [p.flatten()[:0] for p in self._of_pictures()]
-        return torch.cat([torch.zeros(0, device=device), *nothing]).view(0, _width(self.pathway))
+        nothing = [p.flatten()[:0] for p in self._of_images()]
+        return torch.cat([torch.zeros(0, device=device), *nothing]).sum()
 
     def _heads(self) -> Heads:
         head: Any = self.student.get_output_embeddings()  # type: ignore[operator]
         return Heads(
-            student=self.pathway.lm_head,
+            student=self.parts.lm_head,
             teacher=self.teacher.lm_head if self.teacher else None,
             parameters=tuple(head.parameters()),
             vocabulary=self.vocabulary,
         )
 
     def run(self, batch: Mapping[str, Tensor], answers: Tensor) -> Passes:
-        """Every pathway that a term needs, once.
+        """Every forward pass that a term needs, once.
 
         Args:
             answers: positions [batch, length] whose next token is supervised.
         """
         passes = Passes()
-        features = self.pathway.encode_image(batch)
-        if features is None:
-            nothing = self._no_pictures(answers.device)
-            passes.hidden["student"] = self.pathway.decode(nothing, batch, answers)
-        elif needs_student_logits(self.terms):
-            embeddings = self.pathway.project(features, batch)
-            self._decode("student", self.pathway, embeddings, batch, answers, passes)
-        teacher = self.teacher
-        if teacher is None:
+        pictured = has_images(batch)
+        switches = needs_switch(self.terms) and pictured
+        kept: KeptVision | None = None
+        if needs_student_logits(self.terms) or not pictured:
+            keeping = keeping_vision(self.parts) if switches else contextlib.nullcontext()
+            with keeping as kept:
+                self._forward("student", self.parts, batch, answers, passes)
+        if not pictured:
+            passes.hidden["student"] = passes.hidden["student"] + self._zero_of_images(
+                answers.device
+            )
+        if self.teacher is None:
             return passes
         with torch.no_grad():
-            self._teach(teacher, batch, answers, passes)
-        if needs_switch(self.terms) and features is not None:
-            seen = teacher.project(features, batch)
-            passes.hidden["switch"] = teacher.decode(seen, batch, answers)
+            self._teach(self.teacher, batch, answers, passes)
+        if switches:
+            with seeing_with(self.teacher, self.parts, kept):
+                passes.hidden["switch"] = self.teacher.hidden_states(batch)[answers]
         return passes
 
     def _teach(
-        self, teacher: Pathway, batch: Mapping[str, Tensor], answers: Tensor, passes: Passes
+        self,
+        teacher: VisionLanguageModel,
+        batch: Mapping[str, Tensor],
+        answers: Tensor,
+        passes: Passes,
     ) -> None:
-        """The teacher's own pathway, from the cache where it holds the whole batch."""
+        """The teacher's own forward, from the cache where it holds the whole batch."""
         samples: list[int] = []
         counts: list[int] = []
         if self.cache is not None:
@@ -226,40 +232,37 @@ class Distiller(nn.Module):
             if known is not None:
                 passes.hidden["teacher"] = known.to(answers.device)
                 return
-        embeddings = teacher.project(teacher.encode_image(batch), batch)
-        self._decode("teacher", teacher, embeddings, batch, answers, passes)
+        self._forward("teacher", teacher, batch, answers, passes)
         if self.cache is not None:
             self.cache.put(samples, counts, passes.hidden["teacher"])
 
-    def _decode(
+    def _forward(
         self,
         name: str,
-        pathway: Pathway,
-        embeddings: Features | None,
+        model: VisionLanguageModel,
         batch: Mapping[str, Tensor],
         answers: Tensor,
         passes: Passes,
     ) -> None:
-        """Run one language model and keep what the terms look at."""
-        if embeddings is None or not self.image_terms:
-            passes.hidden[name] = pathway.decode(embeddings, batch, answers)
+        """Run one model and keep what the terms look at."""
+        if not self.image_terms or not has_images(batch):
+            passes.hidden[name] = model.hidden_states(batch)[answers]
             return
-        passes.embeddings[name] = embeddings
-        places = batch["input_ids"] == pathway.image_token_id  # [batch, length]
-        wanted = answers | places if self._has(*AT_IMAGES) else answers
-        probe = AttentionProbe(pathway) if self._has("attention_mse") else None
-        with probe or contextlib.nullcontext():
-            hidden = pathway.decode(embeddings, batch, wanted)
-        if probe is not None:
+        places = batch["input_ids"] == model.image_token_id  # [batch, length]
+        watches_attention = self._has("attention_mse")
+        with FirstLayerProbe(model, watches_attention) as probe:
+            states = model.hidden_states(batch)
+        passes.hidden[name] = states[answers]
+        passes.at_images[name] = states[places]
+        passes.embeddings[name] = probe.embeddings[places]
+        if watches_attention:
             passes.attention[name] = probe.weights(batch["attention_mask"])
-        passes.hidden[name] = hidden[answers[wanted]]
-        passes.at_images[name] = hidden[places[wanted]]
 
     def _image_value(
         self, term: Term, passes: Passes, batch: Mapping[str, Tensor], heads: Heads
     ) -> Tensor:
         """One image term's mean over this batch."""
-        places = batch["input_ids"] == self.pathway.image_token_id
+        places = batch["input_ids"] == self.parts.image_token_id
         if term.loss == "image_kl":
             alike = Term(loss="kl", temperature=term.temperature)
             nothing = passes.at_images["student"].new_zeros(int(places.sum()), dtype=torch.long)
@@ -284,10 +287,9 @@ def default_chunk(vocabulary: int) -> int:
     return max(16, min(512, LOGITS_AT_ONCE // vocabulary))
 
 
-def _leaves(outputs: Features | None) -> set[int]:
+def _leaves(outputs: Sequence[Tensor]) -> set[int]:
     """Ids of the weights that a backward pass from `outputs` would reach."""
-    tensors = outputs if isinstance(outputs, tuple) else (outputs,)
-    nodes = [t.grad_fn for t in tensors if t is not None and t.grad_fn is not None]
+    nodes = [tensor.grad_fn for tensor in outputs if tensor.grad_fn is not None]
     seen, leaves = set(nodes), set()
     while nodes:
         node = nodes.pop()
@@ -297,9 +299,3 @@ def _leaves(outputs: Features | None) -> set[int]:
         seen |= further
         nodes += further
     return leaves
-
-
-def _width(pathway: Pathway) -> int:
-    """Hidden size of a language model."""
-    config: Any = pathway.language_model.config
-    return int(config.hidden_size)

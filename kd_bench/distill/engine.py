@@ -187,7 +187,7 @@ class DistillationTrainer(Trainer):
         """The Trainer's, with a learning rate of its own for the vision tower where asked."""
         if self.optimizer is not None or self.vision_tower_learning_rate is None:
             return super().create_optimizer(model)
-        tower = {id(p) for p in self.model.pathway.vision_tower.parameters()}
+        tower = {id(p) for p in self.model.parts.vision_tower.parameters()}
         decayed = set(self.get_decay_parameter_names(self.model))
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for name, parameter in self.model.named_parameters():

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kd_bench.distill.pathways import Features, Pathway
+from kd_bench.distill.vision_language import VisionLanguageModel
 from kd_bench.errors import UsageError
 
-__all__ = ["AttentionProbe", "attention_mse", "image_correlation", "image_mse"]
+__all__ = ["FirstLayerProbe", "attention_mse", "image_correlation", "image_mse"]
 
 
 def image_correlation(teacher: Tensor, other: Tensor, owners: Tensor) -> Tensor:
@@ -36,23 +36,18 @@ def image_correlation(teacher: Tensor, other: Tensor, owners: Tensor) -> Tensor:
     return torch.stack(values).mean()
 
 
-def image_mse(teacher: Features, other: Features, adapter: nn.Module | None) -> Tensor:
+def image_mse(teacher: Tensor, other: Tensor, adapter: nn.Module | None) -> Tensor:
     """Mean squared error of the projected image tokens; a scalar.
 
     Args:
+        teacher, other: embeddings [M, width] that enter the language models.
         adapter: linear map of the teacher's width to the student's where they differ. It learns
             with the student and is no part of the checkpoint (upstream: a 1 x 1 convolution).
     """
-    left = first(teacher).detach()
-    right = first(other)
+    left = teacher.detach()
     if adapter is not None:
         left = adapter(left.to(next(adapter.parameters()).dtype))
-    return F.mse_loss(right.float(), left.float())
-
-
-def first(features: Features) -> Tensor:
-    """The tensor that fills the image's places."""
-    return features if isinstance(features, Tensor) else features[0]
+    return F.mse_loss(other.float(), left.float())
 
 
 def attention_mse(teacher: Tensor, other: Tensor, asks: Tensor, seen: Tensor) -> Tensor:
@@ -69,26 +64,39 @@ def attention_mse(teacher: Tensor, other: Tensor, asks: Tensor, seen: Tensor) ->
     return F.mse_loss(right[pairs], left[pairs])
 
 
-class AttentionProbe:
-    """Attention weights of a language model's first layer, taken while it runs inside a `with`.
+class FirstLayerProbe:
+    """What enters a language model and its first layer's attention, while it runs inside a `with`.
 
-    The fused kernels that models use do not give weights, so that one layer's attention is run
-    again in its plain form on the same inputs.
+    The fused kernels that models use do not give attention weights, so that one layer's attention
+    is run again in its plain form on the same inputs.
+
+    Attributes:
+        embeddings: [batch, length, width], image tokens in their places.
     """
 
-    def __init__(self, pathway: Pathway) -> None:
-        layers: Any = getattr(pathway.language_model, "layers", None)
+    def __init__(self, model: VisionLanguageModel, watches_attention: bool = True) -> None:
+        self.language: Any = model.language_model
+        self.embeddings: Any = None
+        self.inputs: dict[str, Any] | None = None
+        self.module: Any = None
+        self._hooks: list[Any] = []
+        if not watches_attention:
+            return
+        layers = getattr(self.language, "layers", None)
         if layers is None or not hasattr(layers[0], "self_attn"):
             raise UsageError(
-                f"{type(pathway.language_model).__name__} has no layers[0].self_attn to watch.",
+                f"{type(self.language).__name__} has no layers[0].self_attn to watch.",
                 "Leave attention_mse out for this model.",
             )
-        self.module: Any = layers[0].self_attn
-        self.inputs: dict[str, Any] | None = None
-        self._hook: Any = None
+        self.module = layers[0].self_attn
 
-    def __enter__(self) -> "AttentionProbe":
-        self._hook = self.module.register_forward_pre_hook(self._keep, with_kwargs=True)
+    def __enter__(self) -> "FirstLayerProbe":
+        watched: list[tuple[Any, Any]] = [(self.language, self._keep_embeddings)]
+        if self.module is not None:
+            watched.append((self.module, self._keep_inputs))
+        self._hooks = [
+            module.register_forward_pre_hook(keep, with_kwargs=True) for module, keep in watched
+        ]
         return self
 
     def __exit__(
@@ -97,9 +105,15 @@ class AttentionProbe:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
 
-    def _keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _keep_embeddings(self, _: nn.Module, __: tuple[Any, ...], given: dict[str, Any]) -> None:
+        self.embeddings = given["inputs_embeds"]
+
+    def _keep_inputs(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         if self.inputs is None:
             names = ("hidden_states", "position_embeddings")
             self.inputs = {**dict(zip(names, args, strict=False)), **kwargs}

@@ -16,7 +16,7 @@ from kd_bench.distill.checkpoints import (
     quantization_of,
     read_config,
 )
-from kd_bench.distill.pathways import Pathway, pathway_for
+from kd_bench.distill.vision_language import VisionLanguageModel
 from kd_bench.errors import MissingExtraError, UsageError, one_line
 
 __all__ = [
@@ -223,7 +223,9 @@ def _named(names: Collection[str]) -> str:
 def _projector_names(model: Any) -> set[str]:
     """Names of the projector's weights; empty for families that are not known."""
     try:
-        inside = {id(weight) for weight in part(pathway_for(model), "projector").parameters()}
+        inside = {
+            id(weight) for weight in part(VisionLanguageModel(model), "projector").parameters()
+        }
     except UsageError:
         return set()
     return {name for name, weight in model.named_parameters() if id(weight) in inside}
@@ -345,9 +347,9 @@ def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     return processor
 
 
-def part(pathway: Pathway, name: str) -> nn.Module:
+def part(parts: VisionLanguageModel, name: str) -> nn.Module:
     """The module behind one of `PARTS`."""
-    module: nn.Module = getattr(pathway, name)
+    module: nn.Module = getattr(parts, name)
     return module
 
 
@@ -356,12 +358,12 @@ def set_trainable(model: nn.Module, names: Iterable[str]) -> None:
 
     The LM head and the token embeddings belong to `language_model`.
     """
-    pathway = pathway_for(model)
+    parts = VisionLanguageModel(model)
     wanted = set(names)
     model.requires_grad_(False)
     for name in PARTS:
         if name in wanted:
-            part(pathway, name).requires_grad_(True)
+            part(parts, name).requires_grad_(True)
     if "language_model" in wanted:
         whole: Any = model
         head = whole.get_output_embeddings()
@@ -392,8 +394,8 @@ def checkpoint_activations(model: Any, *, frozen: bool = False) -> None:
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
     """Number of weights in all, by part, and of those that learn; tied weights count once."""
-    pathway = pathway_for(model)
-    counts = {name: _count(part(pathway, name).parameters()) for name in PARTS}
+    parts = VisionLanguageModel(model)
+    counts = {name: _count(part(parts, name).parameters()) for name in PARTS}
     counts["total"] = _count(model.parameters())
     counts["trainable"] = _count(p for p in model.parameters() if p.requires_grad)
     return counts

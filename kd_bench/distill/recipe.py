@@ -93,7 +93,7 @@ class Stage(StrictModel):
         save_every: steps between checkpoints that a killed run resumes from; 0 is only at the end.
         log_every: steps between lines of `train_log.jsonl`.
         head_chunk: answer positions that go through the LM heads and losses at a time; by default
-            as many as keep 64 MB of float32 logits a pathway, at most 512.
+            as many as keep 64 MB of float32 logits a model, at most 512.
     """
 
     name: str = "train"

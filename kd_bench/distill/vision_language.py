@@ -29,6 +29,7 @@ __all__ = [
     "answer_positions",
     "has_images",
     "keeping_vision",
+    "put_vision",
     "seeing_with",
 ]
 
@@ -150,7 +151,8 @@ class VisionLanguageModel:
     @property
     def vision_module(self) -> nn.Module:
         """What the forward pass calls with pixels; contains the projector in some families."""
-        return getattr(self.core, self.family.vision)  # type: ignore[no-any-return]
+        module: nn.Module = getattr(self.core, self.family.vision)
+        return module
 
     @property
     def projector_modules(self) -> list[nn.Module]:
@@ -184,7 +186,8 @@ class VisionLanguageModel:
     @property
     def language_model(self) -> nn.Module:
         """The decoder, without the LM head."""
-        return getattr(self.core, self.family.language)  # type: ignore[no-any-return]
+        module: nn.Module = getattr(self.core, self.family.language)
+        return module
 
     # Sizes
 
@@ -284,7 +287,7 @@ class VisionLanguageModel:
 
     @cached_property
     def _logit_cap(self) -> float | None:
-        """Gemma 2's cap, where the installed transformers applies it to PaliGemma (5.17 did not)."""
+        """Gemma 2's cap, where the installed transformers puts it on PaliGemma (5.17 did not)."""
         if "final_logit_softcapping" not in inspect.getsource(type(self.whole).forward):
             return None
         return getattr(self.config.get_text_config(), "final_logit_softcapping", None)
@@ -353,6 +356,11 @@ def seeing_with(
         setattr(teacher.core, teacher.family.vision, own)
         for hook in hooks:
             hook.remove()
+
+
+def put_vision(student: VisionLanguageModel, *, into: VisionLanguageModel) -> None:
+    """Make a teacher the visual switch for good: the student's tower in the place of its own."""
+    setattr(into.core, into.family.vision, _switched_vision(into, student, None))
 
 
 def _switched_vision(

@@ -58,7 +58,6 @@ class KdBench(_Generative):
         model: Any = None,
         processor: Any = None,
         pictures: PictureStore | None = None,
-        pathway: Any = None,
         **unknown: Any,
     ) -> None:
         super().__init__()
@@ -78,9 +77,7 @@ class KdBench(_Generative):
             model = load_model(pretrained, dtype=kind, device=place, quantize=quantize)
             processor = load_processor(pretrained)
         size = None if batch_size in (None, "auto") else int(batch_size)
-        self._engine = Engine(
-            model, processor, batch_size=size, share=share, pictures=pictures, pathway=pathway
-        )
+        self._engine = Engine(model, processor, batch_size=size, share=share, pictures=pictures)
 
     @property
     def device(self) -> torch.device:

@@ -13,9 +13,7 @@ from typing import Any
 
 import torch
 
-from kd_bench.distill.pathways import Pathway, pathway_for
-from kd_bench.distill.pathways.gemma import PaliGemmaPathway
-from kd_bench.distill.pathways.llava import LlavaPathway
+from kd_bench.distill.vision_language import VisionLanguageModel
 from kd_bench.errors import UsageError, one_line
 from kd_bench.evals.budget import MemoryBudget
 from kd_bench.evals.generate import Decoded, Decoder
@@ -27,6 +25,9 @@ from kd_bench.evals.rows import FixedRows, GeneralRows, Ready, RowMaker
 
 __all__ = ["Engine", "plan_batches"]
 
+ONE_SIZE = ("LlavaForConditionalGeneration",)
+LOOKING_BACK = ("PaliGemmaForConditionalGeneration", "Gemma3ForConditionalGeneration")
+
 
 class Engine:
     """Greedy answers of one vision-language model.
@@ -37,7 +38,6 @@ class Engine:
         batch_size: questions at a time; None for as many as the memory budget allows.
         share: prefill what the questions of a picture have in common once.
         pictures: store of prepared pictures, when several engines work on the same documents.
-        pathway: where it is not simply the model's own (the visual switch).
         budget_bytes: memory above the model's own that a batch may take.
     """
 
@@ -49,37 +49,36 @@ class Engine:
         batch_size: int | None = None,
         share: bool = True,
         pictures: PictureStore | None = None,
-        pathway: Pathway | None = None,
         budget_bytes: int | None = None,
     ) -> None:
         self.model = model
         self.batch_size = batch_size
         self.device = next(model.parameters()).device
-        self._pathway = pathway or _known_pathway(model)
+        self._parts = _known(model)
         self._processor = processor
         self._prompts = PromptBuilder(processor)
         self._pictures = pictures or PictureStore()
-        self.path = _path(self._pathway)
+        self.path = _path(self._parts)
         self.share = share and self.path != "generate" and not _slides(model)
         self._decoder: Decoder | PlainDecoder
         self._rows: RowMaker | None = None
-        if self.path == "generate" or self._pathway is None:
+        if self.path == "generate" or self._parts is None:
             self._decoder = PlainDecoder(model, processor)
         else:
             embed = model.get_input_embeddings()
             self._rows = (
-                FixedRows(self._pathway, self._prompts, embed)
+                FixedRows(self._parts, self._prompts, embed)
                 if self.path == "prefix"
-                else GeneralRows(self._pathway, processor, embed)
+                else GeneralRows(self._parts, processor, embed)
             )
             self._decoder = Decoder(
-                self._pathway.language_model,
-                self._pathway.lm_head,
+                self._parts.language_model,
+                self._parts.lm_head,
                 embed,
                 processor.tokenizer,
                 _end_ids(model, processor.tokenizer),
             )
-        tokens = None if self._pathway is None else self._pathway.image_token_count
+        tokens = None if self._parts is None else self._parts.image_token_count
         self.budget = MemoryBudget(model, tokens, budget_bytes)
 
     def answers(self, questions: Sequence[Question]) -> Iterator[list[Answer]]:
@@ -156,19 +155,18 @@ class Engine:
         )
 
 
-def _known_pathway(model: Any) -> Pathway | None:
+def _known(model: Any) -> VisionLanguageModel | None:
     try:
-        return pathway_for(model)
+        return VisionLanguageModel(model)
     except UsageError:
         return None
 
 
-def _path(pathway: Any) -> str:
+def _path(parts: VisionLanguageModel | None) -> str:
     """Which way through the engine a family takes."""
-    family = getattr(pathway, "base", pathway)  # the visual switch goes its teacher's way
-    if family is None or isinstance(family, PaliGemmaPathway):
+    if parts is None or parts.architecture in LOOKING_BACK:
         return "generate"
-    return "prefix" if type(family) is LlavaPathway else "general"
+    return "prefix" if parts.architecture in ONE_SIZE else "general"
 
 
 def _slides(model: Any) -> bool:

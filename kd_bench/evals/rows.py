@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from kd_bench.distill.pathways import Features, Pathway
+from kd_bench.distill.vision_language import VisionLanguageModel
+from kd_bench.errors import UsageError
 from kd_bench.evals.generate import Row
 from kd_bench.evals.pictures import Prepared
 from kd_bench.evals.prompts import PromptBuilder
@@ -71,8 +72,8 @@ def _bytes(value: Any) -> int:
 class FixedRows:
     """Pictures of one size: encoded in batches, their places written out here."""
 
-    def __init__(self, pathway: Pathway, prompts: PromptBuilder, embed: Any) -> None:
-        self._pathway = pathway
+    def __init__(self, model: VisionLanguageModel, prompts: PromptBuilder, embed: Any) -> None:
+        self._model = model
         self._prompts = prompts
         self._embed = embed
         self._features = FeatureCache()
@@ -86,7 +87,7 @@ class FixedRows:
         made = []
         for item, tokens in zip(ready, ids, strict=True):
             tensor = torch.tensor(tokens, device=device)
-            places = tensor == self._pathway.image_token_id
+            places = tensor == self._model.image_token_id
             # A placeholder may lie outside the embedding table; its row is overwritten.
             embeddings = self._embed(tensor.masked_fill(places, 0))  # [length, hidden]
             prefix, key = 0, ""
@@ -107,9 +108,8 @@ class FixedRows:
         for start in range(0, len(fresh), size):
             some = fresh[start : start + size]
             inputs = {"pixel_values": torch.stack([p.pixels for p in some]).to(device)}
-            projected = self._pathway.project(self._pathway.encode_image(inputs), inputs)
-            assert isinstance(projected, Tensor)
-            for picture, embedding in zip(some, projected, strict=True):
+            (projected,) = self._model.image_embeddings(inputs)
+            for picture, embedding in zip(some, projected.chunk(len(some)), strict=True):
                 found[picture.digest] = self._features[picture.digest] = embedding
         return found
 
@@ -117,8 +117,8 @@ class FixedRows:
 class GeneralRows:
     """Any family whose language model takes embeddings: its own processor writes the prompt."""
 
-    def __init__(self, pathway: Any, processor: Any, embed: Any) -> None:
-        self._pathway = pathway
+    def __init__(self, model: VisionLanguageModel, processor: Any, embed: Any) -> None:
+        self._model = model
         self._processor = copy.copy(processor)
         self._images = _Remembered(processor.image_processor)
         self._processor.image_processor = self._images
@@ -140,17 +140,17 @@ class GeneralRows:
         device = self._embed.weight.device
         given = {name: value.to(device) for name, value in self._processor(**inputs).items()}
         features = self._see(key, given) if item.pictures else None
-        return row_of(self._pathway, self._embed, given, features, key)
+        return row_of(self._model, self._embed, given, features, key)
 
     def _begins(self, prompt: str) -> bool:
         begin = self._processor.tokenizer.bos_token
         return bool(begin) and prompt.startswith(begin)
 
-    def _see(self, key: str, inputs: dict[str, Any]) -> Features | None:
+    def _see(self, key: str, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
         if key not in self._features:
-            seen = self._pathway.project(self._pathway.encode_image(inputs), inputs)
-            self._features[key] = seen
-        return self._features[key]
+            self._features[key] = self._model.image_embeddings(inputs)
+        found: tuple[Tensor, ...] = self._features[key]
+        return found
 
 
 class _Remembered:
@@ -174,14 +174,18 @@ class _Remembered:
 
 
 def row_of(
-    pathway: Any, embed: Any, inputs: dict[str, Any], features: Features | None, key: str
+    model: VisionLanguageModel,
+    embed: Any,
+    inputs: dict[str, Any],
+    features: tuple[Tensor, ...] | None,
+    key: str,
 ) -> Row:
-    """The row of one prompt from its processor's output ([1, length] and its pictures)."""
-    embeddings, is_image = pathway.embed(features, inputs)
-    told = pathway.language_arguments(features, inputs, is_image)
-    positions = told.get("position_ids")
-    if positions is not None:
-        positions = positions[:, 0] if positions.dim() == 3 else positions
+    """The row of one prompt from its processor's output ([1, length] and its pictures).
+
+    Args:
+        features: `image_embeddings` of the inputs; None where there is no picture.
+    """
+    embeddings, is_image = embedded(model, embed, inputs, features)
     ids = inputs["input_ids"][0].tolist()
     places = is_image[0]
     prefix = int(places.nonzero()[-1]) + 1 if features is not None else 0
@@ -190,7 +194,53 @@ def row_of(
         embeddings[0],
         prefix,
         f"{key}{ids[:prefix]}" if prefix else "",
-        positions,
-        tuple(told.get("deepstack_visual_embeds") or ()),
+        _positions(model, inputs, is_image),
+        () if features is None else features[1:],
         places,
     )
+
+
+def embedded(
+    model: VisionLanguageModel,
+    embed: Any,
+    inputs: dict[str, Any],
+    features: tuple[Tensor, ...] | None,
+) -> tuple[Tensor, Tensor]:
+    """Token embeddings [batch, length, hidden] with the pictures' in their places, and where.
+
+    Raises:
+        UsageError: the pictures do not fill the places.
+    """
+    input_ids = inputs["input_ids"]  # [batch, length]
+    is_image = input_ids == model.image_token_id  # [batch, length]
+    # A placeholder may lie outside the embedding table; its row is overwritten below.
+    embeddings: Tensor = embed(input_ids.masked_fill(is_image, 0))
+    targets = int(is_image.sum())
+    found = 0 if features is None else len(features[0])
+    if found != targets:
+        raise UsageError(
+            f"The pictures give {found} image tokens, the text has {targets} places.",
+            "Use the processor of this checkpoint and do not truncate inside a picture.",
+        )
+    if features is None:
+        return embeddings, is_image
+    spread = is_image.unsqueeze(-1).expand_as(embeddings)
+    return embeddings.masked_scatter(spread, features[0].to(embeddings.dtype)), is_image
+
+
+def _positions(
+    model: VisionLanguageModel, inputs: dict[str, Any], is_image: Tensor
+) -> Tensor | None:
+    """Positions [axes, length] of one prompt where the family counts them its own way (Qwen)."""
+    count = getattr(model.core, "get_rope_index", None)
+    if count is None or not bool(is_image.any()):
+        return None
+    kinds = inputs.get("mm_token_type_ids")
+    positions: Tensor
+    positions, _ = count(
+        inputs["input_ids"],
+        image_grid_thw=inputs["image_grid_thw"],
+        attention_mask=inputs.get("attention_mask"),
+        mm_token_type_ids=is_image.int() if kinds is None else kinds,
+    )
+    return positions[:, 0]

@@ -9,7 +9,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import copy
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kd_bench.distill.distiller import Distiller, default_chunk
 from kd_bench.distill.methods import METHODS
 from kd_bench.distill.objective import Heads, token_terms
-from kd_bench.distill.pathways import answer_positions
+from kd_bench.distill.vision_language import answer_positions, keeping_vision, seeing_with
 from tests.benchmarks.figures import Figure, peak_memory, print_table, seconds
 from tests.benchmarks.losses import VOCABULARY, pair_list_dbild
 
@@ -197,21 +196,21 @@ def floor_figure(size: int = 4, question: int = 24, answer: int = 16) -> Figure:
 
     alone = copy.deepcopy(student)
     parts = Distiller(alone, teacher, METHODS["sft"])
-    features = parts.pathway.encode_image(batch)
-    assert isinstance(features, Tensor)
-    features = features.detach().requires_grad_()
-
-    def teacher_forward(pathway: Any, with_eyes: bool) -> Tensor:
-        seen = pathway.encode_image(batch) if with_eyes else features
-        hidden = pathway.decode(pathway.project(seen, batch), batch, answers)
-        logits: Tensor = pathway.lm_head(hidden)
-        return logits
-
     judge = distiller.teacher
-    own = torch.no_grad()(partial(teacher_forward, judge, True))
+    assert judge is not None
+    with torch.no_grad(), keeping_vision(parts.parts) as kept:
+        parts.parts.image_embeddings(batch)
+    for state in kept.outputs[0].hidden_states:
+        state.requires_grad_()
+
+    def teacher_logits() -> Tensor:
+        return judge.lm_head(judge.hidden_states(batch)[answers])
+
+    own = torch.no_grad()(teacher_logits)
 
     def switched() -> None:
-        teacher_forward(judge, False).sum().backward()
+        with seeing_with(judge, parts.parts, kept):
+            teacher_logits().sum().backward()
 
     def sft() -> None:
         parts(batch, items)[0].backward()
