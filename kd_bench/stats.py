@@ -5,9 +5,11 @@ from `aggregators.unit_statistics` as [units, m] and are stacked to [models, uni
 share the resampled units, so differences between them are paired.
 """
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,10 +24,13 @@ if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = [
+    "FEWEST_UNITS",
     "RESAMPLES",
     "MethodDifference",
     "NonInferiority",
+    "binomial_interval",
     "bootstrap_sums",
+    "effective_units",
     "exact_or_swap",
     "gap_closed",
     "holm",
@@ -35,16 +40,23 @@ __all__ = [
     "non_inferiority",
     "paired_bootstrap",
     "percentile_interval",
+    "pooled_freedom",
     "ratio_interval",
     "score_interval",
+    "seed_variance",
+    "smoothed",
+    "stretched",
     "swap_draws",
     "two_sided",
+    "unchanged_draws",
     "unit_seed",
 ]
 
 Array = NDArray[np.float64]
 
 RESAMPLES = 10_000
+# Below this many units no interval holds what it says (docs/statistics.md): none is shown.
+FEWEST_UNITS = 5
 # Weights are made for this many (resample, unit) cells at a time, so that they stay in the cache.
 CELLS = 250_000
 
@@ -115,17 +127,14 @@ def percentile_interval(draws: Array, level: float = 0.95) -> Interval:
 
 
 def score_interval(
-    aggregator: str,
-    samples: "pd.DataFrame",
-    level: float = 0.95,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> Interval:
-    """The cluster bootstrap interval of one task's score, on the 0-100 scale."""
-    statistics = unit_statistics(aggregator, samples)
-    seeds = unit_seed(statistics.units, seed)
-    draws = paired_bootstrap(aggregator, statistics.values[None], resamples, seeds)
-    return percentile_interval(draws[0], level)
+    aggregator: str, samples: "pd.DataFrame", level: float = 0.95
+) -> Interval | None:
+    """The interval of one task's score, on the 0-100 scale; None with too few units."""
+    values = unit_statistics(aggregator, samples).values
+    if len(values) < FEWEST_UNITS:
+        return None
+    score, size = effective_units(aggregator, values)
+    return binomial_interval(score / 100, size, len(values), level)
 
 
 def ratio_interval(numerator: Array, denominator: Array, level: float = 0.95) -> Interval | None:
@@ -147,6 +156,108 @@ def gap_closed(
 ) -> Interval | None:
     """Interval of (student - floor) / (teacher - floor) from paired draws [resamples]."""
     return ratio_interval(student - floor, teacher - floor, level)
+
+
+# --- few units ---------------------------------------------------------------------------------
+
+
+def effective_units(aggregator: str, values: Array) -> tuple[float, float]:
+    """The score of [units, m] and how many right-or-wrong items would be as uncertain.
+
+    n_eff = n / deff with the design effect deff = v / (p (1 - p)), v the variance of a unit's
+    influence on the score (delta method). Where p is near 0 or 1 there is little to see of v, so
+    one wholly right or wrong unit is added to both: at 0 and 1, n_eff = n. After E. Korn and
+    B. Graubard, "Confidence intervals for proportions with small expected number of positive
+    counts estimated from survey data", Survey Methodology 24 (1998).
+    """
+    combine, units = get_aggregator(aggregator).combine, len(values)
+    sums = values.sum(axis=0)
+    score = float(combine(sums))
+    steps = np.diag(1e-4 * np.maximum(np.abs(sums), 1.0))
+    slopes = (combine(sums + steps) - combine(np.maximum(sums - steps, 0))) / (
+        np.diag(steps) + np.minimum(np.diag(steps), sums)
+    )
+    influence = units * (values @ np.nan_to_num(slopes)) / 100
+    variance = float(influence.var(ddof=1)) if units > 1 else 0.0
+    p = score / 100
+    design = (4 * units * variance + 1) / (4 * units * p * (1 - p) + 1)
+    return score, units / design
+
+
+def binomial_interval(share: float, size: float, units: float, level: float = 0.95) -> Interval:
+    """Mid-P exact binomial interval of a share of `size` items, in points (0-100).
+
+    `size` need not be whole (`effective_units`). What it exceeds `units` by was estimated from
+    them: it is cut by (z / t)^2, not below `units`. 0 of 15 gives 0 to 18 points.
+    """
+    from scipy.optimize import brentq
+    from scipy.special import betainc
+
+    tail = (1 + level) / 2
+    cut = float(distributions.norm.ppf(tail) / distributions.t.ppf(tail, max(units - 1, 1))) ** 2
+    size = max(min(size, units), size * cut)
+    hits = share * size
+
+    def above(p: float) -> float:
+        """Mid-P probability of as many hits or more."""
+        more = betainc(hits + 1, size - hits, p) if hits < size else 0.0
+        return float(more + (betainc(hits, size - hits + 1, p) if hits > 0 else 1.0)) / 2
+
+    low = float(brentq(lambda p: above(p) - (1 - tail), 0.0, 1.0)) if hits > 0 else 0.0
+    high = float(brentq(lambda p: above(p) - tail, 0.0, 1.0)) if hits < size else 1.0
+    return Interval(100 * low, 100 * high, level)
+
+
+def smoothed(
+    draws: Array, aggregator: str, values: Array, seed: int | tuple[int, ...] = 0
+) -> Array:
+    """Bootstrap draws of one model's score [resamples] that few units do not make too narrow.
+
+    The spread is corrected for the units' degree of freedom and widened by what one more
+    right-or-wrong item could do, normal noise of 100 / n_eff points: two models that differ on
+    few units (or on none that is here) are not known to be alike. The noise depends on the
+    model's own statistics alone, whatever stands beside it.
+    """
+    units = len(values)
+    if units < 2:
+        return draws
+    score, size = effective_units(aggregator, values)
+    base = (seed,) if isinstance(seed, int) else tuple(seed)
+    content = int.from_bytes(hashlib.sha256(np.ascontiguousarray(values)).digest()[:8], "big")
+    noise = np.random.default_rng((*base, content)).standard_normal(len(draws))
+    wide: Array = score + (draws - score) * math.sqrt(units / (units - 1)) + 100 / size * noise
+    return wide
+
+
+def unchanged_draws(units: int, resamples: int = RESAMPLES, exact: bool = False) -> Array:
+    """Differences that go with `units` units of which none changed, in points, symmetrical.
+
+    Their quantiles are the exact binomial bounds: a drop x in a share x of all units went unseen
+    with probability (1 - x)^n. Mid-P for intervals; `exact` for a test, whose size is kept.
+    """
+    tail = (np.arange(resamples) + 0.5) / resamples
+    near = np.minimum(tail, 1 - tail) * (1 if exact else 2)
+    return np.asarray(100 * np.sign(tail - 0.5) * (1 - near ** (1 / max(units, 1))))
+
+
+def stretched(draws: Array, value: float, freedom: float) -> Array:
+    """Draws about `value`, sorted, with Student's tails in place of the normal ones.
+
+    Quantile q is moved away from `value` by t(q) / z(q): what the percentile bootstrap lacks with
+    few units (T. Hesterberg, "What Teachers Should Know About the Bootstrap", 2015, section 4.2).
+    """
+    ordered = np.sort(draws[~np.isnan(draws)])
+    if freedom > 1_000 or ordered.size == 0:
+        return ordered
+    z, t = _quantile_grid(ordered.size, float(max(freedom, 1)))
+    return np.asarray(value + (ordered - value) * t / z)
+
+
+@lru_cache(maxsize=64)
+def _quantile_grid(count: int, freedom: float) -> tuple[Array, Array]:
+    q = (np.arange(count) + 0.5) / count
+    q[np.abs(q - 0.5) < 0.25 / count] = 0.5 + 0.25 / count
+    return distributions.norm.ppf(q), distributions.t.ppf(q, freedom)
 
 
 # --- tests -----------------------------------------------------------------------------------
@@ -318,16 +429,51 @@ class MethodDifference:
         seed_error: standard error from the choice of training seeds, None with one seed each.
         spread_a, spread_b: standard deviation of the scores over seeds, None with one seed.
         seeds: number of seeds of A and of B.
+        error, freedom: standard error from both sources, and its degrees of freedom.
     """
 
     difference: float
-    interval: Interval
+    interval: Interval | None
     p: float
     sampling_error: float
     seed_error: float | None
     spread_a: float | None
     spread_b: float | None
     seeds: tuple[int, int]
+    error: float = 0.0
+    freedom: float = 1.0
+
+
+def seed_variance(scores: Array, draws: Array) -> tuple[float, float]:
+    """Variance of a method's mean score from its training seeds: (net, as seen on this test set).
+
+    Seeds also disagree on documents, and what that adds to the spread of their scores is in the
+    bootstrap already: the net variance is without it, never below zero.
+
+    Args:
+        scores: [seeds], at least two.
+        draws: [seeds, resamples] of one paired bootstrap.
+    """
+    count = len(scores)
+    seen = float(scores.var(ddof=1)) / count
+    apart = float(np.nanvar(draws - draws.mean(axis=0), axis=1).sum()) / (count - 1) / count
+    return max(seen - apart, 0.0), seen
+
+
+def pooled_freedom(variance: float, parts: Sequence[tuple[float, float]]) -> float:
+    """Degrees of freedom of a sum of variances, after Satterthwaite.
+
+    Args:
+        variance: the sum that is used, with the net seed variances.
+        parts: (variance as seen, its degrees of freedom). What was seen is more than what is
+            used; of the choices tried, their product kept coverage closest to what it says
+            (docs/statistics.md).
+    """
+    spread = sum(part**2 / freedom for part, freedom in parts)
+    if spread <= 0:
+        return 1.0
+    fewest = min(freedom for part, freedom in parts if part > 0)
+    return max(variance * sum(part for part, _ in parts) / spread, fewest)
 
 
 def method_difference(
@@ -335,16 +481,13 @@ def method_difference(
     b_scores: Array,
     a_draws: Array,
     b_draws: Array,
-    units: int,
+    units: float,
     level: float = 0.95,
 ) -> MethodDifference:
     """Compare two methods over training seeds, two-level: seeds and test documents.
 
-    The variance of the difference of means is  var_seeds(A) / S_A + var_seeds(B) / S_B +
-    var_documents, the last from the bootstrap of the seed means; degrees of freedom after
-    Satterthwaite. The seed variance seen on one test set holds a part of the document noise
-    (seeds disagree on documents), so the interval is a little wide rather than too narrow.
-    A method with one seed adds no seed variance: nothing is known about it, and `seed_error`
+    The variance of the difference of means is that over documents, from the bootstrap of the
+    seed means, plus the net `seed_variance` of each method. A method with one seed adds no seed variance: nothing is known about it, and `seed_error`
     says so when both have one.
 
     Args:
@@ -355,14 +498,16 @@ def method_difference(
     difference = float(b_scores.mean() - a_scores.mean())
     sampling = float(np.nanvar(b_draws.mean(0) - a_draws.mean(0), ddof=1))
     spreads = [float(s.std(ddof=1)) if len(s) > 1 else None for s in (a_scores, b_scores)]
-    terms = [(sampling, max(units - 1, 1))]
-    for spread, scores in zip(spreads, (a_scores, b_scores), strict=True):
-        if spread is not None:
-            terms.append((spread**2 / len(scores), len(scores) - 1))
-    variance = sum(term for term, _ in terms)
-    seed_variance = sum(term for term, _ in terms[1:])
+    seeds = [
+        (*seed_variance(scores, draws), len(scores) - 1)
+        for scores, draws in ((a_scores, a_draws), (b_scores, b_draws))
+        if len(scores) > 1
+    ]
+    variance = sampling + sum(net for net, _, _ in seeds)
     error = math.sqrt(variance)
-    freedom = variance**2 / sum(t**2 / df for t, df in terms) if variance > 0 else 1.0
+    freedom = pooled_freedom(
+        variance, [(sampling, max(units - 1, 1)), *((seen, df) for _, seen, df in seeds)]
+    )
     reach = error * float(distributions.t.ppf((1 + level) / 2, freedom))
     if error > 0:
         p = 2 * float(distributions.t.sf(abs(difference) / error, freedom))
@@ -373,8 +518,10 @@ def method_difference(
         interval=Interval(difference - reach, difference + reach, level),
         p=p,
         sampling_error=math.sqrt(sampling),
-        seed_error=math.sqrt(seed_variance) if len(terms) > 1 else None,
+        seed_error=math.sqrt(sum(seen for _, seen, _ in seeds)) if seeds else None,
         spread_a=spreads[0],
         spread_b=spreads[1],
         seeds=(len(a_scores), len(b_scores)),
+        error=error,
+        freedom=freedom,
     )

@@ -1,18 +1,20 @@
 """Paired differences of aligned runs: interval, test, counts, and what could have been seen."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kd_bench.compare.align import AlignedTask
-from kd_bench.records import Interval
+from kd_bench.compare.estimates import Estimate, Evidence, TaskEvidence
+from kd_bench.records import AVERAGE, Interval
 from kd_bench.stats import (
     RESAMPLES,
     exact_or_swap,
     holm,
     minimum_detectable_effect,
-    percentile_interval,
     swap_draws,
     two_sided,
     unit_seed,
@@ -22,6 +24,7 @@ __all__ = [
     "Difference",
     "Resampled",
     "average_difference",
+    "evidence_of",
     "resample",
     "task_difference",
     "with_holm",
@@ -35,15 +38,19 @@ class Difference:
     """Another run minus the reference, in points (0-100 scale).
 
     Attributes:
+        interval: None with fewer than `stats.FEWEST_UNITS` units.
         p: two-sided, of this benchmark alone; `p_holm` corrected over the benchmarks.
         test: which test gave `p`.
         fixed, broken: items (documents, or groups scored as a whole) that changed.
-        detectable: the smallest true difference that this test set finds four times in five.
-        standard_error: of the difference, from the bootstrap.
+        detectable: the smallest true difference that the test finds four times in five at the
+            first step of Holm over the benchmarks.
+        standard_error: of the difference.
+        units: resampling units.
+        items: documents or groups that can change.
     """
 
     value: float
-    interval: Interval
+    interval: Interval | None
     p: float
     p_holm: float
     test: str
@@ -51,6 +58,15 @@ class Difference:
     broken: int
     detectable: float
     standard_error: float
+    units: int = 0
+    items: int = 0
+
+    @property
+    def few(self) -> str:
+        """Why there is no interval, empty where there is one."""
+        if self.interval is not None:
+            return ""
+        return f"too few ({self.units} unit{'s' if self.units != 1 else ''})"
 
 
 @dataclass(frozen=True)
@@ -71,10 +87,27 @@ class Resampled:
             unit_seed(self.aligned.units, seed + 1),
         )
 
+    @cached_property
+    def evidence(self) -> TaskEvidence:
+        """What the estimator takes; runs are named by their position."""
+        names = [str(run) for run in range(len(self.draws))]
+        return TaskEvidence.from_draws(
+            self.aligned.aggregator,
+            names,
+            self.aligned.statistics,
+            self.draws,
+            unit_seed(self.aligned.units),
+        )
+
 
 def resample(aligned: AlignedTask, resamples: int = RESAMPLES, seed: int = 0) -> Resampled:
     """Bootstrap one benchmark for all of its runs at once."""
     return Resampled(aligned, aligned.scores, aligned.draws(resamples, seed))
+
+
+def evidence_of(tasks: Sequence[Resampled]) -> Evidence:
+    """All benchmarks of the same runs; runs are named by their position."""
+    return Evidence({task.aligned.task: task.evidence for task in tasks})
 
 
 def task_difference(
@@ -83,49 +116,57 @@ def task_difference(
     """Second run minus first run on one benchmark; `null` from `Resampled.null_draws`."""
     statistics = task.aligned.statistics
     p, test = exact_or_swap(task.aligned.aggregator, statistics[first], statistics[second], null)
-    drawn = task.draws[second] - task.draws[first]
-    error = _standard_error(drawn)
-    fixed, broken = task.aligned.changes(first, second)
-    return Difference(
-        value=float(task.scores[second] - task.scores[first]),
-        interval=percentile_interval(drawn, level),
-        p=p,
-        p_holm=p,
-        test=test,
-        fixed=fixed,
-        broken=broken,
-        detectable=minimum_detectable_effect(error, task.aligned.items),
-        standard_error=error,
+    found = evidence_of([task]).difference(
+        task.aligned.task, [str(first)], [str(second)], level
+    )
+    return made_difference(
+        found, p, test, task.aligned.changes(first, second), task.aligned.items
     )
 
 
 def average_difference(
-    tasks: list[Resampled], nulls: list[Array], first: int, second: int, level: float = 0.95
+    tasks: Sequence[Resampled], nulls: list[Array], first: int, second: int, level: float = 0.95
 ) -> Difference:
     """Second run minus first run on the mean over benchmarks, resampled within each of them."""
-    drawn = np.mean([task.draws[second] - task.draws[first] for task in tasks], axis=0)
-    value = float(np.mean([task.scores[second] - task.scores[first] for task in tasks]))
-    error = _standard_error(drawn)
+    found = evidence_of(tasks).difference(AVERAGE, [str(first)], [str(second)], level)
     changes = [task.aligned.changes(first, second) for task in tasks]
-    p = two_sided(value, np.mean(nulls, axis=0))
+    return made_difference(
+        found,
+        two_sided(found.value, np.mean(nulls, axis=0)),
+        "sign-flip by unit",
+        (sum(fixed for fixed, _ in changes), sum(broken for _, broken in changes)),
+        sum(task.aligned.items for task in tasks),
+    )
+
+
+def made_difference(
+    found: Estimate, p: float, test: str, changes: tuple[int, int], items: int
+) -> Difference:
+    """A difference from what the estimator found, the test's p and (fixed, broken)."""
     return Difference(
-        value=value,
-        interval=percentile_interval(drawn, level),
+        value=found.value,
+        interval=found.interval,
         p=p,
         p_holm=p,
-        test="sign-flip by unit",
-        fixed=sum(fixed for fixed, _ in changes),
-        broken=sum(broken for _, broken in changes),
-        detectable=minimum_detectable_effect(error, sum(task.aligned.items for task in tasks)),
-        standard_error=error,
+        test=test,
+        fixed=changes[0],
+        broken=changes[1],
+        detectable=minimum_detectable_effect(found.error, items),
+        standard_error=found.error,
+        units=found.units,
+        items=items,
     )
 
 
 def with_holm(differences: list[Difference]) -> list[Difference]:
-    """The same differences with p corrected over all of them."""
+    """The same differences with p, and what could be detected, corrected over all of them."""
     adjusted = holm([each.p for each in differences])
-    return [replace(each, p_holm=p) for each, p in zip(differences, adjusted, strict=True)]
-
-
-def _standard_error(draws: Array) -> float:
-    return float(np.nanstd(draws, ddof=1))
+    alpha = 0.05 / max(len(differences), 1)
+    return [
+        replace(
+            each,
+            p_holm=p,
+            detectable=minimum_detectable_effect(each.standard_error, each.items, alpha),
+        )
+        for each, p in zip(differences, adjusted, strict=True)
+    ]

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from kd_bench.compare.align import align, common_tasks
-from kd_bench.compare.differences import resample
-from kd_bench.stats import RESAMPLES, MethodDifference, method_difference
+from kd_bench.compare.differences import evidence_of, resample
+from kd_bench.compare.estimates import Evidence
+from kd_bench.records import AVERAGE
+from kd_bench.stats import RESAMPLES, MethodDifference, seed_variance
 from kd_bench.store import Run
 
 __all__ = ["MethodComparison", "compare_methods"]
@@ -33,21 +35,47 @@ def compare_methods(
     """Compare methods whose runs are their training seeds, e.g. three of SFT, three of Switch-KD.
 
     Both sources of error count: the seeds and the choice of test documents; see
-    `stats.method_difference`.
+    `compare.estimates`.
     """
     runs = [*a_runs, *b_runs]
     tasks = common_tasks(runs)
+    evidence = evidence_of(
+        [
+            resample(align(runs, task, allow_different=allow_different), resamples, seed)
+            for task in tasks
+        ]
+    )
     split = len(a_runs)
-    by_task: dict[str, MethodDifference] = {}
-    scores, draws, units = [], [], 0
-    for task in tasks:
-        sampled = resample(align(runs, task, allow_different=allow_different), resamples, seed)
-        count = len(sampled.aligned.units)
-        s, d = sampled.scores, sampled.draws
-        by_task[task] = method_difference(s[:split], s[split:], d[:split], d[split:], count, level)
-        scores.append(s)
-        draws.append(d)
-        units += count
-    s, d = np.mean(scores, axis=0), np.mean(draws, axis=0)
-    average = method_difference(s[:split], s[split:], d[:split], d[split:], units, level)
+    first, second = ([str(n) for n in part] for part in (range(split), range(split, len(runs))))
+    by_task = {
+        key: _difference(evidence, key, first, second, level) for key in [*tasks, AVERAGE]
+    }
+    average = by_task.pop(AVERAGE)
     return MethodComparison(by_task, average)
+
+
+def _difference(
+    evidence: Evidence, key: str, first: list[str], second: list[str], level: float
+) -> MethodDifference:
+    """The estimator's difference, with its two sources of error apart."""
+    found = evidence.difference(key, first, second, level)
+    a, b = (evidence.draws(key, group) for group in (first, second))
+    scores = [evidence.scores(key, group) for group in (first, second)]
+    seen = [
+        seed_variance(score, draws)[1]
+        for score, draws in zip(scores, (a, b), strict=True)
+        if len(score) > 1
+    ]
+    spreads = [float(score.std(ddof=1)) if len(score) > 1 else None for score in scores]
+    return MethodDifference(
+        difference=found.value,
+        interval=found.interval,
+        p=found.p,
+        sampling_error=float(np.nanstd(b.mean(0) - a.mean(0), ddof=1)),
+        seed_error=float(np.sqrt(sum(seen))) if seen else None,
+        spread_a=spreads[0],
+        spread_b=spreads[1],
+        seeds=(len(first), len(second)),
+        error=found.error,
+        freedom=found.freedom,
+    )

@@ -1,0 +1,436 @@
+"""The one estimator: scores, differences, retention and gaps of methods, with their intervals.
+
+`compare`, `check` and the report all ask `Evidence`. A method is a group of runs, its training
+seeds; a single run is a group of one. Every interval holds the choice of test documents and,
+where a group has several seeds, the choice of seeds; every difference is paired by unit.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats as distributions
+
+from kd_bench.aggregators import get_aggregator
+from kd_bench.records import AVERAGE, Interval
+from kd_bench.stats import (
+    FEWEST_UNITS,
+    RESAMPLES,
+    binomial_interval,
+    effective_units,
+    holm,
+    method_difference,
+    paired_bootstrap,
+    percentile_interval,
+    pooled_freedom,
+    seed_variance,
+    smoothed,
+    stretched,
+    unchanged_draws,
+    unit_seed,
+)
+
+__all__ = ["Claim", "Estimate", "Evidence", "Group", "TaskEvidence", "headline"]
+
+Array = NDArray[np.float64]
+
+Group = Sequence[str]
+"""Run folder names of one method's training seeds; one name is a single model."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with everything that is known about its uncertainty.
+
+    Attributes:
+        value: points, or percent for `retention` and `gap_closed`.
+        interval: None with too few units, or where a ratio has no finite one.
+        error, freedom: standard error and its degrees of freedom.
+        p: two-sided, that the true value is zero; only of differences, NaN elsewhere.
+        seeds: number of runs of each group.
+        holds_seeds: some group has several seeds, so training noise is in the interval.
+        units: resampling units behind it.
+        unchanged: no unit of the groups differs: the interval is the exact binomial one.
+        distribution: sorted draws whose quantiles are the bounds at every level, [resamples].
+    """
+
+    value: float
+    interval: Interval | None
+    error: float
+    freedom: float
+    p: float
+    seeds: tuple[int, ...]
+    holds_seeds: bool
+    units: int
+    unchanged: bool = False
+    distribution: Array = field(default_factory=lambda: np.zeros(0), repr=False, compare=False)
+
+    @property
+    def too_few(self) -> bool:
+        """Whether there are too few units for an interval, a rank or a verdict."""
+        return self.units < FEWEST_UNITS
+
+    @property
+    def one_seed(self) -> bool:
+        """Whether a group has a single run, so that training noise is unknown."""
+        return min(self.seeds) < 2
+
+
+@dataclass(frozen=True)
+class TaskEvidence:
+    """One benchmark of several runs on the same units.
+
+    Attributes:
+        scores, sizes, draws, contents: by run name: the score, its effective number of items,
+            smoothed bootstrap scores [resamples], and a digest of the run's unit statistics.
+    """
+
+    units: int
+    scores: dict[str, float]
+    sizes: dict[str, float]
+    draws: dict[str, Array]
+    contents: dict[str, str]
+
+    @classmethod
+    def of(
+        cls,
+        aggregator: str,
+        units: Sequence[str] | NDArray[np.object_],
+        statistics: Mapping[str, Array],
+        resamples: int = RESAMPLES,
+        seed: int = 0,
+    ) -> "TaskEvidence":
+        """Bootstrap one benchmark for all of its runs at once.
+
+        Args:
+            statistics: by run name, [units, m] of `aggregators.unit_statistics`.
+        """
+        names = list(statistics)
+        stacked = np.stack([statistics[name] for name in names])
+        seeds = unit_seed(units, seed)
+        draws = paired_bootstrap(aggregator, stacked, resamples, seeds)
+        return cls.from_draws(aggregator, names, stacked, draws, seeds)
+
+    @classmethod
+    def from_draws(
+        cls,
+        aggregator: str,
+        names: Sequence[str],
+        statistics: Array,
+        draws: Array,
+        seed: int | tuple[int, ...],
+    ) -> "TaskEvidence":
+        """From statistics [runs, units, m] and their paired bootstrap scores [runs, resamples]."""
+        sized = [effective_units(aggregator, values) for values in statistics]
+        return cls(
+            units=statistics.shape[1],
+            scores={name: score for name, (score, _) in zip(names, sized, strict=True)},
+            sizes={name: size for name, (_, size) in zip(names, sized, strict=True)},
+            draws={
+                name: smoothed(drawn, aggregator, values, seed)
+                for name, drawn, values in zip(names, draws, statistics, strict=True)
+            },
+            contents={
+                name: hashlib.sha256(np.ascontiguousarray(values)).hexdigest()
+                for name, values in zip(names, statistics, strict=True)
+            },
+        )
+
+
+class Evidence:
+    """Benchmarks of several runs, and every number with an interval that is made of them.
+
+    Keys are benchmark ids and `AVERAGE`, the mean over all benchmarks of the runs that have all.
+    """
+
+    def __init__(self, tasks: Mapping[str, TaskEvidence]) -> None:
+        self.tasks = dict(tasks)
+
+    def has(self, key: str, *groups: Group) -> bool:
+        """Whether every run of the groups has this benchmark (all of them, for the average)."""
+        wanted = self.tasks.values() if key == AVERAGE else [self.tasks.get(key)]
+        return bool(self.tasks) and all(
+            task is not None and all(run in task.draws for run in group) and len(group) > 0
+            for task in wanted
+            for group in groups
+        )
+
+    def units(self, key: str) -> int:
+        """Resampling units behind a key."""
+        if key == AVERAGE:
+            return sum(task.units for task in self.tasks.values())
+        return self.tasks[key].units
+
+    def scores(self, key: str, group: Group) -> Array:
+        """Scores of a group's runs, [seeds]."""
+        if key == AVERAGE:
+            return np.mean([self.scores(task, group) for task in self.tasks], axis=0)
+        return np.array([self.tasks[key].scores[run] for run in group])
+
+    def draws(self, key: str, group: Group) -> Array:
+        """Bootstrap scores of a group's runs, [seeds, resamples]."""
+        if key == AVERAGE:
+            return np.mean([self.draws(task, group) for task in self.tasks], axis=0)
+        return np.stack([self.tasks[key].draws[run] for run in group])
+
+    # --- what is asked ---------------------------------------------------------------------
+
+    def score(self, key: str, group: Group, level: float = 0.95) -> Estimate:
+        """The mean score of a group, 0-100."""
+        found = self._contrast(key, [group], lambda mean: mean[0], level)
+        if found.too_few or found.interval is None:
+            return found
+        if key == AVERAGE or found.holds_seeds:
+            low, high = max(found.interval.low, 0.0), min(found.interval.high, 100.0)
+            return replace(found, interval=Interval(low, high, level))
+        size = self.tasks[key].sizes[group[0]]
+        exact = binomial_interval(found.value / 100, size, found.units, level)
+        return replace(found, interval=exact)
+
+    def difference(self, key: str, first: Group, second: Group, level: float = 0.95) -> Estimate:
+        """`second` minus `first`, in points."""
+        if self._unchanged(key, first, second):
+            count = len(self.draws(key, first[:1])[0])
+            drawn = unchanged_draws(self.units(key), count)
+            found = self._estimate(key, [first, second], 0.0, drawn, float(drawn.std()), 1e9, level)
+            return replace(found, p=1.0, unchanged=True)
+        a, b = (self.scores(key, group) for group in (first, second))
+        a_draws, b_draws = self.draws(key, first), self.draws(key, second)
+        if key == AVERAGE:
+            b_draws = b_draws + self._unseen(first, second, b_draws.shape[1])
+        freedom = self._freedom(key, [first, second], lambda mean: mean[1] - mean[0])
+        found = method_difference(a, b, a_draws, b_draws, freedom + 1, level)
+        drawn = b_draws.mean(0) - a_draws.mean(0)
+        value, error, freedom = found.difference, found.error, found.freedom
+        if found.seed_error is None:
+            made = stretched(drawn, value, freedom)
+        else:
+            made = value + error * _grid(drawn.size, freedom)
+        return replace(
+            self._estimate(key, [first, second], value, made, error, freedom, level), p=found.p
+        )
+
+    def retention(
+        self, key: str, student: Group, teacher: Group, level: float = 0.95
+    ) -> Estimate | None:
+        """Percent of the teacher's score; None where the teacher has none."""
+        if self.scores(key, teacher).mean() <= 0:
+            return None
+        return self._contrast(
+            key, [student, teacher], lambda m: 100 * m[0] / m[1], level, lambda m: m[1]
+        )
+
+    def gap_closed(
+        self, key: str, student: Group, floor: Group, teacher: Group, level: float = 0.95
+    ) -> Estimate | None:
+        """Percent of the way from the floor to the teacher; None where the floor is no lower."""
+        if self.scores(key, teacher).mean() <= self.scores(key, floor).mean():
+            return None
+        return self._contrast(
+            key,
+            [student, floor, teacher],
+            lambda m: 100 * (m[0] - m[1]) / (m[2] - m[1]),
+            level,
+            lambda m: m[2] - m[1],
+        )
+
+    def ranks(self, key: str, groups: Mapping[str, Group], level: float = 0.95) -> dict[str, int]:
+        """1 + how many groups are better beyond doubt; ties share a rank. Empty with too few."""
+        known = {name: group for name, group in groups.items() if self.has(key, group)}
+        if len(known) < 2 or self.units(key) < FEWEST_UNITS:
+            return {}
+        means = {name: float(self.scores(key, group).mean()) for name, group in known.items()}
+        ranks = {}
+        for name, group in known.items():
+            gaps = [
+                self.difference(key, group, known[other], level).interval
+                for other in known
+                if means[other] > means[name]
+            ]
+            ranks[name] = 1 + sum(gap is not None and gap.low > 0 for gap in gaps)
+        return ranks
+
+    # --- how it is made --------------------------------------------------------------------
+
+    def _contrast(
+        self,
+        key: str,
+        groups: Sequence[Group],
+        function: Callable[[Array], Array],
+        level: float,
+        denominator: Callable[[Array], Array] | None = None,
+    ) -> Estimate:
+        """Any function of the groups' mean scores, linearised for the seeds' part.
+
+        `function` and `denominator` take [groups, ...] and give [...]; no interval where the
+        denominator may be zero.
+        """
+        means = np.array([self.scores(key, group).mean() for group in groups])
+        drawn_means = np.stack([self.draws(key, group).mean(axis=0) for group in groups])
+        value = float(function(means))
+        net, parts = 0.0, []
+        for group, slope in zip(groups, _slopes(function, means), strict=True):
+            if len(group) > 1:
+                pure, raw = seed_variance(self.scores(key, group), self.draws(key, group))
+                net += slope**2 * pure
+                parts.append((slope**2 * raw, len(group) - 1))
+        if denominator is not None and _may_vanish(denominator(drawn_means), level):
+            return self._estimate(key, groups, value, np.zeros(0), math.nan, 1.0, level)
+        drawn = function(drawn_means)
+        sampling = float(np.nanvar(drawn, ddof=1))
+        own = self._freedom(key, groups, function)
+        if not parts:
+            made = stretched(drawn, value, own)
+            return self._estimate(key, groups, value, made, math.sqrt(sampling), own, level)
+        variance = sampling + net
+        freedom = pooled_freedom(variance, [(sampling, own), *parts])
+        error = math.sqrt(variance)
+        made = value + error * _grid(drawn.size, freedom)
+        return self._estimate(key, groups, value, made, error, freedom, level)
+
+    def _estimate(
+        self,
+        key: str,
+        groups: Sequence[Group],
+        value: float,
+        distribution: Array,
+        error: float,
+        freedom: float,
+        level: float,
+    ) -> Estimate:
+        units = self.units(key)
+        known = distribution.size > 0 and units >= FEWEST_UNITS
+        return Estimate(
+            value=value,
+            interval=percentile_interval(distribution, level) if known else None,
+            error=error,
+            freedom=freedom,
+            p=math.nan,
+            seeds=tuple(len(group) for group in groups),
+            holds_seeds=any(len(group) > 1 for group in groups),
+            units=units,
+            distribution=distribution,
+        )
+
+    def _unchanged(self, key: str, first: Group, second: Group) -> bool:
+        """Whether no unit of any run differs."""
+        if key == AVERAGE:
+            return all(self._unchanged(task, first, second) for task in self.tasks)
+        contents = self.tasks[key].contents
+        return len({contents[run] for run in (*first, *second)}) == 1
+
+    def _unseen(self, first: Group, second: Group, count: int) -> Array:
+        """What benchmarks without any changed unit add to the average's difference, [count]."""
+        added = np.zeros(count)
+        for name, task in self.tasks.items():
+            if self._unchanged(name, first, second):
+                generator = np.random.default_rng([task.units, len(name), *name.encode()])
+                added += generator.permutation(unchanged_draws(task.units, count))
+        return added / len(self.tasks)
+
+    def _freedom(
+        self, key: str, groups: Sequence[Group], function: Callable[[Array], Array]
+    ) -> float:
+        """Degrees of freedom of the documents' part: units - 1, pooled after Satterthwaite."""
+        if key != AVERAGE:
+            return float(max(self.tasks[key].units - 1, 1))
+        variances, freedoms = [], []
+        slopes = _slopes(function, np.array([self.scores(key, g).mean() for g in groups]))
+        for name, task in self.tasks.items():
+            means = np.stack([self.draws(name, group).mean(axis=0) for group in groups])
+            variances.append(float(np.nanvar(slopes @ means)))
+            freedoms.append(max(task.units - 1, 1))
+        total = sum(v**2 / df for v, df in zip(variances, freedoms, strict=True))
+        return sum(variances) ** 2 / total if total > 0 else float(max(sum(freedoms), 1))
+
+
+def _slopes(function: Callable[[Array], Array], means: Array) -> Array:
+    """Derivative of `function` by each group's mean score, [groups]."""
+    step = 1e-4
+    moved = means[:, None] + step * np.eye(len(means))
+    back = means[:, None] - step * np.eye(len(means))
+    return np.asarray((function(moved) - function(back)) / (2 * step))
+
+
+def _may_vanish(denominator: Array, level: float) -> bool:
+    """Whether a ratio over these draws has no finite interval."""
+    known = denominator[~np.isnan(denominator)]
+    return known.size == 0 or bool(np.mean(known <= 0) > (1 - level) / 20)
+
+
+def _grid(count: int, freedom: float) -> Array:
+    """Quantiles of Student's t at the middles of `count` equal shares."""
+    q = (np.arange(count) + 0.5) / count
+    return np.asarray(distributions.t.ppf(q, freedom))
+
+
+# --- the page's headline -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What may be said in a headline: one method against the floor, on the average.
+
+    Attributes:
+        method: name of the group.
+        difference: method minus floor; chosen from several methods, its interval is simultaneous
+            over all of them (Bonferroni), and says that level.
+        p: corrected over the methods that it was chosen from.
+        candidates: how many methods it was chosen from; 1 for the one named as main.
+        weights_only: a group has one seed: the claim is about these weights, training noise is
+            unknown.
+    """
+
+    method: str
+    difference: Estimate
+    p: float
+    candidates: int
+    weights_only: bool
+
+    @property
+    def sentence(self) -> str:
+        """The headline in words and numbers, with what limits it."""
+        change, interval = self.difference, self.difference.interval
+        assert interval is not None
+        text = (
+            f"{self.method} {'gains' if change.value > 0 else 'loses'} {abs(change.value):.1f} "
+            f"points ({100 * interval.level:.3g} % interval {interval.low:+.1f} to "
+            f"{interval.high:+.1f}"
+        )
+        text += f", holds over all {self.candidates} methods)" if self.candidates > 1 else ")"
+        if self.weights_only:
+            text += "; one training seed: of these weights, training noise is unknown"
+        return text
+
+
+def headline(
+    evidence: Evidence,
+    floor: Group,
+    methods: Mapping[str, Group],
+    main: str | None = None,
+    alpha: float = 0.05,
+) -> Claim | None:
+    """The one claim that a page may open with, or None when nothing can be said.
+
+    Of the recipe named as main, if its difference from the floor is real; else of the best of
+    those methods whose gain holds simultaneously over every method of the page.
+    """
+    known = {
+        name: group
+        for name, group in methods.items()
+        if main in (None, name) and evidence.has(AVERAGE, group, floor)
+    }
+    level = 1 - alpha / max(len(known), 1)
+    claims = []
+    for name, group in known.items():
+        found = evidence.difference(AVERAGE, floor, group, level)
+        real = found.interval is not None and (
+            found.interval.low > 0 or (main is not None and found.interval.high < 0)
+        )
+        if real:
+            p = min(found.p * len(known), 1.0)
+            claims.append(Claim(name, found, p, len(known), found.one_seed))
+    return max(claims, key=lambda claim: claim.difference.value, default=None)
