@@ -63,7 +63,7 @@ class Verdict:
         test, change = self.non_inferiority, self.difference
         text = (
             f"{self.name} {self.verdict}: {self.baseline:.1f} -> {self.candidate:.1f} "
-            f"({change.value:+.2f}, {change.interval.low:+.2f} to {change.interval.high:+.2f}); "
+            f"({change.value:+.2f}, {change.span}); "
             f"margin {test.margin:g}, bound {test.bound:+.2f}"
         )
         if self.verdict == "inconclusive":
@@ -179,7 +179,7 @@ def _verdict(difference: Difference, test: NonInferiority, alpha: float) -> Verd
     real = difference.p_holm <= alpha
     if real and difference.value > 0:
         return "improved"
-    same = difference.fixed == difference.broken == 0 and difference.standard_error == 0
+    same = difference.fixed == difference.broken == 0 and difference.value == 0
     if test.passed or same:
         return "equal within margin"
     return "regressed" if real else "inconclusive"

@@ -223,7 +223,9 @@ def smoothed(
         return draws
     score, size = effective_units(aggregator, values)
     base = (seed,) if isinstance(seed, int) else tuple(seed)
-    content = int.from_bytes(hashlib.sha256(np.ascontiguousarray(values)).digest()[:8], "big")
+    content = int.from_bytes(
+        hashlib.sha256(np.ascontiguousarray(values).tobytes()).digest()[:8], "big"
+    )
     noise = np.random.default_rng((*base, content)).standard_normal(len(draws))
     wide: Array = score + (draws - score) * math.sqrt(units / (units - 1)) + 100 / size * noise
     return wide
@@ -487,8 +489,8 @@ def method_difference(
     """Compare two methods over training seeds, two-level: seeds and test documents.
 
     The variance of the difference of means is that over documents, from the bootstrap of the
-    seed means, plus the net `seed_variance` of each method. A method with one seed adds no seed variance: nothing is known about it, and `seed_error`
-    says so when both have one.
+    seed means, plus the net `seed_variance` of each method. A method with one seed adds no seed
+    variance: nothing is known about it, and `seed_error` says so when both have one.
 
     Args:
         a_scores, b_scores: observed scores, [seeds].

@@ -136,7 +136,10 @@ def _verdict(method: str) -> str:
     ours = [run for run in students if run.manifest.model.method == method]
     floor = [run for run in students if run.manifest.model.method == FLOOR]
     found = compare_methods(floor, ours).average
-    low, high = found.interval.low, found.interval.high
+    interval = found.interval
+    if interval is None:
+        return f"Verdict: too few documents to compare {method} with {FLOOR}."
+    low, high = interval.low, interval.high
     if low > 0:
         outcome = f"{method} is better than {FLOOR}"
     elif high < 0:

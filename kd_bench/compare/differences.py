@@ -62,11 +62,11 @@ class Difference:
     items: int = 0
 
     @property
-    def few(self) -> str:
-        """Why there is no interval, empty where there is one."""
-        if self.interval is not None:
-            return ""
-        return f"too few ({self.units} unit{'s' if self.units != 1 else ''})"
+    def span(self) -> str:
+        """The interval in words; "too few units" where there is none."""
+        if self.interval is None:
+            return f"too few units: {self.units}"
+        return f"{self.interval.low:+.2f} to {self.interval.high:+.2f}"
 
 
 @dataclass(frozen=True)
@@ -116,12 +116,8 @@ def task_difference(
     """Second run minus first run on one benchmark; `null` from `Resampled.null_draws`."""
     statistics = task.aligned.statistics
     p, test = exact_or_swap(task.aligned.aggregator, statistics[first], statistics[second], null)
-    found = evidence_of([task]).difference(
-        task.aligned.task, [str(first)], [str(second)], level
-    )
-    return made_difference(
-        found, p, test, task.aligned.changes(first, second), task.aligned.items
-    )
+    found = evidence_of([task]).difference(task.aligned.task, [str(first)], [str(second)], level)
+    return made_difference(found, p, test, task.aligned.changes(first, second), task.aligned.items)
 
 
 def average_difference(

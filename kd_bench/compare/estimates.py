@@ -14,14 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats as distributions
 
-from kd_bench.aggregators import get_aggregator
 from kd_bench.records import AVERAGE, Interval
 from kd_bench.stats import (
     FEWEST_UNITS,
     RESAMPLES,
     binomial_interval,
     effective_units,
-    holm,
     method_difference,
     paired_bootstrap,
     percentile_interval,
@@ -134,7 +132,7 @@ class TaskEvidence:
                 for name, drawn, values in zip(names, draws, statistics, strict=True)
             },
             contents={
-                name: hashlib.sha256(np.ascontiguousarray(values)).hexdigest()
+                name: hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()
                 for name, values in zip(names, statistics, strict=True)
             },
         )
@@ -167,13 +165,13 @@ class Evidence:
     def scores(self, key: str, group: Group) -> Array:
         """Scores of a group's runs, [seeds]."""
         if key == AVERAGE:
-            return np.mean([self.scores(task, group) for task in self.tasks], axis=0)
+            return np.asarray(np.mean([self.scores(task, group) for task in self.tasks], axis=0))
         return np.array([self.tasks[key].scores[run] for run in group])
 
     def draws(self, key: str, group: Group) -> Array:
         """Bootstrap scores of a group's runs, [seeds, resamples]."""
         if key == AVERAGE:
-            return np.mean([self.draws(task, group) for task in self.tasks], axis=0)
+            return np.asarray(np.mean([self.draws(task, group) for task in self.tasks], axis=0))
         return np.stack([self.tasks[key].draws[run] for run in group])
 
     # --- what is asked ---------------------------------------------------------------------
@@ -202,15 +200,15 @@ class Evidence:
         if key == AVERAGE:
             b_draws = b_draws + self._unseen(first, second, b_draws.shape[1])
         freedom = self._freedom(key, [first, second], lambda mean: mean[1] - mean[0])
-        found = method_difference(a, b, a_draws, b_draws, freedom + 1, level)
+        two = method_difference(a, b, a_draws, b_draws, freedom + 1, level)
         drawn = b_draws.mean(0) - a_draws.mean(0)
-        value, error, freedom = found.difference, found.error, found.freedom
-        if found.seed_error is None:
+        value, error, freedom = two.difference, two.error, two.freedom
+        if two.seed_error is None:
             made = stretched(drawn, value, freedom)
         else:
             made = value + error * _grid(drawn.size, freedom)
         return replace(
-            self._estimate(key, [first, second], value, made, error, freedom, level), p=found.p
+            self._estimate(key, [first, second], value, made, error, freedom, level), p=two.p
         )
 
     def retention(

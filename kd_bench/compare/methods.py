@@ -47,9 +47,7 @@ def compare_methods(
     )
     split = len(a_runs)
     first, second = ([str(n) for n in part] for part in (range(split), range(split, len(runs))))
-    by_task = {
-        key: _difference(evidence, key, first, second, level) for key in [*tasks, AVERAGE]
-    }
+    by_task = {key: _difference(evidence, key, first, second, level) for key in [*tasks, AVERAGE]}
     average = by_task.pop(AVERAGE)
     return MethodComparison(by_task, average)
 

@@ -24,7 +24,7 @@ def _cells(verdict: Verdict) -> tuple[str, ...]:
         f"{verdict.baseline:.1f}",
         f"{verdict.candidate:.1f}",
         f"{change.value:+.2f}",
-        f"{change.interval.low:+.2f} to {change.interval.high:+.2f}",
+        change.span,
         f"{test.bound:+.2f}",
         f"-{test.margin:g}",
         f"{change.p_holm:.3g}",

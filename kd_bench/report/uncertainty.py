@@ -12,17 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kd_bench.aggregators import get_aggregator, unit_statistics
+from kd_bench.compare.estimates import Evidence, TaskEvidence
 from kd_bench.errors import KdBenchError
 from kd_bench.records import AVERAGE, Interval
 from kd_bench.report.board import MISSING, Board, Entry, Score, TaskInfo
 from kd_bench.stats import (
     RESAMPLES,
     gap_closed,
-    method_difference,
-    paired_bootstrap,
     percentile_interval,
     ratio_interval,
-    unit_seed,
 )
 from kd_bench.store import Run
 
@@ -41,6 +39,7 @@ class Draws:
 
     scores: dict[str, dict[str, Array]] = field(default_factory=dict)
     units: dict[str, int] = field(default_factory=dict)
+    evidence: Evidence = field(default_factory=lambda: Evidence({}))
 
     def entry(self, key: str, entry: Entry) -> Array | None:
         """[seeds, resamples], or None where a seed's draws are missing."""
@@ -58,9 +57,11 @@ def draw_scores(board: Board, resamples: int = RESAMPLES) -> Draws:
     """Resample every benchmark once for all runs of the board that can be compared."""
     draws = Draws()
     for task in board.tasks:
-        by_run, units = _draw_task(board, task, resamples)
-        draws.scores[task.id] = by_run
-        draws.units[task.id] = units
+        found = _draw_task(board, task, resamples)
+        draws.scores[task.id] = found.draws if found else {}
+        draws.units[task.id] = found.units if found else 0
+        if found:
+            draws.evidence.tasks[task.id] = found
     names = [run.path.name for entry in board.entries for run in entry.runs]
     draws.units[AVERAGE] = sum(draws.units.values())
     draws.scores[AVERAGE] = {
@@ -71,8 +72,8 @@ def draw_scores(board: Board, resamples: int = RESAMPLES) -> Draws:
     return draws
 
 
-def _draw_task(board: Board, info: TaskInfo, resamples: int) -> tuple[dict[str, Array], int]:
-    """Draws by run folder name; runs over other units than the first one's are left out."""
+def _draw_task(board: Board, info: TaskInfo, resamples: int) -> TaskEvidence | None:
+    """Evidence by run folder name; runs over other units than the first one's are left out."""
     task = info.id
     aggregator = get_aggregator(info.aggregator(_profile(board, task)))
     names: list[str] = []
@@ -97,9 +98,9 @@ def _draw_task(board: Board, info: TaskInfo, resamples: int) -> tuple[dict[str, 
                 names.append(run.path.name)
                 stacked.append(statistics.values)
     if units is None or len(units) == 0:
-        return {}, 0
-    values = paired_bootstrap(aggregator.name, np.stack(stacked), resamples, unit_seed(units))
-    return dict(zip(names, values, strict=True)), len(units)
+        return None
+    by_run = dict(zip(names, stacked, strict=True))
+    return TaskEvidence.of(aggregator.name, units, by_run, resamples)
 
 
 def _statistics(run: Run, task: str, aggregator: str) -> Any:
@@ -175,15 +176,12 @@ def difference(draws: Draws, key: str, first: Entry, second: Entry) -> Score | N
     one, other = first.score(key), second.score(key)
     if not both_comparable(one, other):
         return None
-    first_draws, second_draws = draws.entry(key, first), draws.entry(key, second)
-    if first_draws is None or second_draws is None:
+    one_group, other_group = ([run.path.name for run in each.runs] for each in (first, second))
+    whole = key != AVERAGE or len(draws.evidence.tasks) == len(draws.units) - 1
+    if not (whole and draws.evidence.has(key, one_group, other_group)):
         return Score(other.value - one.value)
-    found = method_difference(
-        np.array(one.seeds), np.array(other.seeds), first_draws, second_draws, draws.units[key]
-    )
-    return Score(
-        other.value - one.value, interval=found.interval, holds_seeds=found.seed_error is not None
-    )
+    found = draws.evidence.difference(key, one_group, other_group)
+    return Score(other.value - one.value, interval=found.interval, holds_seeds=found.holds_seeds)
 
 
 def both_comparable(one: Score, other: Score) -> bool:
