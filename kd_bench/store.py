@@ -229,7 +229,7 @@ def set_baseline(results: Path, name: str, run: Run) -> None:
     Raises:
         IncompleteRunError: the run is not complete and healthy.
     """
-    import yaml
+    from kd_bench.config import dump_yaml
 
     status = run.manifest.status
     if status != "complete":
@@ -238,7 +238,7 @@ def set_baseline(results: Path, name: str, run: Run) -> None:
             "Finish it with the same eval command, or choose another run.",
         )
     named = {**baselines(results), name: run.path.name}
-    write_text(results / "baselines.yaml", yaml.safe_dump(named, sort_keys=True))
+    write_text(results / "baselines.yaml", dump_yaml(dict(sorted(named.items()))))
 
 
 def baseline_run(results: Path, name: str) -> Run:

@@ -1,8 +1,8 @@
 """Recipes: shipped ones hold, overrides land where they should, mistakes are named."""
 
 import pytest
-import yaml
 
+from kd_bench.config import dump_yaml, parse_yaml
 from kd_bench.distill.methods import METHODS
 from kd_bench.distill.recipe import list_recipes, load_recipe, recipe_yaml
 from kd_bench.distill.sweep import plan
@@ -47,14 +47,14 @@ def test_epochs_take_the_place_of_steps_and_a_method_that_of_terms():
 
 
 def test_terms_replaced_by_a_method(tmp_path):
-    mapping = yaml.safe_load(recipe_yaml(load_recipe("mini")))
+    mapping = parse_yaml(recipe_yaml(load_recipe("mini")))
     del mapping["stages"][-1]["method"]
     mapping["stages"][-1]["terms"] = [
         {"loss": "ce"},
         {"loss": "dbild", "of": "switch", "weight": 0.5, "temperature": 2, "curve": "probs"},
     ]
     path = tmp_path / "own.yaml"
-    path.write_text(yaml.safe_dump(mapping), encoding="utf-8")
+    path.write_text(dump_yaml(mapping), encoding="utf-8")
     recipe = load_recipe(path)
     assert recipe.method == "custom"
     assert recipe.stages[-1].objective[1].options == {"temperature": 2, "curve": "probs"}

@@ -130,7 +130,7 @@ def _turns(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
 
 def write_recipe(folder: Path, **changes: Any) -> Path:
     """Teacher, student, data and a recipe of twelve steps in a folder."""
-    import yaml
+    from kd_bench.config import dump_yaml
 
     save(folder / "teacher", width=48, layers=2, seed=1)
     save(folder / "student", width=32, seed=2)
@@ -152,7 +152,7 @@ def write_recipe(folder: Path, **changes: Any) -> Path:
     }
     recipe.update(changes)
     path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    path.write_text(dump_yaml(recipe), encoding="utf-8")
     return path
 
 

@@ -92,11 +92,23 @@ def _correct(error: Any) -> int:
     context = error.ctx
     if type(error).__name__ == "NoArgsIsHelpError":
         typer.echo(context.get_help())
+    elif (setting := _recipe_setting(error)) is not None:
+        _complain(f"A recipe's settings have no dashes: write {setting}=VALUE after the recipe.")
     else:
         problem = one_line(Exception(error.format_message()))
         end = "" if problem.endswith((".", "?")) else "."
         _complain(f"{problem}{end} `{context.command_path} --help` shows what it takes.")
     return ExitCode.USAGE
+
+
+def _recipe_setting(error: Any) -> str | None:
+    """The setting that was meant by an option such as `train --steps 5`."""
+    name = str(getattr(error, "option_name", "")).lstrip("-").replace("-", "_")
+    if not name or error.ctx.info_name != "train":
+        return None
+    from kd_bench.distill.recipe import Recipe, Stage
+
+    return name if name in {**Recipe.model_fields, **Stage.model_fields} else None
 
 
 def _explain(error: BaseException, arguments: list[str]) -> int:

@@ -32,6 +32,22 @@ def comma_separated(text: str | None) -> list[str] | None:
     return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
 
 
+def whole_numbers(text: str | None, option: str) -> list[int]:
+    """`0,1,2` -> [0, 1, 2]; None is none.
+
+    Raises:
+        UsageError: something in it is no whole number of zero or more, or stands twice.
+    """
+    parts = comma_separated(text) or []
+    for part in parts:
+        if not (part.isascii() and part.isdigit() and int(part) < 2**31):
+            raise UsageError(f"{option} {text}: {part!r} is not a seed.", "Write 0,1,2.")
+    numbers = [int(part) for part in parts]
+    if len(set(numbers)) < len(numbers):
+        raise UsageError(f"{option} {text}: a seed stands twice.", "Name each once.")
+    return numbers
+
+
 def specs_of(suite: str, tasks: str | None) -> list["TaskSpec"]:
     """The benchmarks of --tasks, else of --suite."""
     from kd_bench.registry import load_suite, load_task

@@ -45,13 +45,12 @@ def show(
 
     Without --data, the document is one of the embedded world.
     """
-    import yaml
-
+    from kd_bench.config import dump_yaml
     from kd_bench.registry import load_task
 
     spec = load_task(task)
     spec.profile(profile)
-    typer.echo(yaml.safe_dump(spec.model_dump(), sort_keys=False, allow_unicode=True))
+    typer.echo(dump_yaml(spec.model_dump()))
     try:
         _show_sample(spec, data, document, profile, pictures)
     except (MissingExtraError, ModuleNotFoundError):

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from kd_bench.cli.options import comma_separated
+from kd_bench.cli.options import comma_separated, whole_numbers
 
 
 def train(
@@ -27,28 +27,18 @@ def train(
 
     The same command continues a stopped training.
     """
-    from kd_bench.distill.recipe import load_recipe, recipe_yaml
+    from kd_bench.distill.recipe import recipe_yaml
+    from kd_bench.distill.sweep import plan, sweep
 
     changes = list(overrides or [])
     if "=" in recipe:
         recipe, changes = "mini", [recipe, *changes]
-    resolved = load_recipe(recipe, changes)
+    seeds_asked = whole_numbers(seeds, "--seeds")
+    planned = plan(recipe, changes, methods=comma_separated(method), seeds=seeds_asked)
     if show:
-        typer.echo(recipe_yaml(resolved), nl=False)
+        typer.echo("---\n".join(recipe_yaml(single) for single in planned), nl=False)
         return
-    if method is not None or seeds is not None:
-        from kd_bench.distill.sweep import sweep
-
-        methods = comma_separated(method)
-        folders = sweep(
-            recipe,
-            changes,
-            methods=methods,
-            seeds=[int(seed) for seed in comma_separated(seeds) or []],
-        )
-    else:
-        from kd_bench.distill.trainer import train as run_training
-
-        folders = [run_training(resolved)]
-    for folder in folders:
-        typer.echo(f"Checkpoint: {folder}")
+    folders = sweep(planned)
+    embedded = all(str(single.student).startswith("embedded:") for single in planned)
+    suite = "mini" if embedded else "ten --data DATA"
+    typer.echo(f"Next: kd-bench eval {' '.join(map(str, folders))} --suite {suite}")

@@ -1,13 +1,45 @@
 """A recipe's stage in the words of transformers' Trainer."""
 
+import netrc
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from transformers import TrainingArguments
 
 from kd_bench.distill.recipe import Recipe, Stage
+from kd_bench.errors import UsageError
 
-__all__ = ["trainer_arguments"]
+__all__ = ["check_loggers", "trainer_arguments"]
+
+
+def check_loggers(names: Sequence[str]) -> None:
+    """Whether the loggers of `report_to` can start here.
+
+    Raises:
+        UsageError: a package is missing, or Weights & Biases knows no key.
+    """
+    for name in names:
+        if find_spec(name) is None:
+            raise UsageError(
+                f"report_to: the package {name} is not installed.", f"pip install {name}"
+            )
+    needs_key = "wandb" in names and os.environ.get("WANDB_MODE") not in ("offline", "disabled")
+    if needs_key and not (os.environ.get("WANDB_API_KEY") or _has_wandb_login()):
+        raise UsageError(
+            "report_to: Weights & Biases has no key on this machine.",
+            "Run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline.",
+        )
+
+
+def _has_wandb_login() -> bool:
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].strip("/")
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def trainer_arguments(

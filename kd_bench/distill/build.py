@@ -8,13 +8,12 @@ from torch import nn
 
 from kd_bench.distill.checkpoints import locate
 from kd_bench.distill.models import load_model
-from kd_bench.distill.recipe import LoraSettings, StudentParts
+from kd_bench.distill.recipe import NEW, LoraSettings, StudentParts
 from kd_bench.distill.vision_language import VisionLanguageModel
 from kd_bench.errors import MissingExtraError, UsageError
 
 __all__ = ["NEW", "add_lora", "build_start", "build_student", "merge_lora", "tinyllava_template"]
 
-NEW = "embedded:new/"
 TEMPLATES = Path(__file__).parent / "templates"
 IMAGE_TOKEN = "<image>"
 
@@ -193,18 +192,7 @@ def add_lora(student: Any, settings: LoraSettings) -> Any:
         raise MissingExtraError("train", "train", "peft") from None
 
     learning = {name for name, p in student.named_parameters() if p.requires_grad}
-    inside = VisionLanguageModel(student).language_model
-    prefix = next(name for name, module in student.named_modules() if module is inside)
-    names = [
-        f"{prefix}.{name}"
-        for name, module in inside.named_modules()
-        if isinstance(module, nn.Linear) and _chosen(name, settings.target_modules)
-    ]
-    if not names:
-        raise UsageError(
-            f"No layer of the language model is called {settings.target_modules!r}.",
-            "Set lora.target_modules to names such as [q_proj, v_proj], or to all-linear.",
-        )
+    prefix, names = lora_layers(student, settings)
     wrapped = get_peft_model(
         student,
         LoraConfig(
@@ -219,6 +207,27 @@ def add_lora(student: Any, settings: LoraSettings) -> Any:
         if plain in learning and not plain.startswith((prefix, "lm_head")):
             parameter.requires_grad_(True)
     return wrapped
+
+
+def lora_layers(student: Any, settings: LoraSettings) -> tuple[str, list[str]]:
+    """Where the language model stands in the student, and its layers that get adapters.
+
+    Raises:
+        UsageError: no layer of those names.
+    """
+    inside = VisionLanguageModel(student).language_model
+    prefix = next(name for name, module in student.named_modules() if module is inside)
+    names = [
+        f"{prefix}.{name}"
+        for name, module in inside.named_modules()
+        if isinstance(module, nn.Linear) and _chosen(name, settings.target_modules)
+    ]
+    if not names:
+        raise UsageError(
+            f"No layer of the language model is called {settings.target_modules!r}.",
+            "Set lora.target_modules to names such as [q_proj, v_proj], or to all-linear.",
+        )
+    return prefix, names
 
 
 def _chosen(name: str, wanted: list[str] | str) -> bool:

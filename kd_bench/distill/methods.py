@@ -67,7 +67,7 @@ class Term(StrictModel):
     loss: Loss
     of: Literal["student", "switch"] = "student"
     weight: float = Field(default=1.0, ge=0)
-    name: str = ""
+    name: str = Field(default="", pattern=r"^[\w .+-]*$")
     temperature: float | None = Field(default=None, gt=0)
     beta: float | None = Field(default=None, gt=0, lt=1)
     top_k: int | None = Field(default=None, ge=2)

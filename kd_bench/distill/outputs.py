@@ -9,17 +9,23 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from kd_bench.distill.build import NEW
 from kd_bench.distill.checkpoints import locate, weights_digest
-from kd_bench.distill.recipe import Recipe, load_recipe
+from kd_bench.distill.recipe import NEW, Recipe, Stage, load_recipe
 from kd_bench.errors import TrainingError, UsageError
 from kd_bench.files import read_json
 
-__all__ = ["is_done", "only_one", "save_whole", "sync_folder"]
+__all__ = ["is_done", "only_one", "save_whole", "stage_folder", "sync_folder"]
 
 # Settings that change how a training is watched or spread, not what it computes.
 WATCHING = ("output", "report_to", "teacher_cache")
-WATCHING_STAGE = ("log_every", "save_every", "workers", "head_chunk", "gradient_checkpointing")
+WATCHING_STAGE = (
+    "new_projector_only",
+    "log_every",
+    "save_every",
+    "workers",
+    "head_chunk",
+    "gradient_checkpointing",
+)
 
 
 @contextlib.contextmanager
@@ -43,8 +49,26 @@ def only_one(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def stage_folder(folder: Path, index: int, stage: Stage) -> Path:
+    """Where the stage's checkpoints lie, and its model once it is done."""
+    return folder / "stages" / f"{index + 1:02d}-{stage.name}"
+
+
+def _begun(recipe: Recipe, folder: Path) -> int:
+    """How many stages have left something that the same command would go on from."""
+    if (folder / "final").exists():
+        return len(recipe.stages)
+    for index, stage in reversed(list(enumerate(recipe.stages))):
+        own = stage_folder(folder, index, stage)
+        if (own / "model").exists() or any(own.glob("checkpoint-*")):
+            return index + 1
+    return 0
+
+
 def is_done(recipe: Recipe, folder: Path) -> bool:
     """Whether the folder holds this very training, finished.
+
+    What no stage has begun with may still be changed: where nothing was trained yet, everything.
 
     Raises:
         UsageError: it holds a different one.
@@ -53,13 +77,21 @@ def is_done(recipe: Recipe, folder: Path) -> bool:
     if not written.exists():
         return False
     before = load_recipe(written)
-    if _identity(before) != _identity(recipe):
+    begun = _begun(before, folder)
+    if not begun:
+        shutil.rmtree(folder / "init", ignore_errors=True)  # of a student that may have changed
+        return False
+    finished = (folder / "final" / "config.json").exists()
+    old, new = _identity(before), _identity(recipe)
+    if not finished:  # a stage to come is free; what it read from the recipe's own data too
+        old["stages"], new["stages"] = old["stages"][:begun], new["stages"][:begun]
+    if old != new:
         raise UsageError(
-            f"{folder} holds a training with another recipe ({_difference(before, recipe)}).",
+            f"{folder} holds a training with another recipe ({_difference(old, new)}).",
             "Set output= to another folder, or delete that one.",
         )
     _check_models(recipe, folder)
-    return (folder / "final" / "config.json").exists()
+    return finished
 
 
 def _check_models(recipe: Recipe, folder: Path) -> None:
@@ -82,17 +114,18 @@ def _check_models(recipe: Recipe, folder: Path) -> None:
 
 
 def _identity(recipe: Recipe) -> dict[str, Any]:
-    """The recipe without what only changes how it is watched."""
-    mapping = recipe.model_dump(mode="json", exclude=set(WATCHING))
-    for stage in mapping["stages"]:
+    """The recipe without what only changes how it is watched, each stage with its own data."""
+    mapping = recipe.model_dump(mode="json", exclude={*WATCHING, "data"})
+    for stage, settings in zip(recipe.stages, mapping["stages"], strict=True):
+        settings["data"] = recipe.data_of(stage).model_dump(mode="json")
         for name in WATCHING_STAGE:
-            stage.pop(name, None)
+            settings.pop(name, None)
     return mapping
 
 
-def _difference(before: Recipe, now: Recipe) -> str:
+def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     """The first setting that differs, with both values."""
-    old, new = _flat(_identity(before)), _flat(_identity(now))
+    old, new = _flat(before), _flat(now)
     first = min(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     return f"{first}: {old.get(first)} there, {new.get(first)} now"
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from transformers import TrainerCallback
 
 __all__ = ["TERM", "LogWriter", "ProgressReport", "cut_log", "duration"]
@@ -88,7 +89,11 @@ def cut_log(path: Path, stages: list[str], stage: str, step: int) -> None:
 
 
 class ProgressReport(TrainerCallback):
-    """Shows the losses by term, learning rate, samples a second and time left."""
+    """Shows the losses by term, learning rate, samples a second and time left.
+
+    On a terminal the bar moves with every step; where a line is narrow, its end is cut, so stage,
+    step and time left come first.
+    """
 
     def __init__(self, stage: str, console: Console, every: float = 10.0) -> None:
         self.stage = stage
@@ -104,30 +109,36 @@ class ProgressReport(TrainerCallback):
         if self.console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.completed}/{task.total}"),
-                TextColumn("{task.fields[note]}"),
+                BarColumn(bar_width=max(min(24, self.console.width // 8), 8)),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, ratio=1)),
                 console=self.console,
+                expand=True,
                 transient=True,
             )
             self._task = self._bar.add_task(
-                self.stage, total=state.max_steps, completed=state.global_step, note=""
+                self.stage, total=state.max_steps, completed=state.global_step, note="first step"
             )
             self._bar.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if not logs or "loss" not in logs or not state.is_world_process_zero:
             return
-        note = self.note(logs)
         if self._bar is not None:
-            self._bar.update(self._task, completed=state.global_step, note=note)
+            self._bar.update(self._task, note=self.note(logs))
             return
         now = time.monotonic()
         last = state.global_step >= state.max_steps
         if last or now - self._printed >= self.every:
             self._printed = now
             self.console.print(
-                f"{self.stage} {state.global_step}/{state.max_steps}  {note}",
+                f"{self.stage} {state.global_step}/{state.max_steps}  {self.note(logs)}"
+                + (f"  {duration(logs['seconds_left'])} left" if "seconds_left" in logs else ""),
                 highlight=False,
                 soft_wrap=True,
             )
@@ -143,11 +154,10 @@ class ProgressReport(TrainerCallback):
 
     @staticmethod
     def note(logs: dict[str, Any]) -> str:
-        """One line: `loss 2.31 (ce 1.90, align 0.25)  lr 1.0e-03  410 samples/s  2m 05s left`."""
+        """One line: `loss 2.310 (ce 1.900, align 0.250)  lr 1.0e-03  410 samples/s`."""
         terms = ", ".join(f"{name} {value:.3f}" for name, value in logs.get("terms", {}).items())
         parts = [f"loss {logs['loss']:.3f}" + (f" ({terms})" if terms else "")]
         parts.append(f"lr {logs['learning_rate']:.1e}")
         if "samples_per_second" in logs:
             parts.append(f"{logs['samples_per_second']:.0f} samples/s")
-            parts.append(f"{duration(logs['seconds_left'])} left")
         return "  ".join(parts)

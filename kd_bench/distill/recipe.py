@@ -2,17 +2,17 @@
 
 Stages run in order (pretrain the projector -> distil -> ...). `load_recipe` takes a shipped name
 or a path and `key=value` overrides; a key that belongs to a stage (`method`, `learning_rate`, ...)
-and stands without a stage applies to the last stage, the one that distils.
+and stands without a stage, in a file or on the command line, applies to the last stage, the one
+that distils. A file without `stages` has one.
 """
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, field_validator, model_validator
 
-from kd_bench.config import StrictModel, apply_overrides, read_yaml, validate
+from kd_bench.config import StrictModel, apply_overrides, dump_yaml, read_yaml, validate
 from kd_bench.distill.methods import METHODS, Term
 from kd_bench.errors import UsageError, closest
 
@@ -28,7 +28,13 @@ __all__ = [
 ]
 
 RECIPES = Path(__file__).parent / "recipes"
-PARTS = ("vision_tower", "projector", "language_model")
+NEW = "embedded:new/"
+"""Before the name of an untrained model of the embedded world."""
+
+# Names become folders.
+Name = Annotated[str, Field(pattern=r"^\w[\w.+-]*$", max_length=100)]
+LearningRate = Annotated[float, Field(gt=0, le=1e3)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
 
 
 class DataSource(StrictModel):
@@ -44,7 +50,7 @@ class DataSource(StrictModel):
 
     path: str | list[str]
     images: str | None = None
-    limit: int | None = Field(default=None, ge=1)
+    limit: Count | None = None
     skip: int = Field(default=0, ge=0)
     unreadable_limit: int = Field(default=10, ge=0)
 
@@ -81,6 +87,8 @@ class Stage(StrictModel):
 
     Attributes:
         method: a name in `methods.METHODS`; or give `terms`.
+        new_projector_only: the stage teaches a fresh projector; where `student` is a checkpoint
+            that brings its own, the stage is left out.
         trainable: parts that learn; a term on the switch logits needs `vision_tower` among them.
         steps, epochs: length, one of the two.
         batch_size: samples per optimizer step, over all devices and accumulation pieces, so that
@@ -96,33 +104,36 @@ class Stage(StrictModel):
             as many as keep 64 MB of float32 logits a model, at most 512.
     """
 
-    name: str = "train"
+    name: Name = "train"
     method: str | None = None
     terms: list[Term] | None = None
+    new_projector_only: bool = False
     trainable: list[Literal["vision_tower", "projector", "language_model"]] = Field(
         default=["vision_tower", "projector", "language_model"], min_length=1
     )
     lora: LoraSettings | None = None
     data: DataSource | None = None
-    steps: int | None = Field(default=None, ge=1)
-    epochs: float | None = Field(default=None, gt=0)
-    batch_size: int = Field(default=32, ge=1)
-    gradient_accumulation: int = Field(default=1, ge=1)
-    learning_rate: float = Field(default=2e-5, gt=0)
-    vision_tower_learning_rate: float | None = Field(default=None, gt=0)
+    steps: Count | None = None
+    epochs: float | None = Field(default=None, gt=0, le=1e6)
+    batch_size: Count = 32
+    gradient_accumulation: Count = 1
+    learning_rate: LearningRate = 2e-5
+    vision_tower_learning_rate: LearningRate | None = None
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: float = Field(default=0.03, ge=0)
+    warmup: float = Field(default=0.03, ge=0, le=1e9)
     weight_decay: float = Field(default=0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default=[0.9, 0.999], min_length=2, max_length=2
+    )
     max_grad_norm: float = Field(default=1.0, ge=0)
     precision: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = False
     group_by_length: bool = False
-    max_length: int = Field(default=2048, ge=8)
-    workers: int = Field(default=0, ge=0)
+    max_length: int = Field(default=2048, ge=8, le=10**7)
+    workers: int = Field(default=0, ge=0, le=1024)
     save_every: int = Field(default=500, ge=0)
-    log_every: int = Field(default=25, ge=1)
-    head_chunk: int | None = Field(default=None, ge=1)
+    log_every: Count = 25
+    head_chunk: Count | None = None
 
     @field_validator("method")
     @classmethod
@@ -135,7 +146,8 @@ class Stage(StrictModel):
     @model_validator(mode="after")
     def _consistent(self) -> "Stage":
         if (self.method is None) == (self.terms is None):
-            raise ValueError("give either a method or terms")
+            both = "not both" if self.terms else f"e.g. method: sft ({', '.join(METHODS)})"
+            raise ValueError(f"give a method or terms, {both}")
         if self.terms is not None:
             labels = [term.label for term in self.terms]
             if not any(term.weight for term in self.terms):
@@ -143,7 +155,8 @@ class Stage(StrictModel):
             if len(set(labels)) < len(labels):
                 raise ValueError("two terms have one name; set `name` on them")
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give either steps or epochs")
+            both = "not both" if self.steps else "one of the two says how long it takes"
+            raise ValueError(f"give steps or epochs, {both}")
         if self.batch_size % self.gradient_accumulation:
             raise ValueError("batch_size is not a multiple of gradient_accumulation")
         return self
@@ -176,11 +189,11 @@ class Recipe(StrictModel):
         report_to: other loggers, e.g. [tensorboard].
     """
 
-    name: str
+    name: Name
     student: str | StudentParts
     teacher: str | None = None
     data: DataSource | None = None
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**31)
     output: str | None = None
     truncate_vocabulary: bool = False
     new_projector: bool = False
@@ -230,26 +243,82 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Reci
     """Read a shipped recipe (by name) or a YAML file, apply overrides, validate.
 
     `method=sft`, `learning_rate=1e-3` and every other key of a stage apply to the last stage;
-    `stages.0.learning_rate=1e-3` or `pretrain.learning_rate=1e-3` (a stage's name) to that one.
+    `stages.0.learning_rate=1e-3` or `pretrain.learning_rate=1e-3` (a stage's name) to that one;
+    `pretrain=null` drops a stage. Stages for a new projector go where the student brings one.
 
     Raises:
         UsageError: no such recipe, an unknown key, a value that does not fit.
     """
     path = _find(name_or_path)
-    mapping = read_yaml(path)
-    stages = mapping.get("stages")
-    names = [_stage_name(stage) for stage in stages] if isinstance(stages, list) else []
+    mapping = _short_form(read_yaml(path), path)
+    names = [_stage_name(stage) for stage in mapping["stages"]]
+    given: dict[str, str] = {}
     for override in overrides:
         addressed = _address(override, names)
+        key, _, value = addressed.partition("=")
+        where, *rest = key.split(".")[1:] if key.startswith("stages.") else [""]
+        if where and not rest and value not in ("null", "~", ""):
+            raise UsageError(f"{override!r}: a stage is no plain value.", "null drops it.")
         mapping = apply_overrides(mapping, [addressed])
-        parts = addressed.partition("=")[0].split(".")
-        if len(parts) == 3 and parts[0] == "stages" and parts[2] in _INSTEAD_OF and names:
-            mapping["stages"][int(parts[1])].pop(_INSTEAD_OF[parts[2]], None)
-    return validate(Recipe, mapping, str(path))
+        given[key] = override
+        if where and len(rest) == 1 and rest[0] in _INSTEAD_OF:
+            mapping["stages"][int(where)].pop(_INSTEAD_OF[rest[0]], None)
+    return validate(Recipe, *_without_needless_stages(mapping, str(path), given))
 
 
 # Of two settings that exclude each other, the one that is given on the command line counts.
 _INSTEAD_OF = {"steps": "epochs", "epochs": "steps", "method": "terms", "terms": "method"}
+
+
+def _short_form(mapping: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The mapping with a stage's keys that stand at its top moved to the last stage."""
+    stages = mapping.setdefault("stages", [{}])
+    mapping.setdefault("name", path.stem)
+    if not isinstance(stages, list) or not stages or not isinstance(stages[-1], dict):
+        raise UsageError(
+            f"{path}: stages: expected a list of stages.", "Write `stages:` and `- name: train`."
+        )
+    for key in [key for key in mapping if key in Stage.model_fields.keys() - Recipe.model_fields]:
+        if key in stages[-1]:
+            raise UsageError(
+                f"{path}: {key!r} stands at the top and in the last stage.", "Keep one of them."
+            )
+        stages[-1][key] = mapping.pop(key)
+    return mapping
+
+
+def _without_needless_stages(
+    mapping: dict[str, Any], where: str, given: dict[str, str]
+) -> tuple[dict[str, Any], str, dict[str, str]]:
+    """Leave out the stages that are null, or teach a projector that the student brings already.
+
+    `given` follows: its keys count the stages that stay.
+    """
+    if not isinstance(stages := mapping["stages"], list):
+        return mapping, where, given
+    student = mapping.get("student")
+    complete = isinstance(student, str) and not student.startswith(NEW)
+    complete = complete and mapping.get("new_projector") is not True
+    kept = [
+        index
+        for index, stage in enumerate(stages)
+        if stage is not None
+        and not (complete and isinstance(stage, dict) and stage.get("new_projector_only") is True)
+    ]
+    moved: dict[str, str] = {}
+    for key, override in given.items():
+        head, _, rest = key.partition(".")
+        number, _, below = rest.partition(".")
+        if head != "stages" or not below or int(number) in kept:
+            new = f"stages.{kept.index(int(number))}.{below}" if below and head == "stages" else key
+            moved[new] = override
+        elif stages[int(number)] is not None:
+            raise UsageError(
+                f"{override!r}: stage {_stage_name(stages[int(number)])!r} is left out, since the "
+                f"student is a checkpoint with a projector of its own.",
+                f"Remove that setting, or set stages.{number}.new_projector_only=false.",
+            )
+    return {**mapping, "stages": [stages[index] for index in kept]}, where, moved
 
 
 def _stage_name(stage: Any) -> str:
@@ -260,12 +329,18 @@ def _address(override: str, stage_names: list[str]) -> str:
     """The override with its stage spelled as `stages.<index>`."""
     key, separator, value = override.partition("=")
     head, _, rest = key.partition(".")
-    if not stage_names or head in Recipe.model_fields:
+    if head in Recipe.model_fields:
         return override
-    if head in stage_names and rest:
-        return f"stages.{stage_names.index(head)}.{rest}{separator}{value}"
+    if head in stage_names:
+        below = f".{rest}" if rest else ""
+        return f"stages.{stage_names.index(head)}{below}{separator}{value}"
     if head in Stage.model_fields:
         return f"stages.{len(stage_names) - 1}.{key}{separator}{value}"
+    if rest.partition(".")[0] in Stage.model_fields:
+        hint = closest(head, stage_names)
+        raise UsageError(
+            f"{override!r}: there is no stage {head!r}.{hint}", f"Stages: {', '.join(stage_names)}."
+        )
     return override
 
 
@@ -286,4 +361,4 @@ def _find(name_or_path: str | Path) -> Path:
 def recipe_yaml(recipe: Recipe) -> str:
     """The resolved recipe as YAML that `load_recipe` reads back to an equal recipe."""
     mapping = recipe.model_dump(mode="json", exclude_none=True)
-    return yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True, width=100)
+    return dump_yaml(mapping)

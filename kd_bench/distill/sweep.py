@@ -38,25 +38,18 @@ def plan(
             )
     planned = []
     for seed in seeds or [base.seed]:
-        for name in asked or [""]:
-            settings = [*overrides, f"seed={seed}"]
-            if name:
-                settings.append(f"method={name}")
-            if base.output is not None:
-                settings.append(f"output={base.output}/{name or base.method}-seed{seed}")
-            planned.append(load_recipe(recipe, settings))
+        for name in asked or [None]:
+            chosen = [] if name is None else [f"method={name}"]
+            single = load_recipe(recipe, [*overrides, f"seed={seed}", *chosen])
+            if base.output is not None and (asked or seeds):  # each below the folder that was named
+                own = f"{base.output}/{single.method}-seed{seed}"
+                single = single.model_copy(update={"output": own})
+            planned.append(single)
     return planned
 
 
-def sweep(
-    recipe: str | Path,
-    overrides: Sequence[str] = (),
-    *,
-    methods: Sequence[str] | None = None,
-    seeds: Sequence[int] | None = None,
-    console: Console | None = None,
-) -> list[Path]:
-    """Train every method with every seed; returns the folders of the finished students.
+def sweep(planned: Sequence[Recipe], *, console: Console | None = None) -> list[Path]:
+    """Train every recipe of a plan; returns the folders of the finished students.
 
     A training that stops does not cost the others.
 
@@ -66,8 +59,9 @@ def sweep(
     """
     from kd_bench.distill.trainer import train
 
-    planned = plan(recipe, overrides, methods=methods, seeds=seeds)
     console = console or Console()
+    if len(planned) == 1:
+        return [train(planned[0], console=console)]
     finished: list[Path] = []
     stopped: list[str] = []
     for number, single in enumerate(planned, start=1):

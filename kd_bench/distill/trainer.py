@@ -21,12 +21,12 @@ from rich.console import Console
 
 from kd_bench import provenance
 from kd_bench.distill import processes
-from kd_bench.distill.arguments import trainer_arguments
+from kd_bench.distill.arguments import check_loggers, trainer_arguments
 from kd_bench.distill.batches import BatchOrder, Collator, ConversationDataset
-from kd_bench.distill.build import NEW, add_lora, build_start, merge_lora
+from kd_bench.distill.build import add_lora, build_start, lora_layers, merge_lora
 from kd_bench.distill.checkpoints import locate, weights_digest
 from kd_bench.distill.compatibility import check_pair, check_terms, step_zero
-from kd_bench.distill.data import data_digest, read_conversations
+from kd_bench.distill.data import Conversation, data_digest, read_conversations
 from kd_bench.distill.distiller import Distiller
 from kd_bench.distill.encoding import Encoder
 from kd_bench.distill.engine import DistillationTrainer, last_checkpoint
@@ -39,13 +39,13 @@ from kd_bench.distill.models import (
     quiet,
     set_trainable,
 )
-from kd_bench.distill.outputs import is_done, only_one, save_whole
+from kd_bench.distill.outputs import is_done, only_one, save_whole, stage_folder
 from kd_bench.distill.progress import LogWriter, ProgressReport, cut_log
-from kd_bench.distill.recipe import Recipe, Stage, recipe_yaml
+from kd_bench.distill.recipe import NEW, DataSource, Recipe, Stage, recipe_yaml
 from kd_bench.distill.sharding import begin_sharding, gather_weights
 from kd_bench.distill.teacher_cache import TeacherCache, cache_folder
 from kd_bench.errors import KdBenchError, UsageError
-from kd_bench.files import digest_text, write_json, write_text
+from kd_bench.files import digest_text, read_json, write_json, write_text
 
 __all__ = ["train"]
 
@@ -65,6 +65,7 @@ class Run:
     teacher: Any = None
     teacher_processor: Any = None
     done: list[str] = field(default_factory=list)
+    read: tuple[DataSource, tuple[list[Conversation], list[tuple[str, str]]]] | None = None
 
     def note(self, **changes: Any) -> None:
         """Update lineage.json."""
@@ -75,6 +76,14 @@ class Run:
     def say(self, text: str) -> None:
         if self.is_main:
             self.console.print(text, highlight=False, soft_wrap=True)
+
+    def conversations(self, stage: Stage) -> tuple[list[Conversation], list[tuple[str, str]]]:
+        """The stage's conversations and what is malformed; the last file that was read is kept."""
+        source = self.recipe.data_of(stage)
+        if self.read is None or self.read[0] != source:
+            self.read = None  # the file before is let go first
+            self.read = (source, read_conversations(source))
+        return self.read[1]
 
 
 def train(recipe: Recipe, *, resume: bool = True, console: Console | None = None) -> Path:
@@ -102,6 +111,7 @@ def train(recipe: Recipe, *, resume: bool = True, console: Console | None = None
         if is_done(recipe, folder):
             run.say(f"Already trained: {final}")
             return final
+        run.lineage["stages"] = _stages_before(folder, recipe)
         processes.barrier()
         if is_main:
             write_text(folder / "recipe.yaml", recipe_yaml(recipe))
@@ -140,6 +150,18 @@ def _lineage(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def _stages_before(folder: Path, recipe: Recipe) -> dict[str, Any]:
+    """What lineage.json says of the stages that are done: a resumed training keeps it."""
+    path = folder / "lineage.json"
+    told = read_json(path)["stages"] if path.exists() else {}
+    done = [
+        stage.name
+        for index, stage in enumerate(recipe.stages)
+        if (stage_folder(folder, index, stage) / "model").exists()
+    ]
+    return {name: told[name] for name in done if name in told}
+
+
 def _save_final(run: Run, student: Any, final: Path) -> None:
     """The last stage's model again, with where it came from beside it."""
     student.eval()
@@ -161,22 +183,69 @@ class _Notes:
 def _run_stages(run: Run) -> Any:
     """Train the stages that are not done yet; returns the student."""
     recipe = run.recipe
-    for stage in recipe.stages:
-        check_terms(stage.objective, stage.trainable, stage.name)
+    left = [
+        (stage, folder)
+        for index, stage in enumerate(recipe.stages)
+        if not ((folder := stage_folder(run.folder, index, stage)) / "model").exists()
+    ]
+    _check_settings(run, [stage for stage, _ in left])
     start = _start(run)
     run.processor = load_processor(start, trust_remote_code=recipe.trust_remote_code)
     _load_teacher(run)
     run.note(student={"path": str(recipe.student), "weights_sha256": weights_digest(start)})
-    student = None
-    for index, stage in enumerate(recipe.stages):
-        folder = run.folder / "stages" / f"{index + 1:02d}-{stage.name}"
-        if not (folder / "model").exists():
-            new = recipe.seed if recipe.new_projector and index == 0 else None
-            student = _load(recipe, start, new) if student is None else student
-            student = _run_stage(run, stage, folder, student)
-        start = folder / "model"
+    run.done = [stage.name for stage in recipe.stages[: len(recipe.stages) - len(left)]]
+    if run.done:
+        last = len(run.done) - 1
+        start = stage_folder(run.folder, last, recipe.stages[last]) / "model"
+    student = _load(recipe, start, recipe.seed if recipe.new_projector and not run.done else None)
+    for stage, _ in left:
+        _check_models(run, stage, student)
+    for stage, folder in left:
+        student = _run_stage(run, stage, folder, student)
         run.done.append(stage.name)
-    return _load(recipe, start) if student is None else student
+    return student
+
+
+def _check_settings(run: Run, stages: list[Stage]) -> None:
+    """Everything that can be wrong without loading a model, of every stage, before the first step.
+
+    Raises:
+        UsageError: naming the stage and the setting.
+    """
+    check_loggers(run.recipe.report_to)
+    for stage in reversed(stages):  # so that the first stage's data is the file that is kept
+        check_terms(stage.objective, stage.trainable, stage.name)
+        micro_batch(stage)
+        try:
+            sound, _ = run.conversations(stage)
+        except UsageError as error:
+            setting = f"{stage.name}.data.path" if stage.data else "data.path"
+            raise UsageError(
+                f"Stage {stage.name!r}: {error.problem}",
+                f"Set {setting}=, or leave the stage out with {stage.name}=null."
+                if len(run.recipe.stages) > 1
+                else f"Set {setting}=.",
+            ) from None
+        if not sound:
+            raise UsageError(
+                f"Stage {stage.name!r}: none of its conversations can be used.", "Check data.path."
+            )
+
+
+def _check_models(run: Run, stage: Stage, student: Any) -> int | None:
+    """Whether the models fit the stage; the rows that both vocabularies are cut to, or None."""
+    if stage.lora is not None:
+        lora_layers(student, stage.lora)
+    if not needs_teacher(stage.objective):
+        return None
+    return check_pair(
+        student,
+        run.teacher,
+        run.processor,
+        run.teacher_processor,
+        stage.objective,
+        truncate_vocabulary=run.recipe.truncate_vocabulary,
+    )
 
 
 def _start(run: Run) -> Path:
@@ -229,16 +298,7 @@ def _run_stage(run: Run, stage: Stage, folder: Path, student: Any) -> Any:
     """Train one stage from its last checkpoint and save its model; returns the student."""
     recipe = run.recipe
     teacher = run.teacher if needs_teacher(stage.objective) else None
-    rows = None
-    if teacher is not None:
-        rows = check_pair(
-            student,
-            teacher,
-            run.processor,
-            run.teacher_processor,
-            stage.objective,
-            truncate_vocabulary=recipe.truncate_vocabulary,
-        )
+    rows = _check_models(run, stage, student)
     dataset = _dataset(run, stage)
     order, seed = _order(run, stage, dataset)
     set_trainable(student, stage.trainable)
@@ -292,7 +352,7 @@ def _check_processes(trainer: DistillationTrainer) -> None:
 def _dataset(run: Run, stage: Stage) -> ConversationDataset:
     """The stage's samples, all encoded in advance where they are few."""
     source = run.recipe.data_of(stage)
-    conversations, broken = read_conversations(source)
+    conversations, broken = run.conversations(stage)
     dataset = ConversationDataset(
         conversations,
         Encoder(run.processor, stage.max_length),
@@ -304,19 +364,28 @@ def _dataset(run: Run, stage: Stage) -> ConversationDataset:
     return dataset
 
 
+def micro_batch(stage: Stage) -> int:
+    """Samples that one process takes at a time.
+
+    Raises:
+        UsageError: the batch cannot be shared by the processes.
+    """
+    world = processes.world_size()
+    shares = stage.gradient_accumulation * world
+    if stage.batch_size % shares:
+        raise UsageError(
+            f"Stage {stage.name!r}: batch_size {stage.batch_size} cannot be shared by {world} "
+            f"processes with gradient_accumulation {stage.gradient_accumulation}.",
+            f"Use a multiple of {shares}.",
+        )
+    return stage.batch_size // shares
+
+
 def _order(run: Run, stage: Stage, dataset: ConversationDataset) -> tuple[BatchOrder, int]:
     """The order of batches, and the stage's own seed."""
-    world = processes.world_size()
-    pieces = stage.gradient_accumulation * world
-    if stage.batch_size % pieces:
-        raise UsageError(
-            f"batch_size {stage.batch_size} cannot be shared by {world} processes with "
-            f"gradient_accumulation {stage.gradient_accumulation}.",
-            f"Use a multiple of {pieces}.",
-        )
     seed = run.recipe.seed + 1000 * len(run.done)
-    piece = stage.batch_size // pieces
-    return BatchOrder(dataset, stage.batch_size, piece, seed, stage.group_by_length), seed
+    share = micro_batch(stage)
+    return BatchOrder(dataset, stage.batch_size, share, seed, stage.group_by_length), seed
 
 
 def _cache(
