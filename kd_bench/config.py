@@ -66,7 +66,7 @@ def parse_yaml(text: str) -> Any:
 
 def dump_yaml(value: Any) -> str:
     """YAML that `parse_yaml` reads back to an equal value; keys keep their order."""
-    yaml = YAML(typ="safe", pure=True)
+    yaml: Any = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False
     yaml.width = 100

@@ -38,8 +38,8 @@ def plan(
             )
     planned = []
     for seed in seeds or [base.seed]:
-        for name in asked or [None]:
-            chosen = [] if name is None else [f"method={name}"]
+        for name in asked or [""]:
+            chosen = [f"method={name}"] if name else []
             single = load_recipe(recipe, [*overrides, f"seed={seed}", *chosen])
             if base.output is not None and (asked or seeds):  # each below the folder that was named
                 own = f"{base.output}/{single.method}-seed{seed}"
