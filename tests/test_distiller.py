@@ -9,7 +9,7 @@ from kd_bench.distill.batches import Collator
 from kd_bench.distill.data import read_conversations
 from kd_bench.distill.distiller import Distiller, default_chunk
 from kd_bench.distill.encoding import Encoder
-from kd_bench.distill.image_terms import FirstLayerProbe, image_correlation
+from kd_bench.distill.image_terms import FirstLayerProbe, count_items, image_correlation
 from kd_bench.distill.methods import METHODS, Term
 from kd_bench.distill.recipe import DataSource
 from kd_bench.distill.vision_language import VisionLanguageModel, answer_positions
@@ -204,3 +204,29 @@ def test_heads_take_as_many_positions_as_their_vocabulary_allows() -> None:
     assert default_chunk(891) == 512
     assert 64 <= default_chunk(151_936) <= 128
     assert default_chunk(10**9) == 16
+
+
+@pytest.mark.parametrize("method", ["llava-kd", "align-kd", "switch-kd"])
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_a_batch_gives_the_same_in_any_number_of_micro_batches(samples, method, size):
+    """Means over image tokens were once weighed by the answers of each micro-batch."""
+    # Answers of unequal length, so that wrong weights would show; text-only samples among them.
+    student, teacher = tiny.model(width=32, seed=2), tiny.model(width=48, layers=2, seed=1)
+    distiller = Distiller(student, teacher, METHODS[method])
+    whole = batch_of(samples)
+    expected, terms = distiller(whole, float(answer_positions(whole["labels"]).sum()))
+    expected.backward()
+    gradients = {n: p.grad.clone() for n, p in distiller.named_parameters() if p.grad is not None}
+    distiller.zero_grad(set_to_none=True)
+    pieces = [batch_of(samples[i : i + size]) for i in range(0, len(samples), size)]
+    counts = [count_items(piece, 2) for piece in pieces]
+    items = {name: sum(count[name] for count in counts) for name in counts[0]}
+    found = [distiller(piece, items) for piece in pieces]
+    sum(loss for loss, _ in found).backward()
+    torch.testing.assert_close(sum(loss.detach() for loss, _ in found), expected.detach())
+    for name, value in terms.items():
+        total = sum(values.get(name, torch.zeros(())) for _, values in found)
+        torch.testing.assert_close(total, value)
+    for name, parameter in distiller.named_parameters():
+        if name in gradients:
+            torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-6)

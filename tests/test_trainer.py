@@ -411,6 +411,13 @@ def test_two_processes_give_what_one_gives(place):
 
 
 @pytest.mark.slow
+def test_image_terms_in_two_processes_give_what_one_gives(place):
+    settings = ("method=llava-kd", "steps=8", EVERYTHING)
+    one = train(recipe_in(place, "llava-one", *settings))
+    assert_same_training(one, in_two_processes(place, "llava-two", *settings))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("adapted", [(), ("lora={r: 2}", "gradient_checkpointing=true")])
 def test_two_processes_with_sharded_weights_give_what_one_gives(place, adapted):
     """Killed after the first checkpoint and continued; the batches mix pictures and plain text."""
@@ -441,6 +448,20 @@ def test_mixed_precision_trains_float32_weights_and_logs_to_tensorboard(place):
     [events] = (place / "mixed").rglob("events.out.tfevents*")
     plotted = EventAccumulator(str(events)).Reload().Tags()["scalars"]
     assert {"train/loss", "train/term_switch", "train/knee_teacher_p50"} <= set(plotted)
+
+
+@pytest.mark.parametrize("method", ["llava-kd", "align-kd"])
+def test_image_terms_are_the_same_with_any_accumulation(place, method):
+    """They were once weighed by the answer tokens of each micro-batch."""
+    logs = []
+    for pieces in (1, 2, 4):
+        settings = (f"method={method}", "steps=2", "log_every=1", f"gradient_accumulation={pieces}")
+        final = train(recipe_in(place, f"{method}-by-{pieces}", *settings))
+        lines = (final.parent / "train_log.jsonl").read_text().splitlines()
+        logs.append([json.loads(line)["terms"] for line in lines])
+    for log in logs[1:]:
+        for found, expected in zip(log, logs[0], strict=True):
+            assert found == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("method", ["llava-kd", "align-kd", "jsd", "bild", "vsd"])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from kd_bench.distill.image_terms import (
     FirstLayerProbe,
     attention_mse,
+    count_items,
     image_correlation,
     image_mse,
 )
@@ -122,14 +123,21 @@ class Distiller(nn.Module):
         return None if ours == theirs else nn.Linear(theirs, ours, bias=False)
 
     def forward(
-        self, batch: Mapping[str, Tensor], items: Tensor | float, knee_log: KneeLog | None = None
+        self,
+        batch: Mapping[str, Tensor],
+        items: Mapping[str, Tensor] | Tensor | float,
+        knee_log: KneeLog | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of one piece of a batch, and every term's unweighted share of its mean.
+        """Loss of one micro-batch, and every term's unweighted share of its mean.
 
         Args:
             batch: what `Collator` makes.
-            items: answer positions of the whole batch; sums over pieces are divided by it.
+            items: `count_items` of the whole batch, over all micro-batches and devices, by which
+                sums are divided; a number is that of answers, where this batch is the whole one.
         """
+        if not isinstance(items, Mapping):
+            answered = torch.as_tensor(items)
+            items = count_items(batch, self.parts.image_token_id) | {"answers": answered}
         answers = answer_positions(batch["labels"])  # [batch, length]
         targets = batch["labels"][:, 1:][answers[:, :-1]]  # [N]
         passes = self.run(batch, answers)
@@ -141,14 +149,13 @@ class Distiller(nn.Module):
             heads,
             passes.hidden,
             targets,
-            items,
+            items["answers"],
             chunk=self.head_chunk,
             knee_log=knee_log,
         )
         if self.image_terms and passes.embeddings:
-            share = len(targets) / torch.as_tensor(items).clamp(min=1)
             for term in self.image_terms:
-                value = self._image_value(term, passes, batch, heads) * share
+                value = self._image_value(term, passes, batch, heads, items)
                 loss = loss + term.weight * value
                 values[term.label] = value.detach()
         return loss, values
@@ -259,27 +266,43 @@ class Distiller(nn.Module):
             passes.attention[name] = probe.weights(batch["attention_mask"])
 
     def _image_value(
-        self, term: Term, passes: Passes, batch: Mapping[str, Tensor], heads: Heads
+        self,
+        term: Term,
+        passes: Passes,
+        batch: Mapping[str, Tensor],
+        heads: Heads,
+        items: Mapping[str, Tensor],
     ) -> Tensor:
-        """One image term's mean over this batch."""
+        """One image term's share of its mean over the whole batch."""
         places = batch["input_ids"] == self.parts.image_token_id
         if term.loss == "image_kl":
             alike = Term(loss="kl", temperature=term.temperature)
             nothing = passes.at_images["student"].new_zeros(int(places.sum()), dtype=torch.long)
             value, _ = token_terms(
-                [alike], heads, passes.at_images, nothing, len(nothing), chunk=self.head_chunk
+                [alike],
+                heads,
+                passes.at_images,
+                nothing,
+                items["image_tokens"],
+                chunk=self.head_chunk,
             )
             return value
         if term.loss == "image_correlation":
             owners = places.nonzero()[:, 0]  # [M]
             states = passes.at_images
-            return image_correlation(states["teacher"], states["student"], owners)
+            return (
+                image_correlation(states["teacher"], states["student"], owners)
+                / items["image_samples"]
+            )
         if term.loss == "image_mse":
             both = passes.embeddings
-            return image_mse(both["teacher"], both["student"], self.adapter)
+            return image_mse(both["teacher"], both["student"], self.adapter) / items["image_tokens"]
         asks = batch["attention_mask"].bool() & ~places
         weights = passes.attention
-        return attention_mse(weights["teacher"], weights["student"], asks, places)
+        return (
+            attention_mse(weights["teacher"], weights["student"], asks, places)
+            / items["image_pairs"]
+        )
 
 
 def default_chunk(vocabulary: int) -> int:

@@ -5,7 +5,7 @@ Everything else (devices, accumulation, mixed precision, resuming, loggers) is t
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from kd_bench.distill.batches import BatchOrder, Collator
 from kd_bench.distill.distiller import Distiller
-from kd_bench.distill.encoding import IGNORED
+from kd_bench.distill.image_terms import count_items
 from kd_bench.distill.objective import KneeLog
 from kd_bench.distill.outputs import sync_folder
 from kd_bench.distill.progress import TERM, ProgressReport
@@ -118,12 +118,25 @@ class DistillationTrainer(Trainer):
                 return self._prepare_inputs(self.data_collator([sample]))
         return None
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """The micro-batches of a step, and `count_items` over all of them and all devices."""
+        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not samples:
+            return samples, None
+        token = self.model.parts.image_token_id
+        counts = [count_items(batch, token) for batch in samples]
+        added = torch.stack([torch.stack(list(count.values())) for count in counts]).sum(0)
+        added = self.accelerator.reduce(added.to(device), "sum")
+        return samples, dict(zip(counts[0], added, strict=True))
+
     # One step
 
     def training_step(
         self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
     ) -> Tensor:
-        """One piece of a batch: forward, backward."""
+        """One micro-batch: forward, backward."""
         if self._logs_after_this_step():
             self._knee_log = self._knee_log or KneeLog()
         return super().training_step(model, inputs, num_items_in_batch)
@@ -133,14 +146,14 @@ class DistillationTrainer(Trainer):
         model: nn.Module,
         inputs: dict[str, Tensor],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
+        num_items_in_batch: Mapping[str, Tensor] | None = None,
     ) -> Any:
         """The distiller's loss; keeps every term's value for the log."""
         self._give_up(inputs)
         samples = inputs["sample_index"]
-        items = num_items_in_batch
+        items: Any = num_items_in_batch
         if items is None:
-            items = (inputs["labels"][:, 1:] != IGNORED).sum()
+            items = count_items(inputs, self.model.parts.image_token_id)
         knee_log = self._knee_log if self._watches_knees else None
         loss, values = model(inputs, items, knee_log)
         if not self._sums:

@@ -4,6 +4,7 @@ LLaVA-KD (arXiv 2410.16236) compares the last layer at image positions, Align-KD
 the projected image tokens and the first layer's attention from text to image.
 """
 
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -14,11 +15,31 @@ from torch import Tensor, nn
 from kd_bench.distill.vision_language import VisionLanguageModel
 from kd_bench.errors import UsageError
 
-__all__ = ["FirstLayerProbe", "attention_mse", "image_correlation", "image_mse"]
+__all__ = ["FirstLayerProbe", "attention_mse", "count_items", "image_correlation", "image_mse"]
+
+
+def count_items(batch: Mapping[str, Tensor], image_token_id: int) -> dict[str, Tensor]:
+    """What the sums of the terms are divided by, so that they are the same on any number of
+    micro-batches and devices once these counts are added up over them.
+
+    Returns:
+        answers: positions whose next token is supervised.
+        image_samples: samples with an image.
+        image_tokens: image positions.
+        image_pairs: text positions times the image positions before each.
+    """
+    places = batch["input_ids"] == image_token_id  # [batch, length]
+    asks = batch["attention_mask"].bool() & ~places
+    return {
+        "answers": (batch["labels"][:, 1:] != -100).sum(),
+        "image_samples": places.any(1).sum(),
+        "image_tokens": places.sum(),
+        "image_pairs": places.cumsum(1)[asks].sum(),
+    }
 
 
 def image_correlation(teacher: Tensor, other: Tensor, owners: Tensor) -> Tensor:
-    """1 - cosine of the two models' self-correlation matrices, averaged over samples; a scalar.
+    """1 - cosine of the two models' self-correlation matrices, summed over samples; a scalar.
 
     Args:
         teacher, other: last hidden states at image positions [M, width]; the widths may differ.
@@ -33,11 +54,11 @@ def image_correlation(teacher: Tensor, other: Tensor, owners: Tensor) -> Tensor:
         left, right = teacher[chosen].detach().float(), other[chosen].float()  # [m, width]
         relation = (left @ left.T).flatten(), (right @ right.T).flatten()  # [m * m]
         values.append(1 - F.cosine_similarity(*relation, dim=0))
-    return torch.stack(values).mean()
+    return torch.stack(values).sum()
 
 
 def image_mse(teacher: Tensor, other: Tensor, adapter: nn.Module | None) -> Tensor:
-    """Mean squared error of the projected image tokens; a scalar.
+    """Squared error of the projected image tokens, averaged over the width and summed; a scalar.
 
     Args:
         teacher, other: embeddings [M, width] that enter the language models.
@@ -47,11 +68,11 @@ def image_mse(teacher: Tensor, other: Tensor, adapter: nn.Module | None) -> Tens
     left = teacher.detach()
     if adapter is not None:
         left = adapter(left.to(next(adapter.parameters()).dtype))
-    return F.mse_loss(other.float(), left.float())
+    return F.mse_loss(other.float(), left.float(), reduction="none").mean(-1).sum()
 
 
 def attention_mse(teacher: Tensor, other: Tensor, asks: Tensor, seen: Tensor) -> Tensor:
-    """Mean squared error of text-to-image attention, averaged over heads; a scalar.
+    """Squared error of text-to-image attention averaged over heads, summed over pairs; a scalar.
 
     Args:
         teacher, other: attention weights [batch, heads, length, length]; heads may differ.
@@ -61,7 +82,7 @@ def attention_mse(teacher: Tensor, other: Tensor, asks: Tensor, seen: Tensor) ->
     pairs = asks.unsqueeze(2) & seen.unsqueeze(1)  # [batch, length, length]
     pairs = pairs & torch.ones_like(pairs[0]).tril()  # nothing is seen before it comes
     left, right = teacher.detach().float().mean(1), other.float().mean(1)
-    return F.mse_loss(right[pairs], left[pairs])
+    return F.mse_loss(right[pairs], left[pairs], reduction="sum")
 
 
 class FirstLayerProbe:
