@@ -2,12 +2,9 @@
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-
 from kd_bench.distill.build import tinyllava_template
 from kd_bench.distill.data import Conversation, Turn, Unreadable, read_conversations
-from kd_bench.distill.encoding import Encoder, spread_mask, within
+from kd_bench.distill.encoding import Encoder
 from kd_bench.distill.recipe import DataSource
 from kd_bench.errors import UsageError
 from tests import tiny
@@ -83,10 +80,9 @@ def test_one_at_a_time_by_marks_and_in_bulk_are_the_same(processor, conversation
         "{% endfor %}{% endif %}{{ ' ' }}",
     )
     marked = Encoder(marked_processor)
-    assert marked.marks_answers
     for conversation, sample in zip(both, made, strict=True):
         single = Encoder(processor)
-        single.plain_pictures = False  # by the processor's own expansion
+        single.plain_images = False  # by the processor's own expansion
         for other in (single.encode(conversation), marked.encode(conversation)):
             assert other.keys() == sample.keys()
             assert all(torch.equal(other[name], sample[name]) for name in sample)
@@ -99,7 +95,7 @@ def test_too_long_loses_its_end_or_is_given_up(processor, conversations):
     assert words(processor, kept) == ["red", "</s>"]
     with pytest.raises(Unreadable, match="no answer within max_length=12"):
         Encoder(processor, max_length=12).encode(conversations[0])
-    with pytest.raises(Unreadable, match="a picture lies beyond"):
+    with pytest.raises(Unreadable, match="an image lies beyond"):
         Encoder(processor, max_length=4).encode(conversations[0])
 
 
@@ -122,26 +118,8 @@ def test_tinyllavas_prompt_to_the_letter(conversations):
     assert processor.apply_chat_template(messages[:1], add_generation_prompt=True) == system + first
     whole = f"{first} red</s>USER: say it ASSISTANT: red square</s>"
     assert processor.apply_chat_template(messages) == system + whole
-    text, spans = Encoder(processor).render(conversations[0])
-    assert [text[start:end] for start, end in spans] == [" red</s>", " red square</s>"]
-
-
-@given(st.lists(st.integers(1, 4), max_size=20), st.data())
-def test_tokens_inside_spans(lengths, data):
-    ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
-    offsets = list(zip([0, *ends[:-1]], ends, strict=True)) if lengths else []
-    total = ends[-1] if ends else 0
-    cuts = sorted(data.draw(st.sets(st.integers(0, total), max_size=6)))
-    spans = list(zip(cuts[::2], cuts[1::2], strict=False))
-    expected = [any(s <= start < e for s, e in spans) for start, _ in offsets]
-    assert within(offsets, spans) == expected
-
-
-def test_a_mask_follows_text_through_expanded_pictures():
-    plain = [5, 9, 1, 2, 9, 3, 4]
-    mask = [False, False, True, False, False, False, True]
-    full = [5, 8, 9, 9, 7, 1, 2, 8, 9, 9, 7, 3, 4]  # each picture framed by 8 and 7
-    found = spread_mask(plain, mask, full, 9)
-    assert [token for token, kept in zip(full, found, strict=True) if kept] == [1, 4]
-    with pytest.raises(UsageError, match="not found again"):
-        spread_mask(plain, mask, [5, 9, 9, 3, 4], 9)
+    chat = Encoder(processor).chat
+    turns = chat.turns(messages)
+    assert turns.prompt == system + first
+    assert [answer + chat.stop for answer in turns.answers] == [" red</s>", " red square</s>"]
+    assert turns.between == ("USER: say it ASSISTANT:",)

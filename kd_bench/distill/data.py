@@ -5,7 +5,6 @@ tokenised here; see `batches.py`.
 """
 
 import hashlib
-import io
 import json
 import posixpath
 import re
@@ -13,8 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image
-
+from kd_bench.distill.images import Unreadable, open_image
 from kd_bench.distill.recipe import DataSource
 from kd_bench.errors import UsageError
 from kd_bench.world.embedded import resolve
@@ -24,10 +22,6 @@ __all__ = ["Conversation", "Turn", "Unreadable", "data_digest", "open_image", "r
 IMAGE_MARK = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 CONTENT_LIMIT = 1 << 30  # pictures beyond this many bytes enter the digest by name and size
-
-
-class Unreadable(Exception):  # noqa: N818 - a finding, not a failure of the program
-    """One sample cannot be used; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -200,23 +194,6 @@ def _image(entry: Any, identifier: str, folder: Path) -> Path | bytes:
             "Picture names must stay below data.images.",
         )
     return folder / plain
-
-
-def open_image(image: Path | bytes) -> Image.Image:
-    """Decode one picture fully to RGB.
-
-    Raises:
-        Unreadable: missing, truncated, or no picture.
-    """
-    name = image.name if isinstance(image, Path) else "an embedded picture"
-    try:
-        with Image.open(image if isinstance(image, Path) else io.BytesIO(image)) as opened:
-            opened.load()
-            return opened.convert("RGB")
-    except FileNotFoundError:
-        raise Unreadable(f"{name} is missing") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise Unreadable(f"{name}: {error}") from None
 
 
 def data_digest(conversations: list[Conversation]) -> dict[str, Any]:

@@ -1,28 +1,29 @@
-"""Conversations -> token ids with every prompt masked, pictures in the processor's own form.
+"""Conversations -> token ids with every prompt masked, images in the processor's own form.
 
-Only answers are supervised: every label outside an assistant turn is -100, the turn's end token is
-kept.
+Only answers are supervised, each with the token that ends it: every other label is -100.
 """
 
-import itertools
-import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from kd_bench.distill.data import Conversation, Unreadable, open_image
-from kd_bench.errors import UsageError
+from kd_bench.distill.chat import ChatFormat, Turns
+from kd_bench.distill.data import Conversation
+from kd_bench.distill.images import MAX_PIXELS, Unreadable, open_image
+from kd_bench.errors import KdBenchError, one_line
 
-__all__ = ["IGNORED", "PER_TOKEN", "EncodedSample", "Encoder", "spread_mask", "within"]
+__all__ = ["IGNORED", "PER_TOKEN", "EncodedSample", "Encoder"]
 
 IGNORED = -100
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # an answer's mark in a chat template
 PER_TOKEN = ("token_type_ids", "mm_token_type_ids")  # what processors give beside `input_ids`
+LED_BY = 3  # tokens before an answer by which it is found again among expanded images
 
 EncodedSample = dict[str, Tensor]
+T = TypeVar("T")
 
 
 class Encoder:
@@ -31,32 +32,33 @@ class Encoder:
     Args:
         processor: the student's; its chat template writes the prompt.
         max_length: tokens kept; an answer cut off entirely makes the sample unreadable.
+        template: a prompt template instead of the checkpoint's own.
+        max_pixels: larger images are not decoded.
     """
 
-    def __init__(self, processor: Any, max_length: int = 2048) -> None:
+    def __init__(
+        self,
+        processor: Any,
+        max_length: int = 2048,
+        *,
+        template: str | None = None,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
         self.processor = processor
-        self.tokenizer = processor.tokenizer
+        self.chat = ChatFormat(processor, template)
         self.max_length = max_length
-        self.image_token_id = int(
-            getattr(processor, "image_token_id", None)
-            or self.tokenizer.convert_tokens_to_ids(getattr(processor, "image_token", "<image>"))
-        )
-        # Pictures of one size and one run of image tokens each can go through in bulk.
-        self.tokens_a_picture: int | None = None
-        self.plain_pictures = type(processor).__name__ == "LlavaProcessor"
-        template = getattr(processor, "chat_template", None)
-        self.marks_answers = isinstance(template, str) and bool(GENERATION.search(template))
-        if not getattr(self.tokenizer, "is_fast", False):
-            raise UsageError(
-                "The student's tokenizer is a slow one, which cannot say where an answer begins.",
-                "Save its fast form (tokenizer.json) beside the checkpoint.",
-            )
+        self.max_pixels = max_pixels
+        self.image_token_ids = _image_token_ids(processor)
+        self.left_out = 0  # answers that are context only, see `Turns`
+        # Images of one size and one run of image tokens each can go through in bulk.
+        self.tokens_an_image: int | None = None
+        self.plain_images = type(processor).__name__ == "LlavaProcessor"
 
     def encode(self, conversation: Conversation) -> EncodedSample:
-        """`input_ids`, `labels` [length], and whatever the processor makes of the pictures.
+        """`input_ids`, `labels` [length], and whatever the processor makes of the images.
 
         Raises:
-            Unreadable: a picture cannot be decoded, or no answer fits into `max_length`.
+            Unreadable: the sample cannot be used, whatever the reason.
         """
         made = self.encode_many([conversation])[0]
         if isinstance(made, Unreadable):
@@ -67,81 +69,137 @@ class Encoder:
         self, conversations: Sequence[Conversation]
     ) -> list[EncodedSample | Unreadable]:
         """One sample, or the reason why there is none, for each conversation."""
-        rendered = [self.render(conversation) for conversation in conversations]
-        tokens = self._tokens([text for text, _ in rendered])
+        drafts = [_attempt(self._draft, conversation) for conversation in conversations]
+        sound = [draft for draft in drafts if isinstance(draft, _Draft)]
+        untokenised = self._tokenise(sound)
+        self._see_in_bulk([draft for draft in sound if id(draft) not in untokenised])
         made: list[EncodedSample | Unreadable] = []
-        pictures = [_opened(conversation) for conversation in conversations]
-        bulk = self._pixels_in_bulk(pictures)
-        for index, (ids, offsets) in enumerate(tokens):
-            text, spans = rendered[index]
-            try:
-                images = pictures[index]
-                if isinstance(images, Unreadable):
-                    raise images
-                answers = within(offsets, spans)
-                if not images:
-                    made.append(self._sample(ids, answers, {}))
-                elif bulk is not None:
-                    made.append(self._sample(*self._expanded(ids, answers), {**bulk[index]}))
-                else:
-                    made.append(self._sample(*self._processed(text, images, ids, answers)))
-            except Unreadable as error:
-                made.append(error)
+        for draft in drafts:
+            if isinstance(draft, Unreadable):
+                made.append(draft)
+            elif id(draft) in untokenised:
+                made.append(untokenised[id(draft)])
+            else:
+                made.append(_attempt(self._sample, draft))
         return made
 
-    def _processed(
-        self, text: str, images: list[Image], ids: list[int], answers: list[bool]
-    ) -> tuple[list[int], list[bool], EncodedSample]:
-        """Ids, mask and picture tensors as the processor itself expands the placeholders."""
-        made = self.processor(
-            text=[text],
-            images=[images],
-            return_tensors="pt",
-            add_special_tokens=self._adds_special_tokens(text),
-        )
-        full = made.pop("input_ids")[0].tolist()
-        made.pop("attention_mask", None)
-        if self.plain_pictures and self.tokens_a_picture is None:
-            count, rest = divmod(full.count(self.image_token_id), len(images))
-            self.tokens_a_picture = count
-            # Believed only if it gives what the processor gave.
-            if rest or self._expanded(ids, answers)[0] != full:
-                self.plain_pictures = False
-        return full, spread_mask(ids, answers, full, self.image_token_id), dict(made)
+    def _draft(self, conversation: Conversation) -> "_Draft":
+        images = [open_image(image, self.max_pixels) for image in conversation.images]
+        if self.chat.plain and not images:
+            raise Unreadable("this family answers no question without an image")
+        return _Draft(self.chat.turns(conversation.messages), images)
 
-    def _pixels_in_bulk(
-        self, pictures: list[list[Image] | Unreadable]
-    ) -> list[dict[str, Tensor]] | None:
-        """`pixel_values` of every conversation from one call; None where that cannot be done."""
-        if not self.plain_pictures or self.tokens_a_picture is None:
-            return None
-        groups = [[] if isinstance(group, Unreadable) else group for group in pictures]
-        flat = [image for group in groups for image in group]
+    def _tokenise(self, drafts: "list[_Draft]") -> dict[int, Unreadable]:
+        """Fill in the ids of all drafts at once; else one by one, and why one has none, by id."""
+        try:
+            self._set_ids(drafts)
+            return {}
+        except Exception:
+            found = {id(draft): _attempt(self._set_ids, [draft]) for draft in drafts}
+            return {key: why for key, why in found.items() if why is not None}
+
+    def _set_ids(self, drafts: "list[_Draft]") -> None:
+        chat = self.chat
+        prompts = chat.prompt_ids([draft.turns.prompt for draft in drafts])
+        answers = iter(chat.answer_ids([text for each in drafts for text in each.turns.answers]))
+        between = iter(chat.between_ids([text for each in drafts for text in each.turns.between]))
+        for draft, prompt in zip(drafts, prompts, strict=True):
+            draft.prompt = prompt
+            draft.answers = [next(answers) + chat.stop_ids for _ in draft.turns.answers]
+            draft.between = [next(between) for _ in draft.turns.between]
+
+    def _see_in_bulk(self, drafts: "list[_Draft]") -> None:
+        """`pixel_values` of every draft from one call, where images have a constant size."""
+        if not self.plain_images or self.tokens_an_image is None:
+            return
+        flat = [image for draft in drafts for image in draft.images]
         if not flat:
-            return [{} for _ in groups]
-        made = self.processor.image_processor(images=flat, return_tensors="pt")["pixel_values"]
-        parts = made.split([len(group) for group in groups])
-        return [{"pixel_values": part.clone()} if len(part) else {} for part in parts]
+            return
+        try:
+            made = self.processor.image_processor(images=flat, return_tensors="pt")["pixel_values"]
+        except Exception:
+            return  # one by one it will be known whose image it was
+        parts = made.split([len(draft.images) for draft in drafts])
+        for draft, part in zip(drafts, parts, strict=True):
+            draft.pixels = part.clone() if draft.images else None
 
-    def _expanded(self, ids: list[int], answers: list[bool]) -> tuple[list[int], list[bool]]:
-        """Every image placeholder repeated `tokens_a_picture` times."""
-        count = self.tokens_a_picture or 1
+    def _sample(self, draft: "_Draft") -> EncodedSample:
+        """Ids, labels and image tensors of one draft."""
+        if draft.images and draft.pixels is None:
+            sample = self._cut(*self._processed(draft))
+        else:
+            ids, mask = draft.behind(0)
+            extra = {} if draft.pixels is None else {"pixel_values": draft.pixels}
+            sample = self._cut(
+                *self._expanded(draft.prompt + ids, [False] * len(draft.prompt) + mask), extra
+            )
+        self.left_out += draft.turns.left_out
+        return sample
+
+    def _processed(self, draft: "_Draft") -> tuple[list[int], list[bool], EncodedSample]:
+        """Ids and mask behind the processor's own call on the prompt, as evaluation makes it.
+
+        Where later questions bring images of their own, the prompt is that of the last of them, and
+        the answers inside are found again between the expanded images.
+        """
+        turns = draft.turns
+        shown = [i + 1 for i, text in enumerate(turns.between) if self.chat.image_token in text]
+        inside = shown[-1] if shown else 0  # answers in front of the last image
+        text = turns.prompt
+        for answer, following in zip(turns.answers[:inside], turns.between, strict=False):
+            text += answer + self.chat.stop + following
+        made = dict(self.chat.processed([text], [draft.images]))
+        prompt = made.pop("input_ids")[0].tolist()
+        made.pop("attention_mask", None)
+        mask = self._found_again(prompt, draft, inside)
+        if self.plain_images and self.tokens_an_image is None:
+            self._learn_size(prompt, draft, inside)
+        ids, answers = draft.behind(inside)
+        for name in PER_TOKEN:
+            if name in made:
+                # PaliGemma's are 1 where attention is causal: in its answer.
+                kind = made[name].new_full((1, len(ids)), int(self.chat.plain))
+                made[name] = torch.cat([made[name], kind], dim=1)
+        return prompt + ids, mask + answers, made
+
+    def _found_again(self, prompt: list[int], draft: "_Draft", count: int) -> list[bool]:
+        """Where the first `count` answers of a draft lie inside its expanded prompt."""
+        mask = [False] * len(prompt)
+        place = 0
+        for number in range(count):
+            led_by = (draft.prompt, *draft.between)[number][-LED_BY:]
+            answer = draft.answers[number]
+            start = _find(prompt, led_by + answer, place) + len(led_by)
+            place = start + len(answer)
+            mask[start:place] = [True] * len(answer)
+        return mask
+
+    def _learn_size(self, prompt: list[int], draft: "_Draft", inside: int) -> None:
+        """Take the quick way from now on, if it reproduces the processor's ids."""
+        self.tokens_an_image, rest = divmod(
+            sum(token in self.image_token_ids for token in prompt), len(draft.images)
+        )
+        ids = draft.prompt + draft.behind(0)[0]
+        ids = ids[: len(ids) - len(draft.behind(inside)[0])]
+        self.plain_images = not rest and self._expanded(ids, [False] * len(ids))[0] == prompt
+
+    def _expanded(self, ids: list[int], mask: list[bool]) -> tuple[list[int], list[bool]]:
+        """Every image placeholder repeated `tokens_an_image` times."""
+        count = self.tokens_an_image or 1
         full: list[int] = []
-        mask: list[bool] = []
-        for token, answer in zip(ids, answers, strict=True):
-            times = count if token == self.image_token_id else 1
+        answers: list[bool] = []
+        for token, answer in zip(ids, mask, strict=True):
+            times = count if token in self.image_token_ids else 1
             full += [token] * times
-            mask += [answer] * times
-        return full, mask
+            answers += [answer] * times
+        return full, answers
 
-    def _sample(self, ids: list[int], answers: list[bool], extra: EncodedSample) -> EncodedSample:
+    def _cut(self, ids: list[int], answers: list[bool], extra: EncodedSample) -> EncodedSample:
+        """The sample of at most `max_length` tokens."""
         if len(ids) > self.max_length:
-            if any(token == self.image_token_id for token in ids[self.max_length :]):
-                raise Unreadable(f"a picture lies beyond max_length={self.max_length}")
+            if any(token in self.image_token_ids for token in ids[self.max_length :]):
+                raise Unreadable(f"an image lies beyond max_length={self.max_length}")
             ids, answers = ids[: self.max_length], answers[: self.max_length]
-            for name in PER_TOKEN:
-                if name in extra:
-                    extra[name] = extra[name][:, : self.max_length]
         input_ids = torch.tensor(ids)
         labels = torch.where(torch.tensor(answers), input_ids, IGNORED)
         labels[0] = IGNORED  # nothing comes before it to predict it from
@@ -149,124 +207,62 @@ class Encoder:
             raise Unreadable(f"no answer within max_length={self.max_length}")
         for name in PER_TOKEN:
             if name in extra:
-                extra[name] = extra[name][0]
+                extra[name] = extra[name][0, : self.max_length]
         return {"input_ids": input_ids, "labels": labels, **extra}
 
-    def _tokens(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """Token ids and character offsets of each text."""
-        if not texts:
-            return []
-        made = self.tokenizer(
-            texts,
-            return_offsets_mapping=True,
-            add_special_tokens=self._adds_special_tokens(texts[0]),
-        )
-        return list(zip(made["input_ids"], made["offset_mapping"], strict=True))
 
-    def _adds_special_tokens(self, text: str) -> bool:
-        """False where the template has written the begin token already."""
-        begin = self.tokenizer.bos_token
-        return not (begin and text.startswith(begin))
+@dataclass
+class _Draft:
+    """One conversation on its way to a sample.
 
-    def render(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
-        """The conversation as the chat template writes it, and the spans of its answers.
+    Attributes:
+        prompt: ids up to the first answer, images' marks not expanded.
+        answers: ids of each answer with its stop token.
+        between: ids from behind each stop token to where the next answer begins.
+        pixels: of all images, where they went through in bulk.
+    """
 
-        A span runs from the end of the generation prompt to the end of the turn, end token
-        included, so training sees the very prompts that evaluation sends.
-        """
-        messages = conversation.messages
-        if self.marks_answers:
-            return self._marked(messages)
-        spans = []
-        text = ""
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            prompt = self._template(messages[:index], True)
-            text = self._template(messages[: index + 1], False)
-            if not text.startswith(prompt):
-                raise UsageError(
-                    "The chat template writes an answered turn otherwise than its generation "
-                    "prompt, so answers cannot be told from prompts.",
-                    "Use a template whose answered turn starts with the generation prompt.",
-                )
-            spans.append((len(prompt), len(prompt) + len(text[len(prompt) :].rstrip())))
-        return text, spans  # what follows the last answer is never trained on
+    turns: Turns
+    images: list[Image]
+    prompt: list[int] = field(default_factory=list)
+    answers: list[list[int]] = field(default_factory=list)
+    between: list[list[int]] = field(default_factory=list)
+    pixels: Tensor | None = None
 
-    def _marked(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
-        """The same from one rendering, by the template's own `{% generation %}` marks."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        texts, spans = render_jinja_template(
-            conversations=[messages],
-            chat_template=self.processor.chat_template,
-            return_assistant_tokens_mask=True,
-            **self.tokenizer.special_tokens_map,
-        )
-        return texts[0], [(start, end) for start, end in spans[0]]
-
-    def _template(self, messages: list[dict[str, Any]], prompt: bool) -> str:
-        text = self.processor.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=prompt
-        )
-        return str(text)
+    def behind(self, number: int) -> tuple[list[int], list[bool]]:
+        """Everything from answer `number` on, and whether it is an answer's."""
+        ids: list[int] = []
+        mask: list[bool] = []
+        behind = [*self.between[number:], []]  # nothing behind the last answer
+        for answer, following in zip(self.answers[number:], behind, strict=True):
+            ids += answer + following
+            mask += [True] * len(answer) + [False] * len(following)
+        return ids, mask
 
 
-def _opened(conversation: Conversation) -> list[Image] | Unreadable:
+def _attempt(make: Callable[..., T], *given: Any) -> T | Unreadable:
+    """What `make` gives, or why this one sample cannot be used."""
     try:
-        return [open_image(image) for image in conversation.images]
+        return make(*given)
     except Unreadable as error:
         return error
+    except KdBenchError:
+        raise
+    except Exception as error:  # processors, templates and tokenizers raise what they like
+        return Unreadable(f"{type(error).__name__}: {one_line(error)}"[:500])
 
 
-def within(offsets: Sequence[tuple[int, int]], spans: list[tuple[int, int]]) -> list[bool]:
-    """Whether each token starts inside one of the (start, end) character spans."""
-    inside = []
-    pending = iter([*spans, (1 << 62, 1 << 62)])
-    start, end = next(pending)
-    for first, last in offsets:
-        while first >= end:
-            start, end = next(pending)
-        inside.append(first >= start and last > first)
-    return inside
+def _image_token_ids(processor: Any) -> frozenset[int]:
+    """Ids that stand for an image: the placeholder's, and that which it is expanded to."""
+    tokenizer = processor.tokenizer
+    found = {getattr(owner, "image_token_id", None) for owner in (processor, tokenizer)}
+    token = getattr(processor, "image_token", None) or "<image>"
+    found.add(tokenizer.convert_tokens_to_ids(token))
+    return frozenset(int(each) for each in found if each is not None)
 
 
-def spread_mask(
-    plain: list[int], mask: list[bool], full: list[int], image_token_id: int
-) -> list[bool]:
-    """Carry a mask over to the same text after each picture's placeholder was expanded.
-
-    Between pictures the tokens are equal on both sides; what the expansion added is False.
-    """
-    places = [index for index, token in enumerate(plain) if token == image_token_id]
-    if not places:
-        if plain == full:
-            return mask
-        raise UsageError(
-            "The processor rewrites the text around a picture in a way that cannot be followed.",
-            "Put <image> marks in the processor's own form.",
-        )
-    head, tail = places[0], len(plain) - places[-1] - 1
-    result = [False] * len(full)
-    result[:head] = mask[:head]
-    if tail:
-        result[-tail:] = mask[-tail:]
-    position = head
-    for place, following in itertools.pairwise(places):
-        segment = plain[place + 1 : following]
-        if not segment:
-            continue
-        position = _find(full, segment, position + 1)
-        result[position : position + len(segment)] = mask[place + 1 : following]
-        position += len(segment)
-    return result
-
-
-def _find(full: list[int], segment: list[int], start: int) -> int:
-    for index in range(start, len(full) - len(segment) + 1):
-        if full[index] == segment[0] and full[index : index + len(segment)] == segment:
+def _find(ids: list[int], wanted: list[int], start: int) -> int:
+    for index in range(start, len(ids) - len(wanted) + 1):
+        if ids[index] == wanted[0] and ids[index : index + len(wanted)] == wanted:
             return index
-    raise UsageError(
-        "The text between two pictures is not found again after the processor expanded them.",
-        "Check that the processor belongs to this tokenizer.",
-    )
+    raise Unreadable("an answer is not found again among the images")

@@ -6,7 +6,6 @@ Text columns are held in memory; pictures are read row group by row group when t
 """
 
 import hashlib
-import io
 import json
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from kd_bench.distill.images import Unreadable, open_image
 from kd_bench.errors import UsageError, closest
 from kd_bench.registry import TaskSpec
 
@@ -156,23 +156,15 @@ class _Pictures:
 
 
 def open_picture(encoded: bytes) -> "Image":
-    """Decode a picture, upright by its EXIF tag as `datasets` does it.
+    """Decode a picture as training does: RGB, upright by its EXIF tag.
 
     Raises:
         PictureError: it is damaged or cut off.
     """
-    from PIL import ExifTags, Image, ImageFile, ImageOps
-
-    # lmms-eval switches this on for the whole process: half a picture would come back grey.
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
-        picture: Image.Image = Image.open(io.BytesIO(encoded))
-        picture.load()
-        if picture.getexif().get(ExifTags.Base.Orientation) is not None:
-            picture = ImageOps.exif_transpose(picture)
-    except Exception as error:
+        return open_image(encoded)
+    except Unreadable as error:
         raise PictureError(f"the picture cannot be decoded: {error}") from error
-    return picture
 
 
 def load_documents(spec: TaskSpec, folder: Path, profile: str | None = None) -> Documents:

@@ -38,6 +38,7 @@ class Engine:
         batch_size: questions at a time; None for as many as the memory budget allows.
         share: prefill what the questions of a picture have in common once.
         pictures: store of prepared pictures, when several engines work on the same documents.
+        prompt_template: Jinja text instead of the checkpoint's chat template.
         budget_bytes: memory above the model's own that a batch may take.
     """
 
@@ -49,6 +50,7 @@ class Engine:
         batch_size: int | None = None,
         share: bool = True,
         pictures: PictureStore | None = None,
+        prompt_template: str | None = None,
         budget_bytes: int | None = None,
     ) -> None:
         self.model = model
@@ -56,27 +58,27 @@ class Engine:
         self.device = next(model.parameters()).device
         self._parts = _known(model)
         self._processor = processor
-        self._prompts = PromptBuilder(processor)
+        self._prompts = PromptBuilder(processor, prompt_template)
         self._pictures = pictures or PictureStore()
         self.path = _path(self._parts)
         self.share = share and self.path != "generate" and not _slides(model)
         self._decoder: Decoder | PlainDecoder
         self._rows: RowMaker | None = None
         if self.path == "generate" or self._parts is None:
-            self._decoder = PlainDecoder(model, processor)
+            self._decoder = PlainDecoder(model, processor, self._prompts)
         else:
             embed = model.get_input_embeddings()
             self._rows = (
                 FixedRows(self._parts, self._prompts, embed)
                 if self.path == "prefix"
-                else GeneralRows(self._parts, processor, embed)
+                else GeneralRows(self._parts, self._prompts, embed)
             )
             self._decoder = Decoder(
                 self._parts.language_model,
                 self._parts.lm_head,
                 embed,
                 processor.tokenizer,
-                _end_ids(model, processor.tokenizer),
+                _end_ids(model, processor.tokenizer, self._prompts.chat.stop_ids),
             )
         tokens = None if self._parts is None else self._parts.image_token_count
         self.budget = MemoryBudget(model, tokens, budget_bytes)
@@ -222,8 +224,8 @@ def _free(error: Exception) -> None:
         torch.cuda.empty_cache()
 
 
-def _end_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Tokens that end an answer, from the generation settings and the tokenizer."""
+def _end_ids(model: Any, tokenizer: Any, stop_ids: Sequence[int]) -> list[int]:
+    """Tokens that end an answer: of the generation settings, the tokenizer, the chat template."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
-    return sorted({int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None})
+    return sorted({int(i) for i in [*ids, tokenizer.eos_token_id, *stop_ids] if i is not None})

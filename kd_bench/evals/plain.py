@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from kd_bench.evals.generate import Decoded
+from kd_bench.evals.prompts import PromptBuilder
 from kd_bench.evals.questions import Settings
 from kd_bench.evals.rows import Ready
 
@@ -15,9 +16,10 @@ __all__ = ["PlainDecoder"]
 class PlainDecoder:
     """Greedy `generate` with the model's own processor."""
 
-    def __init__(self, model: Any, processor: Any) -> None:
+    def __init__(self, model: Any, processor: Any, prompts: PromptBuilder) -> None:
         self._model = model
         self._processor = processor
+        self._chat = prompts.chat
 
     def decode(self, ready: Sequence[Ready], settings: Settings) -> list[Decoded]:
         """Answers in order; stop strings end a row, probabilities are not given."""
@@ -37,14 +39,11 @@ class PlainDecoder:
         return [self._decoded(tokens, settings) for tokens in new]
 
     def _inputs(self, ready: Sequence[Ready]) -> Any:
-        arguments: dict[str, Any] = {"text": [item.prompt for item in ready]}
-        if any(item.pictures for item in ready):
-            arguments["images"] = [[p.image for p in item.pictures] for item in ready]
-        begin = self._processor.tokenizer.bos_token
-        if begin and all(item.prompt.startswith(begin) for item in ready):
-            arguments["add_special_tokens"] = False
-        inputs = self._processor(
-            **arguments, padding=True, padding_side="left", return_tensors="pt"
+        inputs = self._chat.processed(
+            [item.prompt for item in ready],
+            [[picture.image for picture in item.pictures] for item in ready],
+            padding=True,
+            padding_side="left",
         )
         device = next(self._model.parameters()).device
         return {name: value.to(device) for name, value in inputs.items()}
@@ -54,7 +53,7 @@ class PlainDecoder:
         tokenizer = self._processor.tokenizer
         configured = self._model.generation_config.eos_token_id
         ends = set(configured if isinstance(configured, list) else [configured])
-        ends.add(tokenizer.eos_token_id)
+        ends |= {tokenizer.eos_token_id, *self._chat.stop_ids}
         for place, token in enumerate(tokens):
             if token in ends:
                 return Decoded(tokens[: place + 1], finished=True)

@@ -2,48 +2,39 @@
 
 from typing import Any
 
+from kd_bench.distill.chat import ChatFormat
 from kd_bench.evals.questions import PLACEHOLDER
 
-__all__ = ["LLAVA_TEMPLATE", "PromptBuilder"]
-
-# For checkpoints without a chat template: the LLaVA 1.5 conversation without its system line.
-LLAVA_TEMPLATE = (
-    "{% for message in messages %}USER: {% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %} {% endfor %}ASSISTANT:"
-)
+__all__ = ["PromptBuilder"]
 
 
 class PromptBuilder:
-    """Renders questions for one checkpoint."""
+    """Renders questions for one checkpoint, as its training does.
 
-    def __init__(self, processor: Any) -> None:
-        self._processor = processor
-        self._tokenizer = processor.tokenizer
-        self.image_token = str(getattr(processor, "image_token", PLACEHOLDER))
-        self.template: str | None = None
-        if not getattr(processor, "chat_template", None):
-            self.template = LLAVA_TEMPLATE.replace(PLACEHOLDER, self.image_token)
+    Args:
+        template: a prompt template instead of the checkpoint's own.
+
+    Raises:
+        UsageError: the checkpoint has no chat template, or one that cannot be used.
+    """
+
+    def __init__(self, processor: Any, template: str | None = None) -> None:
+        self.chat = ChatFormat(processor, template)
+        self.image_token = self.chat.image_token
 
     def render(self, text: str, pictures: int) -> str:
         """The conversation up to where the answer begins, one image token a picture."""
         content = _content(text, pictures, self.image_token)
-        arguments: dict[str, Any] = {"add_generation_prompt": True, "tokenize": False}
-        if self.template is not None:
-            arguments["chat_template"] = self.template
-        messages = [{"role": "user", "content": content}]
-        return str(self._processor.apply_chat_template(messages, **arguments))
+        return self.chat.prompt([{"role": "user", "content": content}])
 
     def encode(self, rendered: list[str], counts: list[list[int]]) -> list[list[int]]:
         """Token ids of rendered conversations; `counts` holds image tokens of each picture."""
-        expanded = [
-            _expand(text, self.image_token, sizes)
-            for text, sizes in zip(rendered, counts, strict=True)
-        ]
-        begin = self._tokenizer.bos_token
-        if begin and all(text.startswith(begin) for text in expanded):
-            return list(self._tokenizer(expanded, add_special_tokens=False)["input_ids"])
-        return list(self._tokenizer(expanded)["input_ids"])
+        return self.chat.prompt_ids(
+            [
+                _expand(text, self.image_token, sizes)
+                for text, sizes in zip(rendered, counts, strict=True)
+            ]
+        )
 
 
 def _content(text: str, pictures: int, image_token: str) -> list[dict[str, str]]:

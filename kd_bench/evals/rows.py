@@ -117,11 +117,12 @@ class FixedRows:
 class GeneralRows:
     """Any family whose language model takes embeddings: its own processor writes the prompt."""
 
-    def __init__(self, model: VisionLanguageModel, processor: Any, embed: Any) -> None:
+    def __init__(self, model: VisionLanguageModel, prompts: PromptBuilder, embed: Any) -> None:
         self._model = model
-        self._processor = copy.copy(processor)
+        self._chat = copy.copy(prompts.chat)
+        self._chat.processor = processor = copy.copy(prompts.chat.processor)
         self._images = _Remembered(processor.image_processor)
-        self._processor.image_processor = self._images
+        processor.image_processor = self._images
         self._embed = embed
         self._features = FeatureCache()
 
@@ -132,19 +133,11 @@ class GeneralRows:
     def _row(self, item: Ready) -> Row:
         key = str([picture.digest for picture in item.pictures])
         self._images.key = key
-        inputs: dict[str, Any] = {"text": [item.prompt], "return_tensors": "pt"}
-        if item.pictures:
-            inputs["images"] = [picture.image for picture in item.pictures]
-        if self._begins(item.prompt):
-            inputs["add_special_tokens"] = False
+        inputs = self._chat.processed([item.prompt], [[p.image for p in item.pictures]])
         device = self._embed.weight.device
-        given = {name: value.to(device) for name, value in self._processor(**inputs).items()}
+        given = {name: value.to(device) for name, value in inputs.items()}
         features = self._see(key, given) if item.pictures else None
         return row_of(self._model, self._embed, given, features, key)
-
-    def _begins(self, prompt: str) -> bool:
-        begin = self._processor.tokenizer.bos_token
-        return bool(begin) and prompt.startswith(begin)
 
     def _see(self, key: str, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
         if key not in self._features:

@@ -1,0 +1,369 @@
+"""What a checkpoint's chat template makes of a conversation: prompt, answer and stop ids.
+
+    prompt    the conversation up to where an answer begins: what evaluation sends
+    answer    the answer's own words, tokenised as a continuation of the prompt
+    stop      the token that ends an answer
+
+Training, evaluation and `data show` all ask here. A template's `{% generation %}` marks are not
+looked at: they may hold a space too many and leave the stop token out. What an answer is follows
+from the data, where it begins from the generation prompt, how it ends from what the template
+writes behind it.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kd_bench.distill.images import Unreadable
+from kd_bench.errors import UsageError, closest, one_line
+
+__all__ = ["TEMPLATES", "ChatFormat", "Turns", "read_template"]
+
+_TURN = (
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image>\n' }}{% else %}{{ part['text'] }}"
+    "{% endif %}{% endfor %}"
+)
+_LLAVA = (
+    "{% for message in messages %}"
+    "{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
+    + _TURN
+    + "{{ eos_token if message['role'] == 'assistant' else ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+_CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    + _TURN
+    + "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+_PLAIN = (
+    "{% for message in messages %}"
+    + _TURN
+    + "{{ eos_token if message['role'] == 'assistant' else '\n' }}{% endfor %}"
+)
+TEMPLATES = {"llava": _LLAVA, "chatml": _CHATML, "plain": _PLAIN}
+"""Templates by name, for checkpoints that bring none."""
+
+PLAIN_FAMILIES = {"PaliGemmaProcessor"}
+"""Families that know no roles: the processor itself writes begin token and line break."""
+
+HINT = (
+    "Give one by `prompt_template:` in the recipe or `--prompt-template` (a Jinja file, or "
+    f"{', '.join(TEMPLATES)})."
+)
+QUESTION, ANSWER = "what is seen here", "a quiet harbour"  # asked of every template once
+ANCHORS = ("\n", ":", "a", "1")  # texts that few tokenizers merge with what follows
+KNOWN_ANSWERS = 10_000  # tokenised answers that are remembered
+
+Messages = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Turns:
+    """One conversation as its template writes it.
+
+    The whole text is `prompt answers[0] stop between[0] answers[1] stop between[1] ...`.
+
+    Attributes:
+        prompt: up to the first answer that is learnt.
+        answers: with the space that the template puts before them.
+        between: from behind one stop token to where the next answer begins.
+        left_out: earlier answers that the template rewrites once others follow: context only.
+    """
+
+    prompt: str
+    answers: tuple[str, ...]
+    between: tuple[str, ...] = ()
+    left_out: int = 0
+
+
+class ChatFormat:
+    """How one checkpoint's conversations are written and tokenised.
+
+    Args:
+        processor: its processor; the template is its own, else its tokenizer's.
+        template: Jinja text instead of those.
+
+    Raises:
+        UsageError: there is no template, it cannot be used, or nothing ends an answer.
+    """
+
+    def __init__(self, processor: Any, template: str | None = None) -> None:
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.image_token = str(getattr(processor, "image_token", None) or "<image>")
+        self.template = template or _own_template(processor)
+        if self.template is not None and self.template in TEMPLATES.values():
+            self.template = self.template.replace("<image>", self.image_token)
+        self.plain = self.template is None and type(processor).__name__ in PLAIN_FAMILIES
+        self._answer_ids: OrderedDict[str, list[int]] = OrderedDict()
+        self._as_text = False  # whether the template takes a message's content as one string
+        self._trims = False
+        self._lead = ""
+        if self.template is None and not self.plain:
+            raise UsageError(
+                f"The checkpoint's {type(processor).__name__} has no chat template, and its family "
+                "has no form of its own.",
+                HINT,
+            )
+        if self.plain:
+            self._anchor, stop = "\n", self.tokenizer.eos_token
+        else:
+            self._anchor, stop = self._probe()
+        if stop is None:
+            raise UsageError(
+                "The chat template writes nothing behind an answer and the tokenizer has no end "
+                "token, so a model could not learn to stop.",
+                "Set the tokenizer's eos_token, or use a template that ends its turns.",
+            )
+        self.stop = str(stop)
+        self.stop_ids = [int(self.tokenizer.convert_tokens_to_ids(self.stop))]
+
+    # What the template does
+
+    def _probe(self) -> tuple[str, str | None]:
+        """Learn the template's ways from one question and answer.
+
+        Returns the text between a question and its answer, and what ends an answer.
+        """
+        asked = {"role": "user", "content": [{"type": "image"}, _text(QUESTION)]}
+        prompt, whole = self._first_rendering([asked], [asked, _said(ANSWER)])
+        head, _, tail = whole.rpartition(ANSWER)
+        if head.startswith(prompt):
+            # A thought that the template invents is no part of the answer; a space is.
+            self._lead = "" if head[len(prompt) :].strip() else head[len(prompt) :]
+        elif not prompt.startswith(head.rstrip()):
+            raise UsageError(
+                "The chat template writes an answered turn otherwise than its generation prompt: "
+                f"{head[-60:]!r} against {prompt[-60:]!r}, so training would not see what "
+                "evaluation sends.",
+                "Use a template whose answered turn starts with the generation prompt.",
+            )
+        spaced = f"  {ANSWER}  "
+        self._trims = spaced not in self._render([asked, _said(spaced)], False)
+        return prompt.rpartition(QUESTION)[2], self._stop_in(tail) or self.tokenizer.eos_token
+
+    def _first_rendering(self, asked: Messages, answered: Messages) -> tuple[str, str]:
+        """Both renderings, with the content as parts or, where that fails, as one string."""
+        problem = ""
+        for as_text in (False, True):
+            self._as_text = as_text
+            try:
+                prompt, whole = self._render(asked, True), self._render(answered, False)
+            except Unreadable as error:
+                problem = problem or str(error)
+                continue
+            pictures = prompt.count(self.image_token)
+            if pictures != 1:
+                problem = problem or f"it writes {pictures} places for one image"
+            elif QUESTION not in prompt or ANSWER not in whole:
+                problem = problem or "it leaves out what is said"
+            elif "'type'" not in prompt:
+                return prompt, whole
+        raise UsageError(f"The chat template cannot be used: {problem}.", HINT)
+
+    def _stop_in(self, tail: str) -> str | None:
+        """The added token that `tail` begins with, white space aside."""
+        rest = tail.lstrip()
+        known = [*self.tokenizer.get_added_vocab(), self.tokenizer.eos_token]
+        found = (token for token in known if token and rest.startswith(token))
+        return max(found, key=len, default=None)
+
+    def _render(self, messages: Messages, prompt: bool) -> str:
+        if self._as_text:
+            messages = [{**m, "content": self._flat(m["content"])} for m in messages]
+        try:
+            made = self.processor.apply_chat_template(
+                list(messages),
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=prompt,
+            )
+        except Exception as error:  # a template may raise what it likes
+            raise Unreadable(f"the chat template refuses it: {one_line(error)}") from None
+        return str(made)
+
+    def _flat(self, content: Sequence[dict[str, Any]]) -> str:
+        return "".join(
+            f"{self.image_token}\n" if part["type"] == "image" else part["text"] for part in content
+        )
+
+    # One conversation
+
+    def prompt(self, messages: Messages) -> str:
+        """The messages up to where the next answer begins.
+
+        Raises:
+            Unreadable: the template refuses them, or an image's mark stands in the text.
+        """
+        pictures = 0
+        for message in messages:
+            for part in message["content"]:
+                pictures += part["type"] == "image"
+                if self.image_token in part.get("text", ""):
+                    raise Unreadable(f"its text holds {self.image_token}, the mark of an image")
+        if self.plain:
+            text = "".join(
+                part["text"] for m in messages for part in m["content"] if part["type"] != "image"
+            )
+            return self.image_token * pictures + text
+        made = self._render(messages, True)
+        if made.count(self.image_token) != pictures:
+            raise Unreadable(
+                f"the chat template writes {made.count(self.image_token)} places for "
+                f"{pictures} images"
+            )
+        return made
+
+    def turns(self, messages: Messages) -> Turns:
+        """Every answer of a conversation that the model can be asked for as it stands there.
+
+        Raises:
+            Unreadable: an answer is empty, holds an image or the stop token, or `prompt` refuses.
+        """
+        places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        answers = [self._lead + self._answer(messages[place]) for place in places]
+        if self.plain:  # one question, one answer: what follows has no form
+            prompt = self.prompt(messages[: places[0]])
+            return Turns(prompt, (answers[0],), left_out=len(places) - 1)
+        prompts = [self.prompt(messages[:place]) for place in places]
+        first = 0
+        between: list[str] = []
+        for number in range(1, len(places)):
+            before = prompts[number - 1] + answers[number - 1]
+            if prompts[number].startswith(before):
+                between.append(self._behind_stop(prompts[number][len(before) :]))
+            else:
+                first, between = number, []
+        return Turns(prompts[first], tuple(answers[first:]), tuple(between), first)
+
+    def _answer(self, message: dict[str, Any]) -> str:
+        if any(part["type"] == "image" for part in message["content"]):
+            raise Unreadable("an answer holds an image's mark")
+        text = "".join(part["text"] for part in message["content"])
+        if not text.strip():
+            raise Unreadable("an answer is empty")
+        for token in (self.image_token, self.stop):
+            if token in text:
+                raise Unreadable(f"an answer holds {token}")
+        return text.strip() if self._trims else text
+
+    def _behind_stop(self, text: str) -> str:
+        """What the template writes behind an answer, without the stop token, which is set anew."""
+        rest = text.lstrip()
+        return rest[len(self.stop) :] if rest.startswith(self.stop) else text
+
+    # Ids
+
+    def adds_special_tokens(self, prompt: str) -> bool:
+        """False where the template has written the begin token already."""
+        begin = self.tokenizer.bos_token
+        return not (begin and prompt.startswith(begin))
+
+    def prompt_ids(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Ids of prompts as they stand; images' marks are not expanded."""
+        if not prompts:
+            return []
+        special = self.adds_special_tokens(prompts[0])
+        return list(self.tokenizer(list(prompts), add_special_tokens=special)["input_ids"])
+
+    def processed(
+        self, prompts: Sequence[str], images: Sequence[Sequence[Any]], **more: Any
+    ) -> Any:
+        """What the model is given for prompts with their images: the processor's own call.
+
+        Args:
+            images: those of each prompt, so that a processor knows which belong together.
+        """
+        inputs: dict[str, Any] = {"text": list(prompts), "return_tensors": "pt", **more}
+        if any(images):
+            inputs["images"] = [list(group) for group in images]
+        if not self.adds_special_tokens(prompts[0]):
+            inputs["add_special_tokens"] = False
+        made = self.processor(**inputs)
+        made.pop("labels", None)  # PaliGemma's, of a prompt without its answer
+        return made
+
+    def answer_ids(self, answers: Sequence[str]) -> list[list[int]]:
+        """Ids of each answer behind its prompt, without the stop token."""
+        known = self._answer_ids
+        fresh = list({answer for answer in answers if answer not in known})
+        for answer, ids in zip(fresh, self._behind(self._anchor, fresh), strict=True):
+            known[answer] = ids
+        found = [known[answer] for answer in answers]
+        while len(known) > KNOWN_ANSWERS:
+            known.popitem(last=False)
+        return found
+
+    def between_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts that stand behind a stop token."""
+        return self._behind(self.stop, texts)
+
+    def _behind(self, anchor: str, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts as they are tokenised behind `anchor`.
+
+        Where the tokenizer merges both (a prompt that ends in a space), behind another text: the
+        prompt is tokenised before there is an answer, so no token may reach over its end.
+        """
+        anchors = list(dict.fromkeys(each for each in (anchor, *ANCHORS) if each))
+        lengths = [len(ids) for ids in self._ids(anchors)]
+        found: list[list[int]] = []
+        whole = self._ids([anchors[0] + text for text in texts])
+        start = self._ids([anchors[0]])[0]
+        for text, ids in zip(texts, whole, strict=True):
+            if ids[: lengths[0]] == start:
+                found.append(ids[lengths[0] :])
+                continue
+            for other, length in zip(anchors[1:], lengths[1:], strict=True):
+                head, both = self._ids([other, other + text])
+                if both[:length] == head:
+                    found.append(both[length:])
+                    break
+            else:
+                found.append(self._ids([text])[0])
+        return found
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        return list(self.tokenizer(list(texts), add_special_tokens=False)["input_ids"])
+
+
+def read_template(name_or_path: str) -> str:
+    """The Jinja text of a prompt template: a name of `TEMPLATES`, or a file.
+
+    Raises:
+        UsageError: neither.
+    """
+    if name_or_path in TEMPLATES:
+        return TEMPLATES[name_or_path]
+    try:
+        return Path(name_or_path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError, ValueError):
+        hint = closest(name_or_path, list(TEMPLATES))
+        raise UsageError(
+            f"There is no prompt template {name_or_path!r}.{hint}",
+            f"Give a Jinja file, or one of {', '.join(TEMPLATES)}.",
+        ) from None
+
+
+def _own_template(processor: Any) -> str | None:
+    """The processor's chat template, else its tokenizer's; of several, the one called default."""
+    for owner in (processor, processor.tokenizer):
+        found = getattr(owner, "chat_template", None)
+        if isinstance(found, dict):
+            found = found.get("default") or next(iter(found.values()), None)
+        if found:
+            return str(found)
+    return None
+
+
+def _text(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+def _said(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": [_text(text)]}
