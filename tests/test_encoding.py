@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from kd_bench.distill.build import tinyllava_template
 from kd_bench.distill.data import Conversation, Turn, Unreadable, read_conversations
 from kd_bench.distill.encoding import Encoder
