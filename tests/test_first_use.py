@@ -69,6 +69,7 @@ def test_a_stage_is_dropped_by_null():
     [
         ("data.path=nowhere.json", r"'(warm|distil)': There is no training data at nowhere"),
         ("distil.data.path=nowhere.json", r"'distil': There is no training data at nowhere"),
+        ("data.images=nowhere", r"no folder of images at nowhere"),
         ("distil.lora.target_modules=[nothing]", r"No layer of the language model"),
         ("report_to=[trackio]", r"package trackio is not installed"),
         ("distil.method=switch-kd distil.trainable=[projector]", r"'distil'.*freezes"),

@@ -4,6 +4,7 @@ Nothing heavy is imported here or at the top of a command's file, so that `--hel
 each command imports what it needs on its first lines.
 """
 
+import logging
 import sys
 from typing import Any
 
@@ -61,6 +62,7 @@ def main() -> None:
     """Entry point: runs the command and turns every error into one line and an exit code."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # advice at its mere import
     try:
         code = app(arguments, prog_name="kd-bench", standalone_mode=False, obj=debug)
         if code == INTERRUPTED:  # typer has turned the signal into this

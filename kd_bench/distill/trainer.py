@@ -46,6 +46,7 @@ from kd_bench.distill.sharding import begin_sharding, gather_weights
 from kd_bench.distill.teacher_cache import TeacherCache, cache_folder
 from kd_bench.errors import KdBenchError, UsageError
 from kd_bench.files import digest_text, read_json, write_json, write_text
+from kd_bench.world.embedded import resolve
 
 __all__ = ["train"]
 
@@ -216,6 +217,12 @@ def _check_settings(run: Run, stages: list[Stage]) -> None:
     for stage in reversed(stages):  # so that the first stage's data is the file that is kept
         check_terms(stage.objective, stage.trainable, stage.name)
         micro_batch(stage)
+        images = run.recipe.data_of(stage).images
+        if images is not None and not resolve(images).is_dir():
+            raise UsageError(
+                f"Stage {stage.name!r}: there is no folder of images at {images}.",
+                "Set data.images= to the folder that image names are relative to.",
+            )
         try:
             sound, _ = run.conversations(stage)
         except UsageError as error:
