@@ -1,6 +1,7 @@
 # make demo   installs once, then trains, evaluates, reports: the whole product on the embedded world
 # make test   the same set-up, then ruff, mypy and all tests
 # make quick  the tests of a few seconds
+# make newest the newest versions that pyproject allows, in an environment of their own: self-test
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 # Tiny models are many times slower with several threads a process.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test quick lint format constraints clean
+.PHONY: demo test quick newest lint format constraints clean
 
 demo: $(INSTALLED)
 	$(BIN)/kd-bench demo
@@ -37,6 +38,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "Installing into $(VENV): about 7 GB, two to five minutes, only this once."
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $@
+
+# What `pip install` gives a user today: no pins, no developers' tools.
+newest:
+	rm -rf build/newest && $(PYTHON) -m venv build/newest
+	build/newest/bin/pip install --quiet --upgrade pip
+	build/newest/bin/pip install --quiet ".[all]"
+	build/newest/bin/kd-bench doctor --self-test
 
 # Renew the pins from a fresh environment.
 constraints:

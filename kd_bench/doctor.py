@@ -21,9 +21,18 @@ from pathlib import Path
 
 from kd_bench.errors import one_line
 
-__all__ = ["Folder", "Package", "Step", "folders", "import_problems", "packages", "self_test"]
+__all__ = [
+    "Folder",
+    "Package",
+    "Problem",
+    "Step",
+    "folders",
+    "import_problems",
+    "packages",
+    "self_test",
+]
 
-EXTRAS = ("train", "eval", "all")
+EXTRAS = ("train", "eval", "quantize", "all")
 """From the smallest to the largest; a package is named with the first that installs it."""
 
 STEP_SECONDS = 600
@@ -95,27 +104,83 @@ def _version(package: str) -> str:
         return ""
 
 
-def import_problems(installed: list[Package]) -> list[str]:
-    """Load the installed packages of the extras; what does not load, in one line each.
+@dataclass(frozen=True)
+class Problem:
+    """Something that does not work here.
 
-    Classic causes are a torchvision that was built for another torch, and a missing driver.
+    Attributes:
+        mend: the command that mends it; empty where none is known.
+    """
+
+    text: str
+    mend: str = ""
+
+
+ENGINES = {
+    "train": ("kd_bench.distill.trainer",),
+    "eval": ("kd_bench.evals.worker", "kd_bench.evals.adapter", "lmms_eval.evaluator"),
+}
+"""What `kd-bench train` and `kd-bench eval` import, which is more than their packages' faces."""
+
+
+def import_problems(installed: list[Package]) -> list[Problem]:
+    """Load the installed packages of the extras, then what the commands import of them.
+
+    Classic causes are a torchvision that was built for another torch, a missing driver, and a
+    package whose newest version lost what another one imports.
     """
     problems = []
+    broken: set[str] = set()
     for package in installed:
         if not package.version or not package.extra:
             continue
-        try:
-            with (
-                warnings.catch_warnings(),
-                contextlib.redirect_stdout(io.StringIO()),
-                contextlib.redirect_stderr(io.StringIO()),
-            ):
-                warnings.simplefilter("ignore")
-                importlib.import_module(package.name.replace("-", "_"))
-        except Exception as error:  # whatever a broken package raises is its problem
-            reason = f"{type(error).__name__}: {one_line(error)[:200]}"
-            problems.append(f"{package.name} {package.version} does not load: {reason}")
+        error = _import_error(package.name.replace("-", "_"))
+        if error is not None:
+            broken.add(package.extra)
+            text = f"{package.name} {package.version} does not load: {_described(error)}"
+            problems.append(Problem(text, _mend(error, installed) or package.install))
+    absent = {package.extra for package in installed if not package.version}
+    for extra, modules in ENGINES.items():
+        if (broken | absent) & {"train", extra}:
+            continue
+        for module in modules:
+            error = _import_error(module)
+            if error is not None:
+                text = f"`kd-bench {extra}` does not load ({module}): {_described(error)}"
+                reinstall = f'pip install --upgrade "kd-bench[{extra}]"'
+                problems.append(Problem(text, _mend(error, installed) or reinstall))
+                break
     return problems
+
+
+def _import_error(module: str) -> Exception | None:
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            importlib.import_module(module)
+    except Exception as error:  # whatever a broken package raises is its problem
+        return error
+    return None
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {one_line(error)[:200]}"
+
+
+def _mend(error: Exception, installed: list[Package]) -> str:
+    """The command that brings a version that fits, where the error says whose module lacks."""
+    from importlib.metadata import packages_distributions
+
+    module = (getattr(error, "name", None) or "").partition(".")[0]
+    owners = {name.lower() for name in packages_distributions().get(module, [])}
+    for package in installed:
+        if package.name.lower() in owners:
+            return f'pip install "{package.name}{package.needed}"'
+    return f"pip install {module}" if module and not owners else ""
 
 
 @dataclass(frozen=True)

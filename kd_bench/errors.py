@@ -57,6 +57,7 @@ class MissingExtraError(UsageError):
 
     def __init__(self, command: str, extra: str, module: str) -> None:
         self.module = module
+        self.extra = extra
         super().__init__(
             f"`kd-bench {command}` needs the package {module}, which is not installed.",
             f'Install it with: pip install "kd-bench[{extra}]"',

@@ -1,18 +1,23 @@
 """Every family: shared prefixes and batches give what `generate` gives one by one."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from kd_bench.distill.vision_language import VisionLanguageModel
+from kd_bench.errors import UsageError
 from kd_bench.evals import generate
 from kd_bench.evals.budget import MemoryBudget
+from kd_bench.evals.constraints import Constraints
 from kd_bench.evals.engine import Engine, _path
 from kd_bench.evals.generate import Decoder
+from kd_bench.evals.plain import PlainDecoder
 from kd_bench.evals.questions import Question, Settings
-from kd_bench.evals.rows import row_of
+from kd_bench.evals.rows import Ready, row_of
 from tests.eval_world import processor
 from tests.tiny_families import FAMILIES, IMAGE, TEXT, batch_for, kinds_for, make, text_batch
 
@@ -77,6 +82,90 @@ def test_rows_give_what_generate_gives(family: str) -> None:
     assert [d.tokens for d in decoder.decode(rows, settings, share=False)] == expected
     assert [d.tokens for d in decoder.decode(rows, settings, share=True)] == expected
     assert len({tuple(answer) for answer in expected}) > 1
+
+
+CONSTRAINTS: dict[str, dict[str, Any]] = {
+    "penalty": {"repetition_penalty": 1.8},
+    "ngrams": {"no_repeat_ngram_size": 1, "min_new_tokens": 4},
+    "words": {"suppress_tokens": list(range(3, 99, 3)), "min_length": 20},
+    "several": {
+        "repetition_penalty": 0.7,
+        "bad_words_ids": [[11], [12, 13]],
+        "sequence_bias": [[[14], 3.0]],
+        "exponential_decay_length_penalty": [2, 1.5],
+        "begin_suppress_tokens": [75, 54],
+        "forced_eos_token_id": 2,
+    },
+}
+
+
+KINDS_OF = {family: ["several"] for family in FAMILIES.keys() - BY_GENERATE}
+KINDS_OF["qwen2.5-vl"] = sorted(CONSTRAINTS)
+
+
+@pytest.mark.parametrize(
+    "family,kind", [(family, kind) for family in sorted(KINDS_OF) for kind in KINDS_OF[family]]
+)
+def test_generation_settings_count_as_in_generate(family: str, kind: str) -> None:
+    model = make(family)
+    model.generation_config.update(eos_token_id=2, pad_token_id=2, **CONSTRAINTS[kind])
+    parts = VisionLanguageModel(model)
+    pixels, tokens = one_picture(family, model)
+    asked = prompts(family, pixels, tokens)
+    embed = model.get_input_embeddings()
+    expected, rows = [], []
+    with torch.inference_mode():
+        for inputs in asked:
+            out = model.generate(**inputs, max_new_tokens=GENERATED, do_sample=False)
+            expected.append(out[0, inputs["input_ids"].shape[1] :].tolist())
+            features = parts.image_embeddings(inputs)
+            rows.append(row_of(parts, embed, inputs, features, "picture"))
+    constraints = Constraints(model.generation_config, [2], torch.device("cpu"))
+    assert constraints.settings == CONSTRAINTS[kind]
+    decoder = Decoder(parts.language_model, parts.lm_head, embed, NoStops(), [2], constraints)
+    assert [d.tokens for d in decoder.decode(rows, Settings(GENERATED))] == expected
+    free = Decoder(parts.language_model, parts.lm_head, embed, NoStops(), [2])
+    assert [d.tokens for d in free.decode(rows, Settings(GENERATED))] != expected
+
+
+def written(prompts: list[str], *_: Any, **__: Any) -> dict[str, Tensor]:
+    """In place of a processor: the token ids that stand in the prompt, padded in front."""
+    ids = [[int(word) for word in prompt.split()] for prompt in prompts]
+    longest = max(len(row) for row in ids)
+    padded = [[2] * (longest - len(row)) + row for row in ids]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in ids]
+    return {"input_ids": torch.tensor(padded), "attention_mask": torch.tensor(mask)}
+
+
+# The padding token is also the end, as in many checkpoints.
+WRITTEN: Any = SimpleNamespace(
+    tokenizer=SimpleNamespace(pad_token_id=2, decode=lambda tokens, **_: str(tokens)),
+    chat=SimpleNamespace(processed=written),
+)
+
+
+@pytest.mark.parametrize("kind", sorted(CONSTRAINTS))
+def test_padding_is_no_token_where_generate_itself_decodes(kind: str) -> None:
+    model = make("llava-siglip")
+    model.generation_config.update(eos_token_id=2, pad_token_id=2, **CONSTRAINTS[kind])
+    constraints = Constraints(model.generation_config, [2], torch.device("cpu"))
+    decoder = PlainDecoder(model, WRITTEN, WRITTEN, [2], constraints)
+    prompts = ["5 6 7", "9 10 11 12 13 14 15 16", "30"]
+    ready = [Ready(Question(0, "", list, Settings(8)), [], prompt) for prompt in prompts]
+    together = [found.tokens for found in decoder.decode(ready, Settings(8))]
+    expected = []
+    for prompt in prompts:
+        ids = torch.tensor([[int(word) for word in prompt.split()]])
+        out = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
+        expected.append(out[0, ids.shape[1] :].tolist())
+    assert together == expected
+    assert model.generation_config.to_dict().items() >= CONSTRAINTS[kind].items()
+
+
+def test_a_generation_setting_without_sense_is_named() -> None:
+    config = GenerationConfig(no_repeat_ngram_size="two")
+    with pytest.raises(UsageError, match=r"no_repeat_ngram_size 'two' cannot be used"):
+        Constraints(config, [2], torch.device("cpu"))
 
 
 @pytest.mark.parametrize("family", ["qwen2.5-vl", "llava-siglip"])

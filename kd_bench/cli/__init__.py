@@ -50,6 +50,7 @@ _OPTIONAL = {
     "tokenizers",
     "huggingface_hub",
     "lmms_eval",
+    "decord",
 }
 _TRAIN_IS_ENOUGH = ("train", "convert", "tasks fetch")
 
@@ -115,9 +116,9 @@ def _recipe_setting(error: Any) -> str | None:
 
 def _explain(error: BaseException, arguments: list[str]) -> int:
     """Print what went wrong and the way out; the exit code."""
-    missing = None
+    missing, extra = None, ""
     if isinstance(error, MissingExtraError):
-        missing = error.module
+        missing, extra = error.module, error.extra
     elif isinstance(error, ModuleNotFoundError):
         missing = error.name or ""
         if missing.partition(".")[0] not in _OPTIONAL:
@@ -125,7 +126,7 @@ def _explain(error: BaseException, arguments: list[str]) -> int:
             return ExitCode.INTERNAL
     if missing is not None:  # only here it is known what the user typed
         command = " ".join(arguments[: 2 if arguments[0] in ("tasks", "runs") else 1])
-        extra = "train" if command in _TRAIN_IS_ENOUGH else "eval"
+        extra = extra or ("train" if command in _TRAIN_IS_ENOUGH else "eval")
         error = MissingExtraError(command, extra, missing.partition(".")[0])
     if isinstance(error, KdBenchError):
         _complain(one_line(error))

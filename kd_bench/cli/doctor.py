@@ -26,17 +26,23 @@ def doctor(
 
     console = Console(soft_wrap=True, highlight=False)
     installed = facts.packages()
-    problems = [package.problem for package in installed if package.problem]
+    problems = [
+        facts.Problem(package.problem, f'pip install "{package.name}{package.needed}"')
+        for package in installed
+        if package.problem
+    ]
     problems += facts.import_problems(installed)
     _show_machine(console)
     _show_packages(console, installed)
     places = facts.folders()
     _show_folders(console, places)
     if self_test:
-        problems += _self_test(console, installed)
+        problems += [facts.Problem(text) for text in _self_test(console, installed)]
     console.print()
     for problem in problems:
-        console.print(f"[bold red]problem[/] {_inert(problem)}")
+        console.print(f"[bold red]problem[/] {_inert(problem.text)}")
+        if problem.mend:
+            console.print(f"[bold]mend it[/] {_inert(problem.mend)}")
     if problems:
         raise typer.Exit(ExitCode.INCOMPLETE)
     more = "" if self_test else " `kd-bench doctor --self-test` tries train, eval and report."

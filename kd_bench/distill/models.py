@@ -79,6 +79,7 @@ def load_model(
     if base is not None:
         model = _with_adapter(model, folder, allow_pickle)
     _check_finite(path, model)
+    _plain_arithmetic(model)
     model.eval()
     _spare_threads(model)
     placed = device is None or "device_map" in settings
@@ -298,6 +299,18 @@ def _with_adapter(model: Any, folder: Path, allow_pickle: bool) -> Any:
             "Use an adapter of low rank (LoRA and its kin).",
         )
     return wrapped.merge_and_unload()
+
+
+def _plain_arithmetic(model: nn.Module) -> None:
+    """Keep bitsandbytes' quick 4-bit path for some CPUs off.
+
+    It rounds the scales to bfloat16 whatever type was asked for, and fails on layers whose width is
+    no multiple of 32, so answers would depend on the machine.
+    """
+    layers: Iterable[Any] = model.modules()
+    for module in layers:
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _spare_threads(model: nn.Module) -> None:

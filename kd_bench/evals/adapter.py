@@ -94,6 +94,11 @@ class KdBench(_Generative):
         """How the engine answers, for the run's record."""
         return f"{self._engine.path}, {'shared' if self._engine.share else 'not shared'}"
 
+    @property
+    def generation(self) -> dict[str, Any]:
+        """The checkpoint's own settings that change greedy answers."""
+        return dict(self._engine.constraints.settings)
+
     def cost(self, memory: MemoryMeter) -> Cost:
         """What the model costs to run."""
         return measure(self._engine, memory)
@@ -137,6 +142,7 @@ class StockModel:
         self.model = model
         self.batch_size = batch_size or 1
         self.path = "lmms-eval"
+        self.generation: dict[str, Any] = {}  # lmms-eval's own concern
 
     def cost(self, memory: MemoryMeter) -> Cost:
         """Only what can be read off the model's weights, where it shows them."""

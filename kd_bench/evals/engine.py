@@ -16,6 +16,7 @@ import torch
 from kd_bench.distill.vision_language import VisionLanguageModel
 from kd_bench.errors import UsageError, one_line
 from kd_bench.evals.budget import MemoryBudget
+from kd_bench.evals.constraints import Constraints, end_ids
 from kd_bench.evals.generate import Decoded, Decoder
 from kd_bench.evals.pictures import PictureStore, Prepared
 from kd_bench.evals.plain import PlainDecoder
@@ -23,7 +24,9 @@ from kd_bench.evals.prompts import PromptBuilder
 from kd_bench.evals.questions import Answer, Question, Settings
 from kd_bench.evals.rows import FixedRows, GeneralRows, Ready, RowMaker
 
-__all__ = ["Engine", "plan_batches"]
+__all__ = ["NOT_FINITE", "Engine", "plan_batches"]
+
+NOT_FINITE = "the model's logits are not finite"
 
 ONE_SIZE = ("LlavaForConditionalGeneration",)
 LOOKING_BACK = ("PaliGemmaForConditionalGeneration", "Gemma3ForConditionalGeneration")
@@ -62,10 +65,13 @@ class Engine:
         self._pictures = pictures or PictureStore()
         self.path = _path(self._parts)
         self.share = share and self.path != "generate" and not _slides(model)
+        ends = end_ids(model, processor.tokenizer, self._prompts.chat.stop_ids)
+        settings = getattr(model, "generation_config", None)
+        self.constraints = Constraints(settings, ends, self.device)
         self._decoder: Decoder | PlainDecoder
         self._rows: RowMaker | None = None
         if self.path == "generate" or self._parts is None:
-            self._decoder = PlainDecoder(model, processor, self._prompts)
+            self._decoder = PlainDecoder(model, processor, self._prompts, ends, self.constraints)
         else:
             embed = model.get_input_embeddings()
             self._rows = (
@@ -78,7 +84,8 @@ class Engine:
                 self._parts.lm_head,
                 embed,
                 processor.tokenizer,
-                _end_ids(model, processor.tokenizer, self._prompts.chat.stop_ids),
+                ends,
+                self.constraints,
             )
         tokens = None if self._parts is None else self._parts.image_token_count
         self.budget = MemoryBudget(model, tokens, budget_bytes)
@@ -141,6 +148,8 @@ class Engine:
         ]
 
     def _answer(self, item: Ready, result: Decoded, settings: Settings) -> Answer:
+        if result.broken:
+            return _failure(item.question, FloatingPointError(NOT_FINITE), item.pictures)
         text = self._processor.tokenizer.decode(result.tokens, skip_special_tokens=True)
         for stop in settings.until:
             text = text.split(stop)[0] if stop else text
@@ -222,10 +231,3 @@ def _free(error: Exception) -> None:
     error.__traceback__ = None
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _end_ids(model: Any, tokenizer: Any, stop_ids: Sequence[int]) -> list[int]:
-    """Tokens that end an answer: of the generation settings, the tokenizer, the chat template."""
-    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids = configured if isinstance(configured, list) else [configured]
-    return sorted({int(i) for i in [*ids, tokenizer.eos_token_id, *stop_ids] if i is not None})

@@ -21,6 +21,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from kd_bench.evals.cache import BatchCache, grows_by_column
+from kd_bench.evals.constraints import Constraints
 from kd_bench.evals.questions import Settings
 
 __all__ = ["Decoded", "Decoder", "Row"]
@@ -78,11 +79,13 @@ class Decoded:
         tokens: generated ids, the end mark included when there was one.
         finished: whether an end mark or a stop string was met within the cap.
         confidence: probability of the first token.
+        broken: the scores were not finite, so there is no next token.
     """
 
     tokens: list[int] = field(default_factory=list)
     finished: bool = False
     confidence: float = float("nan")
+    broken: bool = False
 
 
 class Decoder:
@@ -95,12 +98,14 @@ class Decoder:
         embed: Callable[[Tensor], Tensor],
         tokenizer: Any,
         end_ids: Sequence[int],
+        constraints: Constraints | None = None,
     ) -> None:
         self._language_model = language_model
         self._lm_head = lm_head
         self._embed = embed
         self._tokenizer = tokenizer
         self._end_ids = frozenset(end_ids)
+        self._constraints = constraints if constraints and constraints.settings else None
         self._pieces: dict[int, str] = {}
 
     def decode(self, rows: Sequence[Row], settings: Settings, share: bool = True) -> list[Decoded]:
@@ -110,7 +115,7 @@ class Decoder:
         near = [rows[number] for number in order]
         with torch.inference_mode():
             state = self._prefill(near, settings, share and _worth_sharing(rows))
-            found = self._continue(state, settings)
+            found = self._continue(state, near, settings)
         answers = dict(zip(order, found, strict=True))
         return [answers[number] for number in range(len(rows))]
 
@@ -161,19 +166,25 @@ class Decoder:
     def _new_cache(self) -> DynamicCache:
         return DynamicCache(config=self._language_model.config)
 
-    def _continue(self, state: "_State", settings: Settings) -> list[Decoded]:
+    def _continue(self, state: "_State", rows: Sequence[Row], settings: Settings) -> list[Decoded]:
         """Append one token a step until every row has ended."""
-        results = [Decoded() for _ in range(len(state.mask))]
+        results = [Decoded() for _ in rows]
+        constrain = self._constrained(rows, settings)
         active = list(range(len(results)))  # result of each row of the state
         for step in range(settings.max_new_tokens):
-            tokens = state.logits.argmax(dim=-1)  # [rows]
+            scores = constrain(state.logits, [(row, results[row].tokens) for row in active])
+            best, tokens = scores.max(dim=-1)  # [rows]
             if step == 0:
-                best = state.logits.float().softmax(dim=-1).amax(dim=-1)
-                for result, probability in zip(results, best.tolist(), strict=True):
+                chances = scores.float().softmax(dim=-1).amax(dim=-1)
+                for result, probability in zip(results, chances.tolist(), strict=True):
                     result.confidence = probability
             going = []
-            for row, token in enumerate(tokens.tolist()):
+            found = zip(tokens.tolist(), best.isfinite().tolist(), strict=True)
+            for row, (token, sound) in enumerate(found):
                 result = results[active[row]]
+                if not sound:
+                    result.broken = True
+                    continue
                 result.tokens.append(token)
                 result.finished = token in self._end_ids or self._stopped(result.tokens, settings)
                 if not result.finished:
@@ -187,6 +198,29 @@ class Decoder:
                 active = [active[row] for row in going]
             state.logits = self._lm_head(self._step(state, tokens))
         return results
+
+    def _constrained(
+        self, rows: Sequence[Row], settings: Settings
+    ) -> Callable[[Tensor, list[tuple[int, list[int]]]], Tensor]:
+        """Scores [active, vocabulary] under the checkpoint's own generation settings.
+
+        What is returned takes the logits and, for each of their rows, its number among all rows and
+        what was generated for it.
+        """
+        constraints = self._constraints
+        if constraints is None:
+            return lambda logits, _: logits
+        own = [constraints.for_row(len(row.ids), settings.max_new_tokens) for row in rows]
+
+        def constrain(logits: Tensor, active: list[tuple[int, list[int]]]) -> Tensor:
+            scores = logits.float()
+            done = []
+            for place, (row, tokens) in enumerate(active):
+                ids = torch.tensor([[*rows[row].ids, *tokens]], device=scores.device)
+                done.append(own[row](ids, scores[place : place + 1]))
+            return torch.cat(done)
+
+        return constrain
 
     def _step(self, state: "_State", tokens: Tensor) -> Tensor:
         """Hidden states [rows, hidden] behind one more token a row."""

@@ -8,6 +8,9 @@ from kd_bench.evals.upstream import lmms_eval
 
 __all__ = ["load_stock"]
 
+# Packages whose module has another name, as far as lmms-eval's models import them.
+_PACKAGES = {"PIL": "pillow", "cv2": "opencv-python-headless", "decord": "eva-decord"}
+
 
 def load_stock(name: str, arguments: str, batch_size: int | None) -> StockModel:
     """A model by its name in lmms-eval and `key=value,...` arguments.
@@ -29,9 +32,10 @@ def load_stock(name: str, arguments: str, batch_size: int | None) -> StockModel:
         extra = {} if batch_size is None else {"batch_size": batch_size}
         model = kind.create_from_arg_string(arguments, extra)
     except (ImportError, ModuleNotFoundError) as error:
+        lacking = (error.name or "").partition(".")[0]
         raise UsageError(
             f"lmms-eval's {name} cannot be loaded: {one_line(error)}.",
-            "Install what it needs.",
+            f"Install what it needs: pip install {_PACKAGES.get(lacking, lacking) or name}",
         ) from error
     except Exception as error:
         raise UsageError(

@@ -105,6 +105,7 @@ class Worker:
                 "aggregator": aggregator,
                 "setup_digest": self._plan.checkpoint.setup_digest,
                 "generation": spec.generation.model_dump(),
+                "checkpoint_generation": self._source.generation,
                 "batch_size": self._source.batch_size,
                 "engine": ENGINE,
                 "path": self._source.path,
