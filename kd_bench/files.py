@@ -10,9 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from kd_bench.errors import UsageError
+
 __all__ = [
+    "MARKER",
     "Journal",
     "atomic_path",
+    "claim_folder",
     "digest_files",
     "digest_text",
     "read_json",
@@ -38,6 +42,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
             os.fsync(written.fileno())
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
+    except OSError as error:
+        if error.filename is None or error.filename == name:  # a full disk names no file
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -46,6 +54,34 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+MARKER = ".kd-bench"
+"""Marks a folder whose contents kd-bench made and may replace."""
+
+
+def claim_folder(folder: Path, kind: str, names: Iterable[str], *, made_before: bool) -> None:
+    """Mark a folder as kd-bench's own before anything in it is replaced.
+
+    Args:
+        kind: what kd-bench keeps there, for the marker and the message.
+        names: what will be written or replaced.
+        made_before: a version without markers made the folder, as its contents show.
+
+    Raises:
+        UsageError: a file or folder of these names is there, and kd-bench did not make it.
+    """
+    marker = folder / MARKER
+    if marker.exists():
+        return
+    if not made_before:
+        foreign = next((name for name in names if (folder / name).exists()), None)
+        if foreign is not None:
+            raise UsageError(
+                f"{folder / foreign} was not made by kd-bench and would be replaced.",
+                "Give another folder, or move it away.",
+            )
+    write_text(marker, f"A {kind} of kd-bench, which may replace what is in this folder.\n")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -129,7 +165,7 @@ class Journal:
             return [], 0
         data = self.path.read_bytes()
         whole = data.rfind(b"\n") + 1
-        records = (self._decode(line) for line in data[:whole].splitlines())
+        records = (self._decode(line) for line in data[:whole].split(b"\n")[:-1])
         return [record for record in records if record is not None], len(data) - whole
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:

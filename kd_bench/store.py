@@ -8,6 +8,7 @@ The folder is the list of runs; there is no database. A task is done when its JS
 samples are written before it.
 """
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -203,7 +204,8 @@ def find_run(results: Path, name: str) -> Run:
     for path in (Path(name), results / "runs" / name):
         with suppress(OSError):  # a name too long for a file is not a path
             if name and (path / "manifest.json").exists():
-                return Run(path)
+                # `.` has no parents, where the store's pictures and other runs are.
+                return Run(Path(os.path.abspath(path)))  # noqa: PTH100 - links stay as they are
     runs, damaged = [], None
     for run in (Run(path.parent) for path in (results / "runs").glob("*/manifest.json")):
         try:

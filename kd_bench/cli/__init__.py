@@ -4,14 +4,35 @@ Nothing heavy is imported here or at the top of a command's file, so that `--hel
 each command imports what it needs on its first lines.
 """
 
+import errno
 import logging
+import os
 import sys
 from typing import Any
 
 import typer
 
-from kd_bench.cli import check, compare, convert, demo, doctor, evaluate, report, runs, tasks, train
-from kd_bench.errors import ExitCode, KdBenchError, MissingExtraError, one_line
+from kd_bench.cli import (
+    check,
+    compare,
+    convert,
+    demo,
+    doctor,
+    evaluate,
+    report,
+    runs,
+    tasks,
+    terminal,
+    train,
+)
+from kd_bench.errors import (
+    ExitCode,
+    IncompleteRunError,
+    KdBenchError,
+    MissingExtraError,
+    UsageError,
+    one_line,
+)
 
 __all__ = ["app", "main"]
 
@@ -61,6 +82,7 @@ _WrongCommandLine: type[Exception] = typer.BadParameter.__mro__[1]
 
 def main() -> None:
     """Entry point: runs the command and turns every error into one line and an exit code."""
+    terminal.prepare()
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # advice at its mere import
@@ -70,6 +92,11 @@ def main() -> None:
             raise KeyboardInterrupt
     except _WrongCommandLine as error:
         code = _correct(error)
+    except SystemExit as stop:
+        # typer ends with 1, which is a regression's, where a pipe to a child of ours broke.
+        if not isinstance(stop.__context__, OSError):
+            raise
+        code = _explain(stop.__context__, arguments)
     except (
         KdBenchError,
         ModuleNotFoundError,
@@ -80,13 +107,19 @@ def main() -> None:
     ) as error:
         if debug:
             raise
-        sys.exit(_explain(error, arguments))
+        code = _explain(error, arguments)
+    except UnicodeEncodeError as error:  # pyarrow wants names in UTF-8
+        if debug:
+            raise
+        name = error.object.encode("utf-8", "replace").decode()
+        _complain(f"{name!r} is not UTF-8 in this locale. Rename it, or set LC_ALL=C.UTF-8.")
+        code = ExitCode.USAGE
     except Exception as error:
         if debug:
             raise
         _complain(f"Internal error: {type(error).__name__}: {one_line(error)}")
         _complain("Run the command again with --debug and report the traceback.")
-        sys.exit(ExitCode.INTERNAL)
+        code = ExitCode.INTERNAL
     sys.exit(code)
 
 
@@ -133,12 +166,42 @@ def _explain(error: BaseException, arguments: list[str]) -> int:
         return error.exit_code
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         _complain("Interrupted. What was done is kept; the same command continues.")
-        return INTERRUPTED
+        return terminal.interrupted_by()
     if isinstance(error, MemoryError):
         _complain("Out of memory. Use a smaller --batch-size or batch_size=; nothing done is lost.")
         return ExitCode.INCOMPLETE
-    _complain(one_line(error))
-    return ExitCode.INCOMPLETE
+    assert isinstance(error, OSError)
+    told = _os_error(error)
+    _complain(one_line(told))
+    return told.exit_code
+
+
+# What a full or failing disk raises: something that was under way is lost.
+_LOST = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM, errno.EPIPE)
+_WAYS = {
+    errno.ENOENT: "Check the path.",
+    errno.ENOTDIR: "A file stands where a folder is needed: give another path.",
+    errno.EISDIR: "A folder stands where a file is needed: give another path.",
+    errno.EEXIST: "Something of another kind has that name: give another path.",
+    errno.EACCES: "Give a path that you may use, or mend its permissions.",
+    errno.EPERM: "Give a path that you may use, or mend its permissions.",
+    errno.EROFS: "Give a path that can be written.",
+    errno.ENAMETOOLONG: "Give a shorter one.",
+}
+
+
+def _os_error(error: OSError) -> KdBenchError:
+    """The path, what is wrong with it, and whether a path or the machine has to be mended."""
+    place = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
+    reason = error.strerror or one_line(error)
+    problem = f"{place}: {reason}." if place else f"{reason}."
+    if error.errno in _LOST:
+        way_out = "Make room and run the same command again: what was done is kept."
+        return IncompleteRunError(problem, way_out)
+    if error.errno in _EXHAUSTED or error.errno is None:
+        return IncompleteRunError(problem, "What was done is kept; the same command continues.")
+    return UsageError(problem, _WAYS.get(error.errno, "Check the path."))
 
 
 def _complain(message: str) -> None:

@@ -38,5 +38,13 @@ def report(
     if training:
         page = render_training(training, to)
     else:
-        page = render_report(results, to, runs, suite=suite, compare=compare, console=Console())
+        page = render_report(
+            results,
+            to,
+            runs,
+            suite=suite,
+            compare=compare,
+            console=Console(),
+            allow_empty=False,
+        )
     typer.echo(f"Report: {page}")

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kd_bench.errors import UsageError
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -22,6 +24,7 @@ def render_report(
     suite: str | None = None,
     compare: str | None = None,
     console: "Console | None" = None,
+    allow_empty: bool = True,
 ) -> Path:
     """Render the named runs (default: all) of one suite; returns the path of `index.html`.
 
@@ -31,6 +34,7 @@ def render_report(
         suite: default: that of the newest run.
         compare: `paper` also prints the measured rows beside the Switch-KD paper's.
         console: where the tables are printed too; None prints nothing.
+        allow_empty: False refuses a page without a single run instead of writing it.
 
     Raises:
         UsageError: a name fits no run, or there is nothing of that name to compare with.
@@ -40,12 +44,37 @@ def render_report(
     from kd_bench.report.tables_terminal import to_terminal
 
     board, draws = _load(results, names, suite)
+    if not board.entries and not allow_empty:
+        raise _nothing_to_show(results, board.left_out)
     tables = _tables(board, compare)
     page = render(board, destination, draws)
     if console is not None:
         for table in tables:
             to_terminal(table, console)
     return page
+
+
+def _nothing_to_show(results: Path, left_out: Sequence[str]) -> UsageError:
+    """Why there is no page: no such folder, no run in it, or none that can be read."""
+    if left_out:
+        more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
+        problem = f"No run below {results} can be shown: {left_out[0]}{more}."
+        return UsageError(problem, "`kd-bench runs fsck` explains.")
+    other = sorted(
+        {
+            manifest.parents[2]
+            for start in {results, Path()}
+            for pattern in ("runs/*", "*/runs/*", "*/*/runs/*")
+            for manifest in start.glob(f"{pattern}/manifest.json")
+        }
+        - {results}
+    )
+    state = "holds no runs" if results.is_dir() else "is not a folder"
+    if other:
+        hint = "There are runs in " + ", ".join(f"{path} (--results {path})" for path in other[:3])
+        return UsageError(f"{results} {state}.", hint + ".")
+    way_out = "`kd-bench eval CHECKPOINT` makes one; --results names the folder."
+    return UsageError(f"{results} {state}.", way_out)
 
 
 def print_report(

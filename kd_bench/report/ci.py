@@ -1,15 +1,21 @@
-"""The gate's report for machines that run CI: JUnit XML, GitHub job summary, annotations."""
+"""The gate's ending for machines that run CI: JUnit XML, GitHub job summary, annotations.
+
+Every ending is told, also that there is no verdict: a job whose file is missing looks like a job
+that had nothing to say.
+"""
 
 import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+from kd_bench.errors import KdBenchError, one_line
 from kd_bench.files import write_text
 from kd_bench.gate import GateReport, Verdict
 
 __all__ = ["annotations", "append_summary", "job_summary", "junit_xml", "write_junit"]
 
 MARKS = {"improved": "▲", "equal within margin": "=", "regressed": "▼", "inconclusive": "?"}
+NO_VERDICT = "no verdict"
 HEADERS = ("benchmark", "baseline", "candidate", "difference", "95 % interval", "bound", "margin",
            "p (Holm)", "fixed", "broken", "verdict")  # fmt: skip
 # XML 1.0 has no way to write these.
@@ -41,12 +47,18 @@ def _small_drop(verdict: Verdict) -> bool:
 # --- JUnit -----------------------------------------------------------------------------------
 
 
-def junit_xml(report: GateReport) -> str:
+def junit_xml(report: GateReport | Exception) -> str:
     """One test case a verdict and a rule: regressed and failed are failures, undecided is skipped.
 
-    Most CI systems have no third colour; the exit code tells undecided from passed.
+    Most CI systems have no third colour; the exit code tells undecided from passed. A gate that
+    ended without a verdict is one case with an error.
     """
     suite = ET.Element("testsuite", name="kd-bench check")
+    if isinstance(report, Exception):
+        case = ET.SubElement(suite, "testcase", classname="kd-bench.check", name="check")
+        kind = type(report).__name__
+        ET.SubElement(case, "error", message=_xml(_why(report)), type=kind)
+        return _suite_xml(suite)
     for verdict in report.verdicts:
         name = _xml(verdict.name)
         case = ET.SubElement(suite, "testcase", classname="kd-bench.check", name=name)
@@ -54,14 +66,24 @@ def junit_xml(report: GateReport) -> str:
     for rule in report.rules:
         case = ET.SubElement(suite, "testcase", classname="kd-bench.rules", name=_xml(rule.name))
         _outcome(case, rule.state, rule.sentence)
+    return _suite_xml(suite)
+
+
+def _suite_xml(suite: ET.Element) -> str:
     suite.set("tests", str(len(suite)))
     suite.set("failures", str(len(suite.findall("testcase/failure"))))
     suite.set("skipped", str(len(suite.findall("testcase/skipped"))))
-    suite.set("errors", "0")
+    suite.set("errors", str(len(suite.findall("testcase/error"))))
     ET.indent(suite)
     return (
         '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(suite, encoding="unicode") + "\n"
     )
+
+
+def _why(error: Exception) -> str:
+    """The error as the command line shows it."""
+    told = one_line(error)
+    return told if isinstance(error, KdBenchError) else f"{type(error).__name__}: {told}"
 
 
 def _xml(text: str) -> str:
@@ -77,7 +99,7 @@ def _outcome(case: ET.Element, state: str, sentence: str, advisory: bool = False
     ET.SubElement(case, "system-out").text = text
 
 
-def write_junit(report: GateReport, path: Path) -> None:
+def write_junit(report: GateReport | Exception, path: Path) -> None:
     """Write the JUnit file atomically."""
     write_text(path, junit_xml(report))
 
@@ -85,8 +107,10 @@ def write_junit(report: GateReport, path: Path) -> None:
 # --- GitHub ----------------------------------------------------------------------------------
 
 
-def job_summary(report: GateReport) -> str:
+def job_summary(report: GateReport | Exception) -> str:
     """GitHub-flavoured Markdown: the outcome, one row a benchmark, rules and notes."""
+    if isinstance(report, Exception):
+        return f"### kd-bench check: {NO_VERDICT}\n\n{_markdown(_why(report))}\n"
     lines = [
         f"### kd-bench check: {report.outcome}",
         "",
@@ -110,8 +134,11 @@ def _markdown(text: str) -> str:
     return re.sub(r"([\\`*_\[\]|#!~@])", r"\\\1", text)
 
 
-def annotations(report: GateReport) -> list[str]:
+def annotations(report: GateReport | Exception) -> list[str]:
     """GitHub workflow commands: errors for what failed, warnings for what is undecided."""
+    if isinstance(report, Exception):
+        title = _property(f"kd-bench check: {NO_VERDICT}")
+        return [f"::error title={title}::{_message(_why(report))}"]
     found = [
         ("error" if v.verdict == "regressed" else "warning", v.name, v.sentence)
         for v in report.verdicts
@@ -137,7 +164,8 @@ def _property(text: str) -> str:
     return _message(text).replace(":", "%3A").replace(",", "%2C")
 
 
-def append_summary(report: GateReport, path: Path) -> None:
+def append_summary(report: GateReport | Exception, path: Path) -> None:
     """Append the job summary to a file: GitHub gathers those of all steps of a job in one."""
-    with path.open("a", encoding="utf-8") as stream:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8", errors="replace") as stream:
         stream.write(job_summary(report))

@@ -22,7 +22,7 @@ from kd_bench.report.board_view import (
 from kd_bench.report.facts import paper_table, published_tables, run_facts
 from kd_bench.report.plots import board_plots
 from kd_bench.report.samples import Chosen, choose_samples, embed_json, write_samples
-from kd_bench.report.shell import PlotSection, plot_sections, write_page
+from kd_bench.report.shell import PlotSection, claim_report, plot_sections, write_page
 from kd_bench.report.style import Plot, colours
 from kd_bench.report.tables import Table, clean, format_number
 from kd_bench.report.tables_data import to_csv, to_json_text
@@ -32,6 +32,7 @@ from kd_bench.report.uncertainty import Draws
 
 __all__ = ["render"]
 
+TABLES = ("leaderboard.md", "leaderboard.csv", "leaderboard.tex", "leaderboard.json")
 PLOTS: tuple[PlotSection, ...] = (
     (
         "skills", "Skills", "Where the models are strong, by skill group and by benchmark.",
@@ -57,6 +58,8 @@ def render(board: Board, destination: Path, draws: Draws) -> Path:
 
     Equal boards give equal bytes: nothing depends on the time or place of rendering.
     """
+    plot_names = [name for *_, names in PLOTS for name in names]
+    claim_report(destination, [*TABLES, "samples.parquet"], plot_names)
     logs = {entry.key: logs_of(entry) for entry in board.entries}
     plots = board_plots(board, draws, logs)
     chosen = choose_samples(board)

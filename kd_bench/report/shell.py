@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from kd_bench import __version__
-from kd_bench.files import write_text
+from kd_bench.files import claim_folder, write_text
 from kd_bench.report.style import DARK, LIGHT, Plot, variables
 
-__all__ = ["PlotSection", "plot_sections", "write_page"]
+__all__ = ["PlotSection", "claim_report", "plot_sections", "write_page"]
 
 TEMPLATES = Path(__file__).parent / "templates"
+BRAND = '<span class="brand">kd-bench</span>'
+"""On every page, also on those from before folders were marked."""
 # Text colours keep a contrast of 4.5 to the paper, borders of controls 3.
 CHROME_LIGHT = {
     "accent": "#0a58a8", "edge": "#8d8b85", "soft": "#f5f4f1", "warn": "#a33b00",
@@ -32,6 +35,18 @@ EMPTY: dict[str, Any] = {
 }  # fmt: skip
 
 PlotSection = tuple[str, str, str, tuple[str, ...]]
+
+
+def claim_report(folder: Path, files: Iterable[str], plots: Iterable[str]) -> None:
+    """Make sure that a folder's page is ours to replace.
+
+    Raises:
+        UsageError: a file that would be replaced is somebody else's.
+    """
+    page = folder / "index.html"
+    made_before = page.is_file() and BRAND in page.read_text(encoding="utf-8", errors="replace")
+    names = ["index.html", *files, *(f"plots/{name}.svg" for name in plots)]
+    claim_folder(folder, "report", names, made_before=made_before)
 
 
 def write_page(path: Path, context: dict[str, Any]) -> None:

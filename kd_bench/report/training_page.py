@@ -9,7 +9,7 @@ from kd_bench.errors import UsageError
 from kd_bench.files import read_json, write_text
 from kd_bench.report.facts import flatten, titled
 from kd_bench.report.plots_training import training_plots
-from kd_bench.report.shell import PlotSection, plot_sections, write_page
+from kd_bench.report.shell import PlotSection, claim_report, plot_sections, write_page
 from kd_bench.report.tables import clean
 from kd_bench.report.training import LOG_NAME, TrainingLog, read_log
 
@@ -28,6 +28,7 @@ def render_training(trainings: Sequence[Path], destination: Path) -> Path:
     """
     logs = [_read(path) for path in trainings]
     plots = training_plots(logs)
+    claim_report(destination, (), [plot.name for plot in plots])
     for plot in plots:
         write_text(destination / "plots" / f"{plot.name}.svg", plot.standalone())
     one = len(logs) == 1

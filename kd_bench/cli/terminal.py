@@ -1,0 +1,94 @@
+"""What the process owes its surroundings: a stream of any encoding, a reader that leaves, a signal.
+
+Without this, `report | head -1` would end in 1, which a script takes for a regression, `--help`
+would be an encoding error where the locale is C, and SIGTERM would end a training without a word.
+"""
+
+import codecs
+import contextlib
+import io
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+__all__ = ["interrupted_by", "prepare"]
+
+PLAIN = {
+    "−": "-", "–": "-", "—": "-", "→": ">", "±": "~", "Δ": "d", "×": "x", "·": ".", "…": "...",
+    "▲": "^", "▼": "v", "≤": "<=", "≥": ">=", "≈": "~", "•": "*", "†": "+", "‡": "+", "●": "*",
+    "“": '"', "”": '"', "‘": "'", "’": "'", "━": "-", "─": "-", "│": "|", "█": "#", "ø": "o",
+}  # fmt: skip
+"""One column wide wherever tables use it, so that columns still stand in line."""
+
+
+_received: list[int] = []
+
+
+def interrupted_by() -> int:
+    """Exit code after an interrupt as shells have it: 128 + the signal's number, else SIGINT's."""
+    return 128 + (_received[-1] if _received else signal.SIGINT)
+
+
+def prepare() -> None:
+    """Make the standard streams and the signals of this process behave; for the entry point."""
+    codecs.register_error("kd_bench.plain", _plain)
+    sys.stdout = _stream(sys.stdout, sys.__stdout__)
+    sys.stderr = _stream(sys.stderr, sys.__stderr__)
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        # `nohup` has SIGHUP ignored; whoever embeds this may have a handler of his own.
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            with contextlib.suppress(ValueError):  # not the main thread
+                signal.signal(number, _stop)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Unwind as after Ctrl-C, so that locks, children and states are seen to."""
+    _received.append(number)
+    raise KeyboardInterrupt
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    """Codec error handler: what the encoding lacks in a plain form, or as a question mark."""
+    assert isinstance(error, UnicodeEncodeError)
+    lost = error.object[error.start : error.end]
+    return "".join(PLAIN.get(character, "?") for character in lost), error.end
+
+
+class _Pipe(io.FileIO):
+    """Standard output or error; when its reader has gone, what is left to say goes nowhere.
+
+    The work itself goes on: a verdict, a page or a checkpoint does not depend on who listens.
+    """
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data) or 0
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            return len(data)
+
+
+class _AsciiText(io.TextIOWrapper):
+    """Encodes to ASCII, and says otherwise: to a stream that says so typer writes UTF-8."""
+
+    encoding = "iso8859-1"
+
+
+def _stream(stream: Any, original: Any) -> Any:
+    """The process's own stream made tolerant; one that a host has put in its place is left."""
+    if stream is None or stream is not original or not isinstance(stream, io.TextIOWrapper):
+        return stream
+    stream.flush()
+    ascii_only = codecs.lookup(stream.encoding).name == "ascii"
+    kind = _AsciiText if ascii_only else io.TextIOWrapper
+    return kind(
+        io.BufferedWriter(_Pipe(stream.fileno(), "w", closefd=False)),
+        encoding="ascii" if ascii_only else stream.encoding,
+        errors="kd_bench.plain",
+        line_buffering=stream.line_buffering,
+    )
