@@ -266,3 +266,21 @@ def test_a_part_that_is_not_there_is_named(parts, tmp_path):
     settings = StudentParts(vision_tower=str(tmp_path), language_model=str(folder / "words"))
     with pytest.raises(UsageError, match="could not be loaded as a vision tower"):
         build_student(settings, tmp_path / "student")
+
+
+def test_a_student_of_parts_keeps_their_float_types(parts, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    folder, _ = parts
+    AutoModelForCausalLM.from_pretrained(folder / "words").bfloat16().save_pretrained(
+        tmp_path / "half"
+    )
+    tiny.processor().tokenizer.save_pretrained(tmp_path / "half")
+    settings = StudentParts(
+        vision_tower=str(folder / "eyes"), language_model=str(tmp_path / "half")
+    )
+    build_student(settings, tmp_path / "student")
+    tensors = load_file(tmp_path / "student" / "model.safetensors")
+    types = {name: tensor.dtype for name, tensor in tensors.items()}
+    assert {t for n, t in types.items() if "vision_tower" in n} == {torch.float32}
+    assert {t for n, t in types.items() if "vision_tower" not in n} == {torch.bfloat16}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from kd_bench.distill.checkpoints import weights_digest
 from kd_bench.distill.engine import DistillationTrainer
@@ -448,6 +449,73 @@ def test_mixed_precision_trains_float32_weights_and_logs_to_tensorboard(place):
     [events] = (place / "mixed").rglob("events.out.tfevents*")
     plotted = EventAccumulator(str(events)).Reload().Tags()["scalars"]
     assert {"train/loss", "train/term_switch", "train/knee_teacher_p50"} <= set(plotted)
+
+
+def saved_types(folder):
+    tensors = load_file(folder / "model.safetensors")
+    return {
+        side: {t.dtype for name, t in tensors.items() if ("vision_tower" in name) == (side == "v")}
+        for side in "vl"
+    }
+
+
+def stored_in(place, name, tower, rest):
+    """The student again, its weights in other float types."""
+    shutil.copytree(place / "student", place / name)
+    file = place / name / "model.safetensors"
+    tensors = {
+        key: tensor.to(tower if "vision_tower" in key else rest)
+        for key, tensor in load_file(file).items()
+    }
+    save_file(tensors, file, metadata={"format": "pt"})
+    return place / name
+
+
+def test_the_finished_student_has_the_float_types_that_it_came_with(place):
+    half = stored_in(place, "half", torch.bfloat16, torch.bfloat16)
+    mixed = stored_in(place, "towered", torch.float32, torch.bfloat16)
+    settings = ("method=sft", "steps=2")
+    final = train(recipe_in(place, "from-half", f"student={half}", *settings))
+    assert saved_types(final) == {"v": {torch.bfloat16}, "l": {torch.bfloat16}}
+    assert json.loads((final / "config.json").read_text())["dtype"] == "bfloat16"
+    assert (final / "model.safetensors").stat().st_size < 1.1 * (
+        half / "model.safetensors"
+    ).stat().st_size
+    stage = load_file(place / "from-half" / "stages" / "01-train" / "model" / "model.safetensors")
+    for name, tensor in load_file(final / "model.safetensors").items():
+        assert torch.equal(tensor, stage[name].to(torch.bfloat16))
+    final = train(recipe_in(place, "from-mixed", f"student={mixed}", *settings))
+    assert saved_types(final) == {"v": {torch.float32}, "l": {torch.bfloat16}}
+    chosen = ("final_dtype=float32", f"student={half}", *settings)
+    final = train(recipe_in(place, "from-half-chosen", *chosen))
+    assert saved_types(final) == {"v": {torch.float32}, "l": {torch.float32}}
+
+
+@pytest.mark.parametrize(
+    "trainable,learns",
+    [
+        ("[projector]", {"projector"}),
+        ("[vision_tower]", {"vision_tower"}),
+        ("[vision_tower, projector]", {"vision_tower", "projector"}),
+        ("[language_model]", {"language_model"}),
+    ],
+)
+@pytest.mark.parametrize("lora", [(), ("lora={r: 2}",)])
+def test_what_trainable_does_not_name_does_not_train(place, trainable, learns, lora):
+    """With `lora` the language model's adapters once trained whether named or not."""
+    name = f"only-{trainable}-{len(lora)}"
+    settings = ("method=sft", "steps=2", "learning_rate=0.01", f"trainable={trainable}", *lora)
+    final = train(recipe_in(place, name, *settings))
+    before = load_file(place / "student" / "model.safetensors")
+    after = load_file(final / "model.safetensors")
+    assert after.keys() == before.keys()
+    parts = ("vision_tower", "projector", "language_model")
+    moved = {
+        next((part for part in parts if part in name), name)
+        for name in before
+        if not torch.equal(before[name], after[name])
+    }
+    assert moved == learns
 
 
 @pytest.mark.parametrize("method", ["llava-kd", "align-kd"])

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kd_bench.distill.checkpoints import locate
+from kd_bench.distill.checkpoints import locate, stored_dtype
 from kd_bench.distill.models import load_model
 from kd_bench.distill.recipe import NEW, LoraSettings, StudentParts
 from kd_bench.distill.vision_language import VisionLanguageModel
@@ -58,6 +58,8 @@ def build_student(parts: StudentParts, folder: Path, seed: int = 0) -> None:
         student.lm_head.load_state_dict(language.get_output_embeddings().state_dict())
     student.generation_config.eos_token_id = tokenizer.eos_token_id
     student.generation_config.pad_token_id = tokenizer.pad_token_id
+    student.to(_type_of(parts.language_model))
+    student.model.vision_tower.to(_type_of(parts.vision_tower))
     student.save_pretrained(folder)
     make_processor(
         pictures,
@@ -167,6 +169,12 @@ def _language(path: str) -> tuple[Any, Any]:
         raise _unusable(path, "language model", error) from error
 
 
+def _type_of(path: str) -> torch.dtype:
+    """The float type that a part is stored in."""
+    dtype: torch.dtype = getattr(torch, stored_dtype(locate(path)))
+    return dtype
+
+
 def _unusable(path: str, what: str, error: Exception) -> UsageError:
     reason = str(error).strip().splitlines() or [type(error).__name__]
     return UsageError(
@@ -182,6 +190,8 @@ def _has_class_token(tower: nn.Module) -> bool:
 def add_lora(student: Any, settings: LoraSettings) -> Any:
     """Adapters on the language model's linear layers; everything else keeps its own setting.
 
+    A language model that does not learn gets none: what a stage does not name does not train.
+
     Raises:
         MissingExtraError: peft is not installed.
         UsageError: no layer of those names.
@@ -193,6 +203,8 @@ def add_lora(student: Any, settings: LoraSettings) -> Any:
 
     learning = {name for name, p in student.named_parameters() if p.requires_grad}
     prefix, names = lora_layers(student, settings)
+    if not any(name.startswith(prefix) for name in learning):
+        return student
     wrapped = get_peft_model(
         student,
         LoraConfig(

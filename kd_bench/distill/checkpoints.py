@@ -26,6 +26,7 @@ __all__ = [
     "quantization_of",
     "read_config",
     "stored_dtype",
+    "stored_dtypes",
     "weights_digest",
 ]
 
@@ -173,6 +174,17 @@ def stored_dtype(folder: Path) -> str:
             first, last = entry["data_offsets"]
             sizes[kind] = sizes.get(kind, 0) + last - first
     return max(sizes, key=lambda kind: sizes[kind], default="float32")
+
+
+def stored_dtypes(folder: Path) -> dict[str, str]:
+    """Float type of every tensor in a checkpoint's safetensors files, by name."""
+    folder = base_of(folder) or folder
+    return {
+        name: FLOATS[entry["dtype"]]
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, entry in _header(file)[0].items()
+        if entry["dtype"] in FLOATS
+    }
 
 
 def check_files(

@@ -1,6 +1,7 @@
 """Load checkpoints whole, count their weights, and freeze what shall not learn."""
 
 import os
+from collections import Counter
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from kd_bench.distill.checkpoints import (
     processor_folder,
     quantization_of,
     read_config,
+    stored_dtype,
+    stored_dtypes,
 )
 from kd_bench.distill.vision_language import VisionLanguageModel
 from kd_bench.errors import MissingExtraError, UsageError, one_line
@@ -27,6 +30,7 @@ __all__ = [
     "load_processor",
     "parameter_counts",
     "quiet",
+    "restore_dtypes",
     "set_trainable",
     "weight_count",
 ]
@@ -382,6 +386,36 @@ def set_trainable(model: nn.Module, names: Iterable[str]) -> None:
         head = whole.get_output_embeddings()
         if head is not None:
             head.requires_grad_(True)
+
+
+def restore_dtypes(model: nn.Module, folder: Path, dtype: str = "auto") -> None:
+    """Give a trained model's weights the float types of the checkpoint that it started from.
+
+    A tensor that the checkpoint does not hold under its name takes the commonest type of its side,
+    vision or language.
+
+    Args:
+        dtype: one type for all of them instead.
+    """
+    if dtype == "auto":
+        stored, usual = stored_dtypes(folder), stored_dtype(folder)
+    else:
+        stored, usual = {}, dtype
+    sides: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
+    for name, kind in stored.items():
+        sides[_of_vision(name)][kind] += 1
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name not in stored and not isinstance(tensor, nn.Parameter):
+            continue  # a buffer that is not saved, such as the frequencies of rotary positions
+        side = sides[_of_vision(name)].most_common(1)
+        kind = stored.get(name) or (side[0][0] if side else usual)
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(getattr(torch, kind))
+
+
+def _of_vision(name: str) -> bool:
+    """Whether a tensor belongs to the vision side, in old and new layouts alike."""
+    return "vision" in name or "visual" in name
 
 
 def checkpoint_activations(model: Any, *, frozen: bool = False) -> None:

@@ -187,6 +187,8 @@ class Recipe(StrictModel):
         allow_pickle, trust_remote_code: permit checkpoints that can run code when loaded.
         teacher_cache: folder for the teacher's hidden states at answer positions.
         report_to: other loggers, e.g. [tensorboard].
+        final_dtype: float type of the finished checkpoint; auto is that of the student it started
+            from (training itself keeps float32 weights).
     """
 
     name: Name
@@ -201,6 +203,7 @@ class Recipe(StrictModel):
     trust_remote_code: bool = False
     teacher_cache: str | None = None
     report_to: list[Literal["tensorboard", "trackio", "wandb"]] = Field(default_factory=list)
+    final_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     stages: list[Stage] = Field(min_length=1)
 
     @model_validator(mode="after")

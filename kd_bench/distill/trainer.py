@@ -37,6 +37,7 @@ from kd_bench.distill.models import (
     load_processor,
     parameter_counts,
     quiet,
+    restore_dtypes,
     set_trainable,
 )
 from kd_bench.distill.outputs import is_done, only_one, save_whole, stage_folder
@@ -166,6 +167,7 @@ def _stages_before(folder: Path, recipe: Recipe) -> dict[str, Any]:
 def _save_final(run: Run, student: Any, final: Path) -> None:
     """The last stage's model again, with where it came from beside it."""
     student.eval()
+    restore_dtypes(student, _start(run), run.recipe.final_dtype)
     save_whole(student, _Notes(run), final)
 
 
@@ -441,6 +443,7 @@ def _announce(
         cut_log(run.folder / "train_log.jsonl", run.done, stage.name, reached)
     dataset, distiller, steps = trainer.dataset, trainer.model, trainer.args.max_steps
     counts = parameter_counts(distiller.student)
+    idle = stage.lora is not None and "language_model" not in stage.trainable
     run.lineage["stages"][stage.name] = {
         "method": stage.method_name,
         "steps": steps,
@@ -453,5 +456,6 @@ def _announce(
     run.say(
         f"{stage.name}: {stage.method_name}, {steps} steps of {stage.batch_size} out of "
         f"{len(dataset)} samples, {counts['trainable']:,} of {counts['total']:,} weights learn"
+        + ("; no adapters, trainable does not name language_model" if idle else "")
         + (f"; resuming at step {reached}" if reached else "")
     )
