@@ -53,6 +53,7 @@ class Truth:
     scores: dict[str, float] = field(default_factory=dict)
     by_seed: dict[str, list[float]] = field(default_factory=dict)
     costs: dict[str, float] = field(default_factory=dict)
+    measured: dict[str, list[float]] = field(default_factory=dict)
     differences: dict[str, float] = field(default_factory=dict)
     retentions: dict[str, float] = field(default_factory=dict)
     gap_closed: float = math.nan
@@ -149,7 +150,8 @@ def _measured(row: Truth, tasks: Sequence[str]) -> None:
     row.scores[AVERAGE] = sum(row.scores[task] for task in tasks) / len(tasks)
     costs = [json.loads((path / "manifest.json").read_text())["cost"] for path in row.runs]
     for key in ("parameters", "weight_bytes", "latency_ms", "peak_memory_bytes"):
-        row.costs[key] = sorted(cost[key] for cost in costs)[len(costs) // 2]
+        row.measured[key] = sorted(cost[key] for cost in costs)
+        row.costs[key] = row.measured[key][len(costs) // 2]
 
 
 def run_named(results: Path, name: str) -> Run:

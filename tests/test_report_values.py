@@ -89,13 +89,22 @@ def expected(results: Path, mode: str = "scores") -> dict[str, dict[str, Value]]
                 row[key] = Value(values[AVERAGE], None, shown[AVERAGE].interval)
         if truth.gap_closed == truth.gap_closed:
             row["gap_closed"] = Value(truth.gap_closed, None, entry.gap_closed.interval)
-        row |= {key: Value(truth.costs[key]) for key in COSTS}
+        row |= {key: Value(truth.costs[key], None, _range(truth.measured[key])) for key in COSTS}
         found[truth.label] = row
     return found
 
 
-def say(text: str, truth: Value, where: str, *, interval: bool = False) -> None:
-    """A cell's text says this number; an interval or spread that it shows is the right one too."""
+def _range(values: list[float]) -> Interval | None:
+    """What seeds of one size cost at least and at most, where the two differ."""
+    low, high = min(values), max(values)
+    return Interval(low, high, 1.0) if high > 1.02 * low else None
+
+
+def say(text: str, truth: Value, where: str, *, whole: bool = False) -> None:
+    """A cell's text says this number; an interval or spread that it shows is the right one too.
+
+    A `whole` one shows the spread where there is one, else the interval where there is one.
+    """
     text = re.sub(r"[*\\]|\(\d+\)", "", text).strip()
     if truth.value is None:
         assert text == "–", f"{where}: {text} is shown, there is nothing to show"
@@ -107,7 +116,9 @@ def say(text: str, truth: Value, where: str, *, interval: bool = False) -> None:
         assert truth.spread is not None, f"{where}: a spread without seeds"
         close(float(spread[1]), truth.spread, f"{where}, spread", spread[1])
     ends = re.search(r"\[?([+−-]?[\d.]+)(?: %)?(?:,| to) ([+−-]?[\d.]+)(?: %)?\]?", text)
-    if interval or ends:
+    if whole:
+        assert (spread is None) == (truth.spread is None), f"{where}: spread in {text!r}"
+    if ends or (whole and not spread):
         assert (ends is None) == (truth.interval is None), f"{where}: interval in {text!r}"
     if ends and truth.interval:
         close(number(ends[1]), truth.interval.low, f"{where}, low end", ends[1])
@@ -156,7 +167,7 @@ def test_markdown(results: Path, report: Path) -> None:
     for row in rows:
         name = name_of(row["Model"])
         for heading, key in HEADINGS.items():
-            say(row[heading], truth[name][key], f"{name}, {heading}", interval=key == "difference")
+            say(row[heading], truth[name][key], f"{name}, {heading}", whole=True)
 
 
 def test_latex(results: Path, report: Path) -> None:
@@ -177,7 +188,7 @@ def test_latex(results: Path, report: Path) -> None:
         seen.add(name)
         for heading, key in HEADINGS.items():
             text = named[heading].replace("-", "−") if "–" not in named[heading] else "–"
-            say(text, truth[name][key], f"{name}, {heading}", interval=key == "difference")
+            say(text, truth[name][key], f"{name}, {heading}", whole=True)
     assert seen == set(truth)
 
 
@@ -259,7 +270,7 @@ def test_terminal(results: Path) -> None:
         for row in rows:
             name = name_of(row["Model"])
             where = f"{name}, {heading}"
-            say(row[heading], truth[name][key], where, interval=key == "difference")
+            say(row[heading], truth[name][key], where, whole=key not in TASKS)
 
 
 # --- plots -------------------------------------------------------------------------------------

@@ -1,25 +1,46 @@
 """A board -> the tables of a report: leaderboard, summary, published rows, run facts."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Literal
 
-from kd_bench.records import AVERAGE
+from kd_bench.records import AVERAGE, Cost, Interval
 from kd_bench.report.board import ROLE_TITLES, Board, Entry, Score
-from kd_bench.report.tables import Cell, Column, Kind, Row, Table
+from kd_bench.report.style import colours
+from kd_bench.report.tables import (
+    Cell,
+    Column,
+    Kind,
+    Row,
+    Table,
+    clean,
+    format_interval,
+    format_number,
+)
 
 __all__ = [
-    "SUMMARY_COLUMNS",
+    "MODES",
     "Mode",
     "benchmark_table",
-    "emphasis_of",
+    "interval_text",
     "leaderboard",
+    "status_of",
     "summary",
     "terminal_tables",
-    "values_of",
 ]
 
 Mode = Literal["scores", "differences", "retention"]
-MINI = "embedded mini world: not the real benchmarks"
+MODES: tuple[tuple[Mode, str], ...] = (
+    ("scores", "Scores"),
+    ("differences", "Difference from SFT"),
+    ("retention", "Retention"),
+)
+KINDS: dict[Mode, Kind] = {"scores": "score", "differences": "difference", "retention": "percent"}
+TITLES: dict[Mode, str] = {
+    "scores": "Leaderboard",
+    "differences": "Differences from SFT, in points",
+    "retention": "Retention: share of the teacher's score, in percent",
+}
+MINI = "Embedded mini world: not the real benchmarks."
 
 
 class _Notes:
@@ -37,30 +58,33 @@ class _Notes:
         return tuple(found)
 
 
-def suite_label(board: Board) -> str:
-    """What was measured, with the warning that mini scores need."""
-    return f"Suite {board.suite} ({MINI})" if board.mini else f"Suite {board.suite}"
-
-
 def leaderboard(board: Board, mode: Mode = "scores") -> Table:
     """Every column of the leaderboard: benchmarks, average, relations, cost."""
     notes = _Notes()
-    columns = [Column("model", "Model", "text")]
-    kind: Kind = {"scores": "score", "differences": "difference", "retention": "percent"}[mode]  # type: ignore[assignment]
-    columns += [Column(task.id, task.short, kind, task.group) for task in board.tasks]
-    columns.append(Column(AVERAGE, board.average_title, kind, "overall"))
-    columns += SUMMARY_COLUMNS
-    rows = []
-    for entry in board.entries:
-        cells = [_name_cell(entry, notes)]
-        cells += [_score_cell(board, entry, task.id, mode, notes) for task in board.tasks]
-        cells.append(_score_cell(board, entry, AVERAGE, mode, notes))
-        cells += _summary_cells(entry)
-        rows.append(Row(entry.key, tuple(cells), ROLE_TITLES.get(entry.role, entry.role)))
-    title = {"scores": "Leaderboard", "differences": "Differences from SFT, in points"}.get(
-        mode, "Retention: share of the teacher's score, in percent"
-    )
-    return Table(title, tuple(columns), tuple(rows), _caption(board), tuple(notes.texts))
+    kind = KINDS[mode]
+    columns = [
+        Column("model", "Model", "text"),
+        *(
+            Column(task.id, task.short, kind, task.group, (), True, task.title)
+            for task in board.tasks
+        ),
+        Column(AVERAGE, board.average_title, kind, "overall", (), True, "Mean of all benchmarks"),
+        *SUMMARY_COLUMNS,
+    ]
+    keys = [*(task.id for task in board.tasks), AVERAGE]
+    rows = [
+        _row(
+            board,
+            entry,
+            (
+                _name_cell(entry, notes),
+                *(_score_cell(board, entry, key, mode, notes) for key in keys),
+                *_summary_cells(board, entry),
+            ),
+        )
+        for entry in board.entries
+    ]
+    return _table(board, TITLES[mode], columns, rows, notes)
 
 
 def terminal_tables(board: Board) -> list[Table]:
@@ -69,14 +93,19 @@ def terminal_tables(board: Board) -> list[Table]:
 
 
 SUMMARY_COLUMNS = (
-    Column("difference", "Δ SFT", "difference", "relation"),
-    Column("retention", "Retention", "percent", "relation"),
-    Column("gap_closed", "Gap closed", "percent", "relation"),
-    Column("parameters", "Params", "count", "cost"),
-    Column("weight_bytes", "Weights", "bytes", "cost"),
-    Column("latency_ms", "Latency", "milliseconds", "cost"),
-    Column("peak_memory_bytes", "Memory", "bytes", "cost"),
-)
+    Column("difference", "Δ SFT", "difference", "relation",
+           description="Points above SFT on the average"),
+    Column("retention", "Retention", "percent", "relation", (), True,
+           "The average as a share of the teacher's"),
+    Column("gap_closed", "Gap closed", "percent", "relation", (), True,
+           "Share of the way from SFT to the teacher, on the average"),
+    Column("parameters", "Params", "count", "cost", description="Number of weights"),
+    Column("weight_bytes", "Weights", "bytes", "cost", description="Size of the weights"),
+    Column("latency_ms", "Latency", "milliseconds", "cost", (), True,
+           "Milliseconds for one answer, and their range over models of equal size"),
+    Column("peak_memory_bytes", "Memory", "bytes", "cost", (), True,
+           "Peak memory of the evaluation, and its range over models of equal size"),
+)  # fmt: skip
 
 
 def summary(board: Board) -> Table:
@@ -85,59 +114,130 @@ def summary(board: Board) -> Table:
     columns = (
         Column("model", "Model", "text"),
         Column("rank", "Rank", "rank", "overall"),
-        Column(AVERAGE, board.average_title, "score", "overall"),
+        Column(AVERAGE, board.average_title, "score", "overall", (), True),
         *SUMMARY_COLUMNS,
     )
-    rows = tuple(
-        Row(
-            entry.key,
+    rows = [
+        _row(
+            board,
+            entry,
             (
                 _name_cell(entry, notes),
                 Cell(entry.score(AVERAGE).rank),
                 _score_cell(board, entry, AVERAGE, "scores", notes),
-                *_summary_cells(entry),
+                *_summary_cells(board, entry),
             ),
-            ROLE_TITLES.get(entry.role, entry.role),
         )
         for entry in board.entries
-    )
-    return Table("Summary", columns, rows, _caption(board), tuple(notes.texts))
+    ]
+    return _table(board, "Summary", columns, rows, notes)
 
 
 def benchmark_table(board: Board) -> Table:
     """The leaderboard's benchmark columns alone, for narrow places."""
     notes = _Notes()
-    columns = [Column("model", "Model", "text")]
-    columns += [Column(task.id, task.short, "score", task.group) for task in board.tasks]
+    columns = (
+        Column("model", "Model", "text"),
+        *(Column(task.id, task.short, "score", task.group) for task in board.tasks),
+    )
     rows = tuple(
-        Row(
-            entry.key,
+        _row(
+            board,
+            entry,
             (
-                Cell(entry.label),
+                Cell(entry.name, remark=_seeds(entry)),
                 *(_score_cell(board, entry, task.id, "scores", notes) for task in board.tasks),
             ),
-            ROLE_TITLES.get(entry.role, entry.role),
         )
         for entry in board.entries
     )
-    return Table("Benchmarks", tuple(columns), rows, "", tuple(notes.texts))
+    return Table("Benchmarks", columns, rows, notes=tuple(notes.texts))
+
+
+def _table(
+    board: Board, title: str, columns: Iterable[Column], rows: Iterable[Row], notes: _Notes
+) -> Table:
+    return Table(
+        title,
+        tuple(columns),
+        tuple(rows),
+        _caption(board),
+        tuple(notes.texts),
+        MINI if board.mini else "",
+        BOLD if any(cell.emphasis for row in rows for cell in row.cells) else "",
+    )
+
+
+BOLD = "Bold: the best student, and all that are not shown to be behind it; {second}: the next."
 
 
 def _caption(board: Board) -> str:
-    seeds = any(len(entry.runs) > 1 for entry in board.entries)
-    parts = [suite_label(board) + "."]
-    if seeds:
+    parts = [f"Suite {board.suite}."]
+    if any(len(entry.runs) > 1 for entry in board.entries):
         parts.append("± is the spread over training seeds.")
+    if any(len(entry.runs) == 1 for entry in board.entries):
+        parts.append(
+            "A row of one seed has the interval of the choice of samples in its place: "
+            "what another training seed would give is unknown."
+        )
     if board.floor is not None:
-        parts.append("Δ SFT is in points, with its 95 % interval where one could be had.")
-    return " ".join(parts)
+        parts.append("Δ SFT is in points.")
+    return " ".join([*parts, _levels(board)]).strip()
+
+
+def _levels(board: Board) -> str:
+    """The levels of the intervals in brackets; they are not all the same."""
+    kinds: dict[str, set[float]] = {}
+    for entry in board.entries:
+        for name, scores in (
+            ("scores and differences", (*entry.scores.values(), *entry.differences.values())),
+            ("retention and gap closed", (*entry.retentions.values(), entry.gap_closed)),
+        ):
+            kinds.setdefault(name, set()).update(s.interval.level for s in scores if s.interval)
+    levels = {name: found for name, found in kinds.items() if found}
+    if not levels:
+        return ""
+    texts = {
+        name: " and ".join(f"{100 * level:g} %" for level in sorted(found))
+        for name, found in levels.items()
+    }
+    if len(set(texts.values())) == 1:
+        return f"In brackets: {next(iter(texts.values()))} intervals."
+    return "In brackets: " + "; ".join(f"{t} intervals of {n}" for n, t in texts.items()) + "."
+
+
+# --- cells -------------------------------------------------------------------------------------
+
+
+def _row(board: Board, entry: Entry, cells: tuple[Cell, ...]) -> Row:
+    return Row(
+        entry.key,
+        cells,
+        ROLE_TITLES.get(entry.role, entry.role),
+        entry.role,
+        colours(board)[entry.key],
+        status_of(entry) if entry.health else "",
+    )
+
+
+def _seeds(entry: Entry) -> str:
+    return f"{len(entry.runs)} seeds" if len(entry.runs) > 1 else ""
 
 
 def _name_cell(entry: Entry, notes: _Notes) -> Cell:
-    return Cell(entry.label, notes=notes(entry.health))
+    return Cell(
+        entry.name, notes=notes(entry.health), remark=_seeds(entry), detail=tuple(entry.health)
+    )
 
 
-def values_of(entry: Entry, mode: Mode) -> dict[str, Score]:
+def status_of(entry: Entry) -> str:
+    """The worst status among an entry's runs, `check` where only answers failed."""
+    order = ("unhealthy", "partial", "running")
+    found = [s for s in order if any(m.status == s for m in entry.manifests)]
+    return found[0] if found else "check"
+
+
+def _values_of(entry: Entry, mode: Mode) -> dict[str, Score]:
     """An entry's numbers by benchmark in one of the three views."""
     return {
         "scores": entry.scores,
@@ -147,16 +247,22 @@ def values_of(entry: Entry, mode: Mode) -> dict[str, Score]:
 
 
 def _score_cell(board: Board, entry: Entry, key: str, mode: Mode, notes: _Notes) -> Cell:
-    score = values_of(entry, mode).get(key)
+    score = _values_of(entry, mode).get(key)
+    doubt = not entry.score(key).comparable
     if score is None or not score.known:
-        return Cell(None)
-    emphasis: Literal["", "best", "second"] = ""
-    if mode == "scores":
-        emphasis = emphasis_of(board, entry, key)
-    return Cell(score.value, score.spread, score.interval, emphasis, notes(score.marks))
+        return Cell(None, doubt=doubt)
+    return Cell(
+        score.value,
+        score.spread,
+        score.interval,
+        _emphasis(board, entry, key) if mode == "scores" else "",
+        notes(score.marks),
+        detail=_detail(board, entry, key, mode),
+        doubt=doubt,
+    )
 
 
-def emphasis_of(board: Board, entry: Entry, key: str) -> Literal["", "best", "second"]:
+def _emphasis(board: Board, entry: Entry, key: str) -> Literal["", "best", "second"]:
     """Best and second by rank among the students; none where nobody can be told apart."""
     ranks = sorted({r for e in board.students if (r := e.score(key).rank) is not None})
     rank = entry.score(key).rank
@@ -165,16 +271,83 @@ def emphasis_of(board: Board, entry: Entry, key: str) -> Literal["", "best", "se
     return "best" if rank == ranks[0] else "second"
 
 
-def _summary_cells(entry: Entry) -> Sequence[Cell]:
-    difference = entry.differences.get(AVERAGE)
-    retention = entry.retentions.get(AVERAGE)
-    gap = entry.gap_closed
-    return (
-        Cell(difference.value, None, difference.interval) if difference else Cell(),
-        Cell(retention.value, None, retention.interval) if retention else Cell(),
-        Cell(gap.value, None, gap.interval) if gap.known else Cell(),
-        Cell(entry.cost.parameters),
-        Cell(entry.cost.weight_bytes),
-        Cell(entry.cost.latency_ms),
-        Cell(entry.cost.peak_memory_bytes),
+def _summary_cells(board: Board, entry: Entry) -> tuple[Cell, ...]:
+    relations: tuple[tuple[Score | None, Kind], ...] = (
+        (entry.differences.get(AVERAGE), "difference"),
+        (entry.retentions.get(AVERAGE), "percent"),
+        (entry.gap_closed, "percent"),
     )
+    cells = [
+        Cell(score.value, None, score.interval, detail=(interval_text(score, kind),))
+        if score is not None and score.known
+        else Cell()
+        for score, kind in relations
+    ]
+    cost = entry.cost
+    return (
+        *cells,
+        Cell(cost.parameters),
+        Cell(cost.weight_bytes),
+        Cell(cost.latency_ms, interval=equal_models(board, entry, "latency_ms")),
+        Cell(cost.peak_memory_bytes, interval=equal_models(board, entry, "peak_memory_bytes")),
+    )
+
+
+def equal_models(board: Board, entry: Entry, key: str) -> Interval | None:
+    """The whole range of a measured cost over all runs of models of equal size.
+
+    Such models cost the same: what differs among them is the noise of measuring, and a reader must
+    see it. None where nothing was measured twice, or where it came out alike (within 2 %).
+    """
+
+    def size(cost: Cost) -> tuple[int | None, int | None]:
+        return cost.parameters, cost.weight_bytes
+
+    runs = [m.cost for e in board.entries for m in e.manifests if size(m.cost) == size(entry.cost)]
+    values = [float(v) for cost in runs if (v := getattr(cost, key)) is not None]
+    alike = not values or max(values) <= 1.02 * min(values)
+    if entry.cost.parameters is None or alike:
+        return None
+    return Interval(min(values), max(values), 1.0)
+
+
+# --- what pointing at a cell tells -------------------------------------------------------------
+
+
+def _detail(board: Board, entry: Entry, key: str, mode: Mode) -> tuple[str, ...]:
+    """Interval, n, seeds, protocol, health."""
+    score = _values_of(entry, mode)[key]
+    task = next((t for t in board.tasks if t.id == key), None)
+    name = task.short if task else board.average_title
+    lines = [f"{clean(entry.name)}, {clean(name)}", interval_text(score, KINDS[mode])]
+    if (documents := entry.score(key).documents) > 0:
+        lines.append(f"{documents:,} samples" + (" a seed" if len(entry.runs) > 1 else ""))
+    if mode == "scores":
+        if len(score.seeds) > 1:
+            lines.append("by seed: " + ", ".join(format_number(v, "score") for v in score.seeds))
+        if score.rank is not None:
+            lines.append(f"rank {score.rank} among the students")
+    lines += _protocol(entry, key)
+    return tuple(clean(line) for line in (*lines, *score.marks, *entry.health) if line)
+
+
+def interval_text(score: Score, kind: Kind) -> str:
+    """`95 % interval 1.2 to 3.4`, empty where there is none."""
+    if score.interval is None:
+        return ""
+    sources = ", over seeds and samples" if score.holds_seeds else ""
+    ends = format_interval(Cell(score.value, interval=score.interval), kind)
+    return f"{round(100 * score.interval.level)} % interval {ends}{sources}"
+
+
+def _protocol(entry: Entry, key: str) -> list[str]:
+    results = [r[key] for r in entry.results if key in r]
+    if not results:
+        return []
+    first = results[0]
+    profile = f", profile {clean(first.profile)}" if first.profile != "default" else ""
+    lines = [
+        f"metric {clean(first.metric)}{profile}",
+        f"protocol {clean(first.fingerprint)[:8]}, {first.units:,} units",
+    ]
+    return lines + [f"{rate:.1%} {kind}" for kind, rate in sorted(first.rates.items()) if rate > 0]

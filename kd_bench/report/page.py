@@ -1,5 +1,6 @@
 """The report's folder: a self-contained page, the tables in every format, plots, all samples."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -7,26 +8,25 @@ from markupsafe import Markup
 
 from kd_bench.files import write_text
 from kd_bench.records import AVERAGE
-from kd_bench.report import leaderboard as tables_of
-from kd_bench.report.board import ROLE_TITLES, Board, Entry, Score
-from kd_bench.report.board_view import (
-    MODES,
-    column_groups,
-    columns,
-    css_series,
-    interval_text,
-    row_sections,
-    score_notes,
-    status_of,
-)
+from kd_bench.report.board import Board, Entry, Score
 from kd_bench.report.facts import paper_table, published_tables, run_facts
+from kd_bench.report.leaderboard import MODES, Mode, interval_text, leaderboard, status_of
 from kd_bench.report.plots import board_plots
 from kd_bench.report.samples import Chosen, choose_samples, embed_json, write_samples
 from kd_bench.report.shell import PlotSection, claim_report, plot_sections, write_page
-from kd_bench.report.style import Plot, colours
-from kd_bench.report.tables import Table, clean, format_number
+from kd_bench.report.style import Plot, colours, css_series
+from kd_bench.report.tables import (
+    Cell,
+    Column,
+    Row,
+    Table,
+    clean,
+    format_interval,
+    format_number,
+    sections,
+)
 from kd_bench.report.tables_data import to_csv, to_json_text
-from kd_bench.report.tables_markup import to_html, to_latex, to_markdown
+from kd_bench.report.tables_markup import column_groups, to_html, to_latex, to_markdown
 from kd_bench.report.training import logs_of
 from kd_bench.report.uncertainty import Draws
 
@@ -63,7 +63,8 @@ def render(board: Board, destination: Path, draws: Draws) -> Path:
     logs = {entry.key: logs_of(entry) for entry in board.entries}
     plots = board_plots(board, draws, logs)
     chosen = choose_samples(board)
-    downloads = _write_tables(board, destination)
+    tables = {mode: leaderboard(board, mode) for mode, _ in MODES}
+    downloads = _write_tables(tables, destination)
     _write_plots(plots, destination / "plots")
     if plots:
         downloads.append(("plots/", "every plot as SVG, in light and dark"))
@@ -71,7 +72,7 @@ def render(board: Board, destination: Path, draws: Draws) -> Path:
         rows = write_samples(board, destination / "samples.parquet")
         downloads.append(("samples.parquet", f"all {rows:,} samples of every model"))
     page = destination / "index.html"
-    write_page(page, _context(board, plots, chosen, downloads))
+    write_page(page, _context(board, tables, plots, chosen, downloads))
     return page
 
 
@@ -83,19 +84,17 @@ def _write_plots(plots: list[Plot], folder: Path) -> None:
         write_text(folder / f"{plot.name}.svg", plot.standalone())
 
 
-def _write_tables(board: Board, destination: Path) -> list[tuple[str, str]]:
+def _write_tables(tables: dict[Mode, Table], destination: Path) -> list[tuple[str, str]]:
     """The text renderings; returns names and descriptions."""
-    board_table = tables_of.leaderboard(board)
-    every = [
-        board_table,
-        tables_of.leaderboard(board, "differences"),
-        tables_of.leaderboard(board, "retention"),
-    ]
+    table = tables["scores"]
     texts = {
-        "leaderboard.md": (to_markdown(board_table), "Markdown"),
-        "leaderboard.csv": (to_csv(board_table), "full precision, with intervals and spreads"),
-        "leaderboard.tex": (to_latex(board_table), "LaTeX, booktabs"),
-        "leaderboard.json": (to_json_text(every), "scores, differences and retention for machines"),
+        "leaderboard.md": (to_markdown(table), "Markdown"),
+        "leaderboard.csv": (to_csv(table), "full precision, with intervals and spreads"),
+        "leaderboard.tex": (to_latex(table), "LaTeX, booktabs"),
+        "leaderboard.json": (
+            to_json_text(list(tables.values())),
+            "scores, differences and retention for machines",
+        ),
     }
     for name, (text, _) in texts.items():
         write_text(destination / name, text)
@@ -103,10 +102,14 @@ def _write_tables(board: Board, destination: Path) -> list[tuple[str, str]]:
 
 
 def _context(
-    board: Board, plots: list[Plot], chosen: Chosen | None, downloads: list[tuple[str, str]]
+    board: Board,
+    tables: dict[Mode, Table],
+    plots: list[Plot],
+    chosen: Chosen | None,
+    downloads: list[tuple[str, str]],
 ) -> dict[str, Any]:
     numbers = colours(board)
-    roles = dict.fromkeys(entry.role for entry in board.entries)
+    table = tables["scores"]
     return {
         "mini": board.mini,
         "title": _title(board),
@@ -117,12 +120,11 @@ def _context(
         "caption": _caption(board),
         "legend": _legend(board),
         "modes": MODES if board.floor and board.teacher else MODES[:1],
-        "roles": [(role, ROLE_TITLES.get(role, clean(role))) for role in roles],
-        "columns": columns(board),
-        "column_groups": column_groups(board),
-        "row_sections": row_sections(board, numbers),
-        "rows": bool(board.entries),
-        "score_notes": score_notes(board),
+        "roles": list(dict.fromkeys((row.role, clean(row.section)) for row in table.rows)),
+        "table": table,
+        "column_groups": column_groups(table),
+        "row_sections": _row_sections(tables),
+        "rows": bool(table.rows),
         "plot_sections": plot_sections(plots, PLOTS),
         "samples_json": Markup(embed_json(chosen.data)) if chosen else None,
         "sample_count": chosen.count if chosen else 0,
@@ -130,6 +132,61 @@ def _context(
         "runs": [r for entry in board.entries for r in _runs(entry, numbers[entry.key])],
         "left_out": [clean(line) for line in board.left_out],
         "downloads": downloads,
+    }
+
+
+# --- the leaderboard ---------------------------------------------------------------------------
+
+
+def _row_sections(tables: dict[Mode, Table]) -> list[dict[str, Any]]:
+    """The rows of the tables over each other: a cell has a face in each, or one where all agree."""
+    faces = {mode: {row.key: row for row in table.rows} for mode, table in tables.items()}
+    table = tables["scores"]
+    return [
+        {
+            "title": clean(title),
+            "rows": [
+                {
+                    "row": row,
+                    "name": row.cells[0],
+                    "color": css_series(row.series or 0),
+                    "cells": [
+                        _faces(tables, faces, row.key, place)
+                        for place in range(1, len(table.columns))
+                    ],
+                }
+                for row in rows
+            ],
+        }
+        for title, rows in sections(table)
+    ]
+
+
+def _faces(
+    tables: dict[Mode, Table], rows: dict[Mode, dict[str, Row]], key: str, place: int
+) -> list[dict[str, Any]]:
+    """One cell as each of the tables has it."""
+    found = []
+    for mode, table in tables.items():
+        cell, column = rows[mode][key].cells[place], table.columns[place]
+        if mode != "scores" and column.kind == tables["scores"].columns[place].kind:
+            continue  # relations and costs are the same in every view
+        found.append({"mode": mode, "cell": cell, **_shown(cell, column)})
+    if len(found) == 1:
+        found[0]["mode"] = "only"
+    return found
+
+
+def _shown(cell: Cell, column: Column) -> dict[str, str]:
+    """The number, what stands small below it, and what it is sorted by."""
+    value = cell.value
+    known = isinstance(value, int | float) and math.isfinite(value)
+    spread = f"± {cell.spread:.1f}" if known and cell.spread is not None else ""
+    return {
+        "text": format_number(value, column.kind),
+        "small": spread or (format_interval(cell, column.kind) if known else ""),
+        "number": f"{value:.6g}" if known else "",
+        "tip": "\n".join(line for line in cell.detail if line),
     }
 
 

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from kd_bench import __version__
 from kd_bench.files import claim_folder, write_text
 from kd_bench.report.style import DARK, LIGHT, Plot, variables
+from kd_bench.report.tables import clean
 
 __all__ = ["PlotSection", "claim_report", "plot_sections", "write_page"]
 
@@ -81,7 +82,7 @@ def plot_sections(plots: list[Plot], layout: tuple[PlotSection, ...]) -> list[di
 
 @lru_cache(maxsize=1)
 def _environment() -> Environment:
-    return Environment(
+    environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
@@ -89,6 +90,9 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters["clean"] = clean
+    environment.filters["clean_lines"] = lambda text: "\n".join(map(clean, text.splitlines()))
+    return environment
 
 
 def _css() -> str:

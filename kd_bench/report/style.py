@@ -32,6 +32,7 @@ __all__ = [
     "Plot",
     "canvas",
     "colours",
+    "css_series",
     "legend",
     "marker",
     "plotting",
@@ -173,8 +174,13 @@ def spread_out(heights: list[float], least: float) -> list[float]:
 
 def series(number: int) -> str:
     """The placeholder colour of a series; more than there are start again after the neutrals."""
+    return _SERIES[css_series(number)]
+
+
+def css_series(number: int) -> int:
+    """The number of the colour variable of a series."""
     count = len(_SERIES)
-    return _SERIES[number if number < count else 2 + (number - 2) % (count - 2)]
+    return number if number < count else 2 + (number - 2) % (count - 2)
 
 
 def marker(number: int) -> str:

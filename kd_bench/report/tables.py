@@ -25,6 +25,7 @@ __all__ = [
     "Table",
     "clean",
     "format_cell",
+    "format_interval",
     "format_number",
     "note_numbers",
     "sections",
@@ -35,13 +36,20 @@ Kind = Literal["text", "score", "difference", "percent", "rank", "count", "bytes
 
 @dataclass(frozen=True)
 class Column:
-    """A column; `group` puts neighbours under one heading, `notes` are indices as in a cell."""
+    """A column; `group` puts neighbours under one heading, `notes` are indices as in a cell.
+
+    Attributes:
+        interval: intervals are shown beside the values; always so in a column of differences.
+        description: what the page tells of the heading.
+    """
 
     key: str
     title: str
     kind: Kind = "score"
     group: str = ""
     notes: tuple[int, ...] = ()
+    interval: bool = False
+    description: str = ""
 
     @property
     def heading(self) -> str:
@@ -57,6 +65,9 @@ class Cell:
         value: a number, a text, or None where nothing was measured.
         emphasis: `best` (also all that are not significantly behind) or `second`.
         notes: indices into the table's notes.
+        remark: stands in brackets behind a text.
+        detail: lines that the page shows when the cell is pointed at.
+        doubt: must not be read beside the other rows' numbers.
     """
 
     value: float | str | None = None
@@ -64,26 +75,54 @@ class Cell:
     interval: Interval | None = None
     emphasis: Literal["", "best", "second"] = ""
     notes: tuple[int, ...] = ()
+    remark: str = ""
+    detail: tuple[str, ...] = ()
+    doubt: bool = False
+
+    @property
+    def text(self) -> str:
+        """A text with its remark."""
+        return f"{self.value} ({self.remark})" if self.remark else f"{self.value}"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row; rows with equal `section` stand under one heading."""
+    """One row; rows with equal `section` stand under one heading.
+
+    Attributes:
+        role: what the page filters by.
+        series: the number of the row's colour in the plots.
+        flag: a word of warning beside the name.
+    """
 
     key: str
     cells: tuple[Cell, ...]
     section: str = ""
+    role: str = ""
+    series: int | None = None
+    flag: str = ""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Columns, rows in order, and numbered notes that cells refer to."""
+    """Columns, rows in order, and numbered notes that cells refer to.
+
+    Attributes:
+        warning: what every rendering must say, whatever else it leaves out.
+        legend: what the emphasis means; `{second}` is replaced by what the rendering uses.
+    """
 
     title: str
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
     caption: str = ""
     notes: tuple[str, ...] = ()
+    warning: str = ""
+    legend: str = ""
+
+    def column(self, key: str) -> int:
+        """The place of a column."""
+        return next(i for i, column in enumerate(self.columns) if column.key == key)
 
 
 def note_numbers(notes: tuple[int, ...]) -> str:
@@ -136,18 +175,32 @@ def _scaled(value: float, steps: Sequence[tuple[float, str]]) -> str:
     return f"{value}"
 
 
-def format_cell(cell: Cell, kind: Kind, *, spread: bool = True) -> str:
-    """Number, `± spread` over seeds; in a difference its interval carries the message, too."""
-    text = format_number(cell.value, kind)
+def format_cell(cell: Cell, column: Column, *, spread: bool = True) -> str:
+    """The value with its uncertainty in one line: `66.8 ± 0.4`, `+3.6 [−0.2, +7.4]`.
+
+    The spread over seeds stands before the interval: a column that shows its intervals does so
+    where there is no spread, a column of differences always.
+    """
+    if isinstance(cell.value, str):
+        return clean(cell.text)
+    text = format_number(cell.value, column.kind)
     if text == "–":
         return text
-    if spread and cell.spread is not None and math.isfinite(cell.spread):
+    several = cell.spread is not None and math.isfinite(cell.spread)
+    if (spread or column.interval) and cell.spread is not None and several:
         text += f" ± {cell.spread:.1f}"
-    if kind == "difference" and cell.interval is not None:
-        low = format_number(cell.interval.low, kind)
-        high = format_number(cell.interval.high, kind)
-        text += f" [{low}, {high}]"
+    if column.kind == "difference" or (column.interval and not several):
+        text += f" [{ends}]" if (ends := format_interval(cell, column.kind, ", ")) else ""
     return text
+
+
+def format_interval(cell: Cell, kind: Kind, between: str = " to ") -> str:
+    """The two ends of a cell's interval, without unit; empty where there is none."""
+    if cell.interval is None:
+        return ""
+    plain: Kind = "score" if kind in ("percent", "milliseconds") else kind
+    low, high = (format_number(end, plain) for end in (cell.interval.low, cell.interval.high))
+    return f"{low}{between}{high}"
 
 
 def sections(table: Table) -> Iterator[tuple[str, list[Row]]]:

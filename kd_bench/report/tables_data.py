@@ -33,14 +33,15 @@ def to_csv(table: Table) -> str:
         values = [_csv_text(row.section)]
         for _, index, spread, interval in plan:
             cell = row.cells[index]
-            values.append(_csv_value(cell.value))
+            values.append(_csv_value(cell.text if isinstance(cell.value, str) else cell.value))
             if spread:
                 values.append(_csv_value(cell.spread))
             if interval:
                 values.append(_csv_value(cell.interval.low if cell.interval else None))
                 values.append(_csv_value(cell.interval.high if cell.interval else None))
         used = sorted({note for cell in row.cells for note in cell.notes})
-        writer.writerow([*values, _csv_text("; ".join(table.notes[note] for note in used))])
+        notes = [table.warning] * bool(table.warning) + [table.notes[note] for note in used]
+        writer.writerow([*values, _csv_text("; ".join(notes))])
     return stream.getvalue()
 
 
@@ -68,6 +69,7 @@ def _json_table(table: Table) -> dict[str, Any]:
     return {
         "title": clean(table.title),
         "caption": clean(table.caption),
+        **({"warning": clean(table.warning)} if table.warning else {}),
         "columns": [
             {"key": c.key, "title": clean(c.title), "kind": c.kind, "group": c.group}
             for c in table.columns
@@ -88,7 +90,8 @@ def _json_table(table: Table) -> dict[str, Any]:
 
 
 def _json_cell(cell: Cell) -> dict[str, Any]:
-    known: dict[str, Any] = {"value": _finite(cell.value)}
+    value = cell.text if isinstance(cell.value, str) else cell.value
+    known: dict[str, Any] = {"value": _finite(value)}
     if cell.spread is not None:
         known["spread"] = _finite(cell.spread)
     if cell.interval is not None:

@@ -10,7 +10,7 @@ from itertools import groupby
 
 from kd_bench.report.tables import Column, Row, Table, clean, format_cell, note_numbers, sections
 
-__all__ = ["to_html", "to_latex", "to_markdown"]
+__all__ = ["column_groups", "to_html", "to_latex", "to_markdown"]
 
 Marks = dict[str, tuple[str, str]]
 """What stands before and after a text, by its emphasis."""
@@ -21,11 +21,11 @@ def _texts(table: Table, row: Row, escape: Callable[[str], str], marks: Marks) -
     texts = []
     for column, cell in zip(table.columns, row.cells, strict=True):
         before, after = marks.get(cell.emphasis, ("", ""))
-        texts.append(before + escape(format_cell(cell, column.kind)) + after)
+        texts.append(before + escape(format_cell(cell, column)) + after)
     return texts
 
 
-def _groups(table: Table) -> list[tuple[str, int]]:
+def column_groups(table: Table) -> list[tuple[str, int]]:
     """Neighbouring columns under one heading: the heading, and how many they are."""
     groups = groupby(table.columns, key=lambda column: column.group)
     return [(group, len(list(members))) for group, members in groups]
@@ -39,6 +39,8 @@ _MARKDOWN: Marks = {"best": ("**", "**"), "second": ("*", "*")}
 def to_markdown(table: Table) -> str:
     """A GitHub table: best bold, second in italics, notes numbered below."""
     lines = [f"### {_md(table.title)}", ""]
+    if table.warning:
+        lines += [f"**{_md(table.warning)}**", ""]
     if table.caption:
         lines += [_md(table.caption), ""]
     lines.append("| " + " | ".join(_md(column.heading) for column in table.columns) + " |")
@@ -48,6 +50,8 @@ def to_markdown(table: Table) -> str:
         if section:
             lines.append(f"| *{_md(section)}* |" + " |" * (len(table.columns) - 1))
         lines.extend(_markdown_row(table, row) for row in rows)
+    if table.legend:
+        lines += ["", _md(table.legend.format(second="italics"))]
     if table.notes:
         lines.append("")
         lines.extend(f"{number}. {_md(note)}" for number, note in enumerate(table.notes, 1))
@@ -92,14 +96,20 @@ def to_latex(table: Table) -> str:
             title = _tex(section)
             lines.append(f"\\multicolumn{{{len(table.columns)}}}{{l}}{{\\emph{{{title}}}}} \\\\")
         lines.extend(_latex_row(table, row) for row in rows)
-    lines += ["\\bottomrule", "\\end{tabular}"]
+    lines.append("\\bottomrule")
+    below = [table.warning, table.caption, table.legend.format(second="underlined")]
+    for text in filter(None, below if table.warning or table.legend else []):
+        lines.append(
+            f"\\multicolumn{{{len(table.columns)}}}{{l}}{{\\footnotesize {_tex(text)}}} \\\\"
+        )
+    lines.append("\\end{tabular}")
     lines += [f"% ({number}) {_tex(note)}" for number, note in enumerate(table.notes, 1)]
     return "\n".join(lines) + "\n"
 
 
 def _latex_groups(table: Table) -> list[str]:
     heads, rules, start = [], [], 1
-    for group, count in _groups(table):
+    for group, count in column_groups(table):
         heads.append(f"\\multicolumn{{{count}}}{{c}}{{{_tex(group)}}}")
         if group:
             rules.append(f"\\cmidrule(lr){{{start}-{start + count - 1}}}")
@@ -129,7 +139,7 @@ def to_html(table: Table) -> str:
     parts = [f"<table><caption>{_h(table.title)}</caption><thead>"]
     if any(column.group for column in table.columns):
         parts.append("<tr>")
-        for group, count in _groups(table):
+        for group, count in column_groups(table):
             tag = f'<th colspan="{count}" scope="colgroup">' if group else f'<td colspan="{count}">'
             parts.append(f"{tag}{_h(group)}</{tag[1:3]}>")
         parts.append("</tr>")

@@ -21,10 +21,14 @@ def to_terminal(table: Table, console: Console | None = None, width: int = 100) 
     )
     width = min(width, target.width)
     target.print(Text(clean(table.title), style="bold"))
+    if table.warning:
+        target.print(Text(clean(table.warning), style="bold"))
     if table.caption:
         target.print(Text(clean(table.caption), style="dim"))
     for block in _blocks(table, width):
         target.print(_rich_block(table, block))
+    if table.legend:
+        target.print(Text(clean(table.legend.format(second="underlined")), style="dim"))
     for number, note in enumerate(table.notes, 1):
         target.print(Text(f"({number}) {clean(note)}", style="dim"))
     return "\n".join(line.rstrip() for line in sink.getvalue().splitlines()) + "\n"
@@ -33,8 +37,7 @@ def to_terminal(table: Table, console: Console | None = None, width: int = 100) 
 def _texts(table: Table, index: int) -> list[str]:
     column = table.columns[index]
     return [
-        format_cell(row.cells[index], column.kind, spread=False)
-        + note_numbers(row.cells[index].notes)
+        format_cell(row.cells[index], column, spread=False) + note_numbers(row.cells[index].notes)
         for row in table.rows
     ]
 
