@@ -10,18 +10,18 @@ import pytest
 from kd_bench.report.board_loading import load_board
 from kd_bench.report.calibration import measure
 from kd_bench.report.plots import board_plots, group_scores
+from kd_bench.report.relations import read_evidence, relate
 from kd_bench.report.style import DARK, LIGHT, Plot, spread_out
 from kd_bench.report.training import logs_of
-from kd_bench.report.uncertainty import draw_scores, relate
 from tests.report_store import Model, add_run, make_demo
 
 
 @pytest.fixture(scope="module")
 def plots(tmp_path_factory: pytest.TempPathFactory) -> list[Plot]:
     board = load_board(make_demo(tmp_path_factory.mktemp("demo"), units=5, seeds=(0,)))
-    draws = draw_scores(board, 100)
+    evidence = read_evidence(board, 100)
     logs = {entry.key: logs_of(entry) for entry in board.entries}
-    return board_plots(relate(board, draws), draws, logs)
+    return board_plots(relate(board, evidence), evidence, logs)
 
 
 def test_svg_parses_and_ids_do_not_meet_on_one_page(plots: list[Plot]) -> None:
@@ -53,11 +53,11 @@ def test_plots_are_small_enough_to_inline(plots: list[Plot]) -> None:
     assert sum(len(plot.svg) for plot in plots) < 600_000
 
 
-def test_a_board_without_relations_draws_what_it_can(tmp_path: Path) -> None:
+def test_a_board_without_relations_evidence_what_it_can(tmp_path: Path) -> None:
     add_run(tmp_path, Model("alone", "student", "", 0.4), tasks=("gqa", "mme"), units=4)
     board = load_board(tmp_path)
-    draws = draw_scores(board, 50)
-    names = [plot.name for plot in board_plots(relate(board, draws), draws)]
+    evidence = read_evidence(board, 50)
+    names = [plot.name for plot in board_plots(relate(board, evidence), evidence)]
     assert names == ["bars", "reliability"]
 
 

@@ -68,7 +68,7 @@ def expected(results: Path, mode: str = "scores") -> dict[str, dict[str, Value]]
     """Rows by label, cells by column key."""
     from kd_bench.report import _load
 
-    board = _load(results, None, None)[0]
+    board = _load(results, None, None, None)[0]
     found = {}
     for truth in truths(results):
         entry = next(e for e in board.entries if e.name == truth.label)

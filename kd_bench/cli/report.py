@@ -21,15 +21,20 @@ def report(
     compare: Annotated[
         str | None, typer.Option(help="`paper`: measured rows beside the Switch-KD paper's.")
     ] = None,
+    main: Annotated[
+        str | None,
+        typer.Option(help="Row that the headline is about; default: what holds over all methods."),
+    ] = None,
     training: Annotated[
         list[Path] | None,
         typer.Option(help="Plot this training folder instead, finished or not; may be repeated."),
     ] = None,
 ) -> None:
     """Render the leaderboard: terminal, Markdown and a self-contained page."""
-    if training and (runs or suite or compare):
+    if training and (runs or suite or compare or main):
         raise UsageError(
-            "--training plots training folders only.", "Drop the runs, --suite and --compare."
+            "--training plots training folders only.",
+            "Drop the runs, --suite, --compare and --main.",
         )
     from rich.console import Console
 
@@ -44,6 +49,7 @@ def report(
             runs,
             suite=suite,
             compare=compare,
+            main=main,
             console=Console(),
             allow_empty=False,
         )

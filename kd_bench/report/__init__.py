@@ -9,9 +9,9 @@ from kd_bench.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from kd_bench.compare.estimates import Evidence
     from kd_bench.report.board import Board
     from kd_bench.report.tables import Table
-    from kd_bench.report.uncertainty import Draws
 
 __all__ = ["print_report", "render_report", "render_training"]
 
@@ -23,6 +23,7 @@ def render_report(
     *,
     suite: str | None = None,
     compare: str | None = None,
+    main: str | None = None,
     console: "Console | None" = None,
     allow_empty: bool = True,
 ) -> Path:
@@ -33,6 +34,7 @@ def render_report(
         names: runs, run id prefixes or model names, as `store.find_run` takes them.
         suite: default: that of the newest run.
         compare: `paper` also prints the measured rows beside the Switch-KD paper's.
+        main: name or method of the row that the headline is about; default: what holds over all.
         console: where the tables are printed too; None prints nothing.
         allow_empty: False refuses a page without a single run instead of writing it.
 
@@ -43,11 +45,11 @@ def render_report(
     from kd_bench.report.page import render
     from kd_bench.report.tables_terminal import to_terminal
 
-    board, draws = _load(results, names, suite)
+    board, evidence = _load(results, names, suite, main)
     if not board.entries and not allow_empty:
         raise _nothing_to_show(results, board.left_out)
     tables = _tables(board, compare)
-    page = render(board, destination, draws)
+    page = render(board, destination, evidence)
     if console is not None:
         for table in tables:
             to_terminal(table, console)
@@ -83,18 +85,20 @@ def print_report(
     """The same tables as text of at most 100 columns, without a page; raises the same."""
     from kd_bench.report.tables_terminal import to_terminal
 
-    board, _ = _load(results, names, None)
+    board, _ = _load(results, names, None, None)
     return "\n".join(to_terminal(table) for table in _tables(board, compare))
 
 
-def _load(results: Path, names: Sequence[str] | None, suite: str | None) -> "tuple[Board, Draws]":
-    """The board with differences, retention and ranks, and the draws that they come from."""
+def _load(
+    results: Path, names: Sequence[str] | None, suite: str | None, main: str | None
+) -> "tuple[Board, Evidence]":
+    """The board with differences, retention and ranks, and the evidence that they come from."""
     from kd_bench.report.board_loading import load_board
-    from kd_bench.report.uncertainty import draw_scores, relate
+    from kd_bench.report.relations import read_evidence, relate
 
     board = load_board(results, names, suite)
-    draws = draw_scores(board)
-    return relate(board, draws), draws
+    evidence = read_evidence(board)
+    return relate(board, evidence, main), evidence
 
 
 def _tables(board: "Board", compare: str | None) -> "list[Table]":

@@ -7,11 +7,15 @@ interval is kept apart. Nothing here knows about tables, pictures or HTML.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from kd_bench.errors import UsageError
 from kd_bench.records import Cost, Interval, RunManifest, TaskResult
 from kd_bench.registry import SKILLS, TaskSpec, load_tasks
 from kd_bench.store import Run
+
+if TYPE_CHECKING:
+    from kd_bench.compare.estimates import Claim
 
 __all__ = [
     "MISSING",
@@ -135,6 +139,8 @@ class Board:
 
     Attributes:
         teacher, floor: the entries that retention, gap closed and differences refer to.
+        main: the entry that the reader named as the page's subject.
+        claim: the one claim that may stand in the headline, about the entry with its key.
         left_out: runs that are in the store but not on the board, and why.
     """
 
@@ -144,7 +150,8 @@ class Board:
     teacher: Entry | None = None
     floor: Entry | None = None
     left_out: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    main: Entry | None = None
+    claim: "Claim | None" = None
 
     @property
     def mini(self) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from kd_bench.compare.estimates import Evidence
 from kd_bench.files import write_text
 from kd_bench.records import AVERAGE
 from kd_bench.report.board import Board, Entry, Score
@@ -28,7 +29,6 @@ from kd_bench.report.tables import (
 from kd_bench.report.tables_data import to_csv, to_json_text
 from kd_bench.report.tables_markup import column_groups, to_html, to_latex, to_markdown
 from kd_bench.report.training import logs_of
-from kd_bench.report.uncertainty import Draws
 
 __all__ = ["render"]
 
@@ -53,7 +53,7 @@ PLOTS: tuple[PlotSection, ...] = (
 )  # fmt: skip
 
 
-def render(board: Board, destination: Path, draws: Draws) -> Path:
+def render(board: Board, destination: Path, evidence: Evidence) -> Path:
     """Write the whole report of a board; returns the page's path.
 
     Equal boards give equal bytes: nothing depends on the time or place of rendering.
@@ -61,7 +61,7 @@ def render(board: Board, destination: Path, draws: Draws) -> Path:
     plot_names = [name for *_, names in PLOTS for name in names]
     claim_report(destination, [*TABLES, "samples.parquet"], plot_names)
     logs = {entry.key: logs_of(entry) for entry in board.entries}
-    plots = board_plots(board, draws, logs)
+    plots = board_plots(board, evidence, logs)
     chosen = choose_samples(board)
     tables = {mode: leaderboard(board, mode) for mode, _ in MODES}
     downloads = _write_tables(tables, destination)
@@ -194,25 +194,31 @@ def _shown(cell: Cell, column: Column) -> dict[str, str]:
 
 
 def _title(board: Board) -> str:
+    """What the page may claim in one line; how much it holds, and nothing else, where it may not.
+
+    Only a claim that holds over all methods, or of the one named as main, stands here, and only
+    one of methods: a difference of single seeds may be that of the seeds.
+    """
     if not board.entries:
         return "No runs yet"
-    best = _best_student(board)
-    if best is None or board.floor is None or AVERAGE not in best.differences:
-        models = _count(len(board.entries), "model")
-        return f"{models} on {_count(len(board.tasks), 'benchmark')}"
-    difference = best.differences[AVERAGE]
-    gain = format_number(difference.value, "difference").lstrip("+")
-    if difference.interval is not None and difference.interval.low > 0:
-        return f"{clean(best.name)} gains {gain} points over SFT"
-    if difference.interval is not None and difference.interval.high < 0:
-        return f"{clean(best.name)} loses {gain.lstrip('−')} points against SFT"
-    return f"{clean(best.name)} and SFT cannot be told apart"
+    subject, claim = _subject(board), board.claim
+    if claim is not None and subject is not None and not claim.weights_only:
+        return f"{clean(subject.name)} {_change(claim.difference.value)} SFT"
+    models = _count(len(board.entries), "model")
+    return f"{models} on {_count(len(board.tasks), 'benchmark')}"
 
 
-def _best_student(board: Board) -> Entry | None:
-    """The distilled student with the highest average."""
-    students = [e for e in board.students if e.role != "sft" and e.score(AVERAGE).known]
-    return max(students, key=lambda e: e.score(AVERAGE).value, default=None)
+def _change(points: float) -> str:
+    number = format_number(abs(points), "score")
+    return f"gains {number} points over" if points > 0 else f"loses {number} points against"
+
+
+def _subject(board: Board) -> Entry | None:
+    """The row that the head of the page is about: the one named as main, else the claim's."""
+    if board.main is not None:
+        return board.main
+    claim = board.claim
+    return next((e for e in board.entries if claim and e.key == claim.method), None)
 
 
 def _eyebrow(board: Board) -> str:
@@ -233,7 +239,7 @@ def _lead(board: Board) -> list[str]:
             "Evaluate a checkpoint with `kd-bench eval CHECKPOINT`, then render this page again."
         ]
         return lines + [clean(line) for line in board.left_out]
-    teacher, floor, best = board.teacher, board.floor, _best_student(board)
+    teacher, floor = board.teacher, board.floor
     parts = []
     if teacher is not None and teacher.score(AVERAGE).known:
         name = clean(teacher.name)
@@ -241,28 +247,61 @@ def _lead(board: Board) -> list[str]:
         parts.append(f"{who} reaches {teacher.score(AVERAGE).value:.1f}")
     if floor is not None and floor.score(AVERAGE).known:
         parts.append(f"plain fine-tuning {floor.score(AVERAGE).value:.1f}")
-    if best is not None:
-        parts.append(f"{clean(best.name)} {best.score(AVERAGE).value:.1f}")
-    if not parts:
+    subject = _subject(board)
+    if subject is not None and subject.score(AVERAGE).known:
+        parts.append(f"{clean(subject.name)} {subject.score(AVERAGE).value:.1f}")
+    lines = [", ".join(parts) + f" on average over {len(board.tasks)} benchmarks."] * bool(parts)
+    return lines + _claimed(board, subject)
+
+
+def _claimed(board: Board, subject: Entry | None) -> list[str]:
+    """What the claim rests on, or that there is none."""
+    floor, claim = board.floor, board.claim
+    others = [e for e in board.students if floor is not None and e.key != floor.key]
+    if not others or floor is None or not floor.score(AVERAGE).known:
         return []
-    return [", ".join(parts) + f" on average over {len(board.tasks)} benchmarks."]
+    if claim is None or subject is None or claim.difference.interval is None:
+        who = clean(board.main.name) if board.main else _count(len(others), "method")
+        verb = "and SFT cannot be told apart" if board.main else "against SFT: no gain is certain"
+        return [f"{who} {verb} on the average.", *_noise(others, floor)]
+    interval = claim.difference.interval
+    ends = format_interval(Cell(0.0, interval=interval), "difference")
+    over = f", true of all {claim.candidates} methods at once" if claim.candidates > 1 else ""
+    line = f"The {100 * interval.level:.3g} % interval of that difference is {ends} points{over}."
+    if claim.weights_only:
+        line = (
+            f"These weights of {clean(subject.name)} score "
+            f"{format_number(claim.difference.value, 'difference')} points beside SFT's "
+            f"({100 * interval.level:.3g} % interval {ends}{over})."
+        )
+    return [line, *_noise([subject], floor)]
+
+
+def _noise(entries: list[Entry], floor: Entry) -> list[str]:
+    """That one seed says nothing of a method, where there is only one."""
+    if all(len(entry.runs) > 1 for entry in (*entries, floor)):
+        return []
+    return [
+        "Single training seeds: what another seed would give is unknown, so these are differences "
+        "of weights, not of methods."
+    ]
 
 
 def _figures(board: Board) -> list[dict[str, str]]:
-    """The few numbers that the page is about."""
-    best = _best_student(board)
-    if best is None:
+    """The few numbers that the page is about; none where nobody was named and nothing holds."""
+    subject = _subject(board)
+    if subject is None:
         return []
     found = [
-        _figure(board.average_title + " of " + clean(best.name), best.score(AVERAGE), "score", ""),
-        _figure("Difference from SFT", best.differences.get(AVERAGE), "difference", "points"),
-        _figure("Of the teacher kept", best.retentions.get(AVERAGE), "percent", ""),
-        _figure("Gap to the teacher closed", best.gap_closed, "percent", ""),
+        _figure(f"{board.average_title} of {clean(subject.name)}", subject.score(AVERAGE), "score"),
+        _figure("Difference from SFT", subject.differences.get(AVERAGE), "difference", "points"),
+        _figure("Of the teacher kept", subject.retentions.get(AVERAGE), "percent"),
+        _figure("Gap to the teacher closed", subject.gap_closed, "percent"),
     ]
     return [figure for figure in found if figure is not None]
 
 
-def _figure(name: str, score: Score | None, kind: Any, unit: str) -> dict[str, str] | None:
+def _figure(name: str, score: Score | None, kind: Any, unit: str = "") -> dict[str, str] | None:
     if score is None or not score.known:
         return None
     return {

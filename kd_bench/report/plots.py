@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from kd_bench.compare.estimates import Evidence
 from kd_bench.records import AVERAGE
 from kd_bench.report.board import Board, Entry, Score
 from kd_bench.report.calibration import reliability
@@ -28,13 +29,12 @@ from kd_bench.report.style import (
 )
 from kd_bench.report.tables import clean, format_number
 from kd_bench.report.training import TrainingLog
-from kd_bench.report.uncertainty import Draws
 
 __all__ = ["bars", "board_plots", "pareto", "radar"]
 
 
 def board_plots(
-    board: Board, draws: Draws, logs: dict[str, list[TrainingLog]] | None = None
+    board: Board, evidence: Evidence, logs: dict[str, list[TrainingLog]] | None = None
 ) -> list[Plot]:
     """Every plot that there is data for; `logs` are training logs by entry key."""
     if not board.entries:
@@ -45,7 +45,7 @@ def board_plots(
             bars(board),
             forest(board),
             retention(board),
-            gaps(board, draws),
+            gaps(board, evidence),
             pareto(board),
             reliability(board),
             losses(board, logs or {}),

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from kd_bench.compare.estimates import Evidence
 from kd_bench.records import AVERAGE
 from kd_bench.report.board import Board, Entry, Score
+from kd_bench.report.relations import hybrid_gaps
 from kd_bench.report.style import (
     GRID,
     INK,
@@ -19,7 +21,6 @@ from kd_bench.report.style import (
     to_plot,
 )
 from kd_bench.report.tables import clean, format_number
-from kd_bench.report.uncertainty import Draws, hybrid_gaps
 
 __all__ = ["forest", "gaps", "retention"]
 
@@ -110,9 +111,9 @@ def _benchmark_axis(axes: Any, keys: list[tuple[str, str]]) -> None:
         axes.get_yticklabels()[0].set_fontweight("bold")
 
 
-def gaps(board: Board, draws: Draws) -> Plot | None:
+def gaps(board: Board, evidence: Evidence) -> Plot | None:
     """What the student's eyes and what its language model cost, from the switch hybrid."""
-    found = hybrid_gaps(board, draws)
+    found = hybrid_gaps(board, evidence)
     if not found:
         return None
     gap = found[0]

@@ -1,0 +1,273 @@
+"""How the rows of a board relate: intervals, ranks, differences, retention, gaps, the headline.
+
+All of them are asked of the one estimator, `compare.estimates`; here is only which runs of the
+board it may be asked about.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kd_bench.aggregators import UnitStatistics, get_aggregator, unit_statistics
+from kd_bench.compare.estimates import Estimate, Evidence, TaskEvidence, headline
+from kd_bench.errors import KdBenchError, UsageError, closest
+from kd_bench.records import AVERAGE
+from kd_bench.report.board import MISSING, Board, Entry, Score, TaskInfo
+from kd_bench.stats import RESAMPLES
+from kd_bench.store import Run
+
+__all__ = ["Gap", "hybrid_gaps", "read_evidence", "relate"]
+
+SCORED = ("document_id", "unit_id", "category", "target", "parsed", "score")
+# Stored samples that miss the stored score by more than this (points) are not resampled.
+AGREES = 0.05
+
+
+def read_evidence(board: Board, resamples: int = RESAMPLES) -> Evidence:
+    """Resample every benchmark once for all runs of the board that can be compared."""
+    found = {task.id: _task_evidence(board, task, resamples) for task in board.tasks}
+    return Evidence({task: evidence for task, evidence in found.items() if evidence is not None})
+
+
+def _task_evidence(board: Board, info: TaskInfo, resamples: int) -> TaskEvidence | None:
+    """Evidence by run folder name; runs over other units than the first one's are left out."""
+    task = info.id
+    aggregator = get_aggregator(info.aggregator(_profile(board, task)))
+    by_run: dict[str, NDArray[np.float64]] = {}
+    units: NDArray[np.object_] | None = None
+    for entry in board.entries:
+        if not entry.score(task).comparable:
+            continue
+        for run, results in zip(entry.runs, entry.results, strict=True):
+            statistics = _statistics(run, task, aggregator.name) if task in results else None
+            if statistics is None:
+                continue
+            observed = float(aggregator.combine(statistics.values.sum(axis=0)))
+            if not abs(observed - results[task].score) <= AGREES:
+                continue
+            if units is None:
+                units = statistics.units
+            first = next(iter(by_run.values()), statistics.values)
+            if np.array_equal(units, statistics.units) and first.shape == statistics.values.shape:
+                by_run[run.path.name] = statistics.values
+    if units is None or len(units) == 0:
+        return None
+    return TaskEvidence.of(aggregator.name, units, by_run, resamples)
+
+
+def _statistics(run: Run, task: str, aggregator: str) -> UnitStatistics | None:
+    try:
+        return unit_statistics(aggregator, run.samples(task, SCORED))
+    except (KdBenchError, ValueError, KeyError, TypeError):
+        return None  # a damaged file costs the interval, not the report
+
+
+def _profile(board: Board, task: str) -> str:
+    for entry in board.entries:
+        for results in entry.results:
+            if task in results:
+                return results[task].profile
+    return "default"
+
+
+# --- relations ---------------------------------------------------------------------------------
+
+
+def relate(board: Board, evidence: Evidence, main: str | None = None) -> Board:
+    """The board with intervals, ranks, differences from SFT, retention, gap closed and headline.
+
+    Args:
+        main: name or method of the row that the headline is about; default: it speaks of what
+            holds simultaneously over all methods.
+
+    Raises:
+        UsageError: no student is called `main`.
+    """
+    teacher = next((e for e in board.entries if e.role == "teacher"), None)
+    floor = next((e for e in board.entries if e.role == "sft"), None)
+    asked = _Asked(board, evidence)
+    named = _named(board, main, floor)
+    entries = [asked.entry(entry, floor, teacher) for entry in board.entries]
+    by_key = {entry.key: entry for entry in entries}
+    methods = (
+        {}
+        if floor is None
+        else asked.groups(AVERAGE, [e for e in board.students if e is not floor])
+    )
+    claim = None
+    if floor is not None and asked.knows(AVERAGE, floor):
+        claim = headline(evidence, asked.group(floor), methods, named.key if named else None)
+    return replace(
+        board,
+        entries=tuple(entries),
+        teacher=by_key[teacher.key] if teacher else None,
+        floor=by_key[floor.key] if floor else None,
+        main=by_key[named.key] if named else None,
+        claim=claim,
+    )
+
+
+def _named(board: Board, main: str | None, floor: Entry | None) -> Entry | None:
+    if main is None:
+        return None
+    students = [entry for entry in board.students if entry is not floor]
+    found = [e for e in students if e.name == main] or [e for e in students if e.method == main]
+    if len(found) != 1:
+        names = sorted(entry.name for entry in students)
+        wrong = "Several rows are" if found else "No student on this page is"
+        raise UsageError(
+            f"{wrong} {main!r}.{closest(main, names)}", f"There are: {', '.join(names)}."
+        )
+    return found[0]
+
+
+class _Asked:
+    """What a board may ask its evidence."""
+
+    def __init__(self, board: Board, evidence: Evidence) -> None:
+        self.evidence = evidence
+        self.keys = [task.id for task in board.tasks] + [AVERAGE]
+        # The average of a page is over all of its benchmarks or it is none.
+        self.whole = set(evidence.tasks) == {task.id for task in board.tasks}
+        self.ranks = {
+            key: evidence.ranks(key, self.groups(key, board.students)) for key in self.keys
+        }
+
+    @staticmethod
+    def group(entry: Entry) -> list[str]:
+        """An entry's runs as the evidence names them."""
+        return [run.path.name for run in entry.runs]
+
+    def knows(self, key: str, *entries: Entry) -> bool:
+        """Whether every number is comparable and every run's samples could be read."""
+        if key == AVERAGE and not self.whole:
+            return False
+        known = all(e.score(key).known and e.score(key).comparable for e in entries)
+        return known and self.evidence.has(key, *map(self.group, entries))
+
+    def groups(self, key: str, entries: Sequence[Entry]) -> dict[str, Sequence[str]]:
+        """The groups of those entries that are known, by key."""
+        return {entry.key: self.group(entry) for entry in entries if self.knows(key, entry)}
+
+    def entry(self, entry: Entry, floor: Entry | None, teacher: Entry | None) -> Entry:
+        """An entry with everything that its scores are related to."""
+        above = floor if entry.role != "teacher" and entry is not floor else None
+        below = teacher if entry.role != "teacher" else None
+        gap = MISSING
+        if above is not None and below is not None:
+            gap = self._gap(entry, above, below) or MISSING
+        return replace(
+            entry,
+            scores=dict(entry.scores) | {key: self._score(entry, key) for key in self.keys},
+            differences={
+                key: found
+                for key in self.keys
+                if above and (found := self.difference(key, above, entry)) is not None
+            },
+            retentions={
+                key: found
+                for key in self.keys
+                if below and (found := self._retention(key, entry, below)) is not None
+            },
+            gap_closed=gap,
+        )
+
+    def _score(self, entry: Entry, key: str) -> Score:
+        score = replace(entry.score(key), interval=None, rank=self.ranks[key].get(entry.key))
+        if not self.knows(key, entry):
+            return score
+        found = self.evidence.score(key, self.group(entry))
+        few = (f"{found.units} units: too few for an interval or a rank",)
+        return replace(
+            score,
+            interval=found.interval,
+            holds_seeds=found.holds_seeds,
+            marks=score.marks + few * found.too_few,
+        )
+
+    def difference(self, key: str, first: Entry, second: Entry) -> Score | None:
+        """`second` minus `first` in points; None where one of them cannot be compared."""
+        if not _comparable(key, first, second):
+            return None
+        found = None
+        if self.knows(key, first, second):
+            found = self.evidence.difference(key, self.group(first), self.group(second))
+        return _as_score(second.score(key).value - first.score(key).value, found)
+
+    def _retention(self, key: str, entry: Entry, teacher: Entry) -> Score | None:
+        """Percent of the teacher's score."""
+        ceiling = teacher.score(key).value
+        if not _comparable(key, entry, teacher) or ceiling <= 0:
+            return None
+        found = None
+        if self.knows(key, entry, teacher):
+            found = self.evidence.retention(key, self.group(entry), self.group(teacher))
+        return _as_score(100 * entry.score(key).value / ceiling, found)
+
+    def _gap(self, entry: Entry, floor: Entry, teacher: Entry) -> Score | None:
+        """Percent of the way from SFT to the teacher, on the average."""
+        own, low, high = (e.score(AVERAGE).value for e in (entry, floor, teacher))
+        if not _comparable(AVERAGE, entry, floor, teacher) or high <= low:
+            return None
+        found = None
+        if self.knows(AVERAGE, entry, floor, teacher):
+            student, ground, top = (self.group(each) for each in (entry, floor, teacher))
+            found = self.evidence.gap_closed(AVERAGE, student, ground, top)
+        return _as_score(100 * (own - low) / (high - low), found)
+
+
+def _comparable(key: str, *entries: Entry) -> bool:
+    """Whether the numbers were measured, and under one protocol."""
+    return all(entry.score(key).known and entry.score(key).comparable for entry in entries)
+
+
+def _as_score(value: float, found: Estimate | None) -> Score:
+    if found is None:
+        return Score(value)
+    return Score(value, interval=found.interval, holds_seeds=found.holds_seeds)
+
+
+# --- vision and language gap -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Gap:
+    """What a student's vision and what its language model cost, by benchmark and `AVERAGE`."""
+
+    student: Entry
+    hybrid: Entry
+    vision: dict[str, Score]
+    language: dict[str, Score]
+
+
+def hybrid_gaps(board: Board, evidence: Evidence) -> list[Gap]:
+    """Teacher - hybrid (vision gap) and hybrid - student (language gap) for each hybrid."""
+    asked = _Asked(board, evidence)
+    gaps = []
+    for hybrid in board.entries:
+        student = _student_of(board, hybrid) if hybrid.role == "switch" else None
+        if student is None or board.teacher is None:
+            continue
+        vision = {key: asked.difference(key, hybrid, board.teacher) for key in asked.keys}
+        language = {key: asked.difference(key, student, hybrid) for key in asked.keys}
+        known = [key for key in asked.keys if vision[key] and language[key]]
+        gaps.append(
+            Gap(
+                student,
+                hybrid,
+                {key: score for key in known if (score := vision[key])},
+                {key: score for key in known if (score := language[key])},
+            )
+        )
+    return [gap for gap in gaps if gap.vision]
+
+
+def _student_of(board: Board, hybrid: Entry) -> Entry | None:
+    """The student whose vision a hybrid has: same method, else the only distilled one."""
+    students: Sequence[Entry] = [e for e in board.students if e.method == hybrid.method]
+    if not students or not hybrid.method:
+        students = [e for e in board.students if e.role == "kd"]
+        return students[0] if len(students) == 1 else None
+    return students[0]
