@@ -9,10 +9,20 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from kd_bench.cli.recipes import attribute_lines, write_starter
 from kd_bench.distill import trainer
 from kd_bench.distill.arguments import check_loggers
 from kd_bench.distill.progress import ProgressReport
-from kd_bench.distill.recipe import load_recipe, recipe_yaml
+from kd_bench.distill.recipe import (
+    DataSource,
+    LoraSettings,
+    Recipe,
+    Stage,
+    StudentParts,
+    list_recipes,
+    load_recipe,
+    recipe_yaml,
+)
 from kd_bench.distill.trainer import train
 from kd_bench.errors import UsageError
 from tests import tiny
@@ -220,3 +230,25 @@ def test_stage_step_and_time_left_are_never_cut(width):
     assert "7/600" in last[-1]
     assert ":" in last[-1].split("7/600")[1].split("loss")[0]  # the time left
     assert "loss 2.310" in last[-1]
+
+
+def test_every_setting_of_a_recipe_says_what_it_means():
+    for model in (Recipe, Stage, DataSource, StudentParts, LoraSettings):
+        assert set(attribute_lines(model)) == set(model.model_fields), model.__name__
+
+
+def test_the_recipe_that_is_written_to_start_from_holds(tmp_path):
+    path = tmp_path / "my.yaml"
+    write_starter(path)
+    recipe = load_recipe(path)
+    assert (recipe.name, recipe.method, len(recipe.stages)) == ("my", "switch-kd", 1)
+    with pytest.raises(UsageError, match="exists already"):
+        write_starter(path)
+
+
+def test_the_shipped_recipes_are_listed_and_shown_as_they_are_written():
+    line = [sys.executable, "-m", "kd_bench", "recipes"]
+    listed = subprocess.run([*line, "list"], capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run([*line, "show", "mini"], capture_output=True, text=True, check=True)
+    assert all(name in listed for name in list_recipes())
+    assert shown.stdout == list_recipes()["mini"].read_text(encoding="utf-8")

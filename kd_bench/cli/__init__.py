@@ -8,10 +8,11 @@ import errno
 import logging
 import os
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+from kd_bench import __version__
 from kd_bench.cli import (
     check,
     compare,
@@ -19,6 +20,7 @@ from kd_bench.cli import (
     demo,
     doctor,
     evaluate,
+    recipes,
     report,
     runs,
     tasks,
@@ -48,6 +50,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"kd-bench {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _whole(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """What stands before the commands."""
+
+
 app.command()(demo.demo)
 app.command()(train.train)
 app.command("eval")(evaluate.evaluate)
@@ -56,6 +75,7 @@ app.command()(compare.compare)
 app.command()(check.check)
 app.command()(convert.convert)
 app.command()(doctor.doctor)
+app.add_typer(recipes.app, name="recipes")
 app.add_typer(tasks.app, name="tasks")
 app.add_typer(runs.app, name="runs")
 

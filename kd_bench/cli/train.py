@@ -1,5 +1,6 @@
 """`kd-bench train`."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -22,11 +23,24 @@ def train(
     show: Annotated[
         bool, typer.Option("--show", help="Print the resolved recipe and stop.")
     ] = False,
+    init: Annotated[
+        Path | None,
+        typer.Option(help="Write a commented recipe to start from, and stop.", metavar="FILE.yaml"),
+    ] = None,
 ) -> None:
     """Train a student; without arguments, the embedded mini recipe.
 
+    Settings are written KEY=VALUE behind the recipe: method=sft steps=1000 learning_rate=1e-4
+    seed=1 data.path=FILE output=FOLDER ...; `kd-bench recipes settings` lists them all.
+
     The same command continues a stopped training.
     """
+    if init is not None:
+        from kd_bench.cli.recipes import write_starter
+
+        write_starter(init)
+        typer.echo(f"Wrote {init}. Next: kd-bench train {init} --show")
+        return
     from kd_bench.distill.recipe import recipe_yaml
     from kd_bench.distill.sweep import plan, sweep
 

@@ -22,6 +22,7 @@ __all__ = [
     "Recipe",
     "Stage",
     "StudentParts",
+    "find_recipe",
     "list_recipes",
     "load_recipe",
     "recipe_yaml",
@@ -74,7 +75,14 @@ class StudentParts(StrictModel):
 
 
 class LoraSettings(StrictModel):
-    """Low-rank adapters on the language model through peft, merged into it on export."""
+    """Low-rank adapters on the language model through peft, merged into it on export.
+
+    Attributes:
+        r: rank.
+        alpha: the adapters' part counts alpha / r.
+        dropout: on the adapters' input.
+        target_modules: names of linear layers, e.g. [q_proj, v_proj].
+    """
 
     r: int = Field(default=64, ge=1)
     alpha: float = Field(default=128, gt=0)
@@ -86,18 +94,30 @@ class Stage(StrictModel):
     """One part of the training with its own trainable set, terms, data and settings.
 
     Attributes:
-        method: a name in `methods.METHODS`; or give `terms`.
+        name: names its folder, and its settings on the command line: pretrain.steps=100.
+        method: what is minimised: sft, kl, switch-kd, ...; or give `terms`.
+        terms: a list of weighted terms: [{loss: ce}, {loss: dbild, of: switch, weight: 0.5}].
         new_projector_only: the stage teaches a fresh projector; where `student` is a checkpoint
             that brings its own, the stage is left out.
         trainable: parts that learn; a term on the switch logits needs `vision_tower` among them.
+        lora: train low-rank adapters in place of the language model's weights.
+        data: where it is not the recipe's.
         steps, epochs: length, one of the two.
         batch_size: samples per optimizer step, over all devices and accumulation pieces, so that
             a recipe means the same on any hardware.
         gradient_accumulation: pieces that a device's share of a batch is computed in.
+        learning_rate: its largest value.
+        vision_tower_learning_rate: where the vision tower shall learn at a rate of its own.
+        schedule: of the learning rate behind the warm-up.
         warmup: steps if 1 or more, a share of all steps if below 1.
+        weight_decay: AdamW's.
+        betas: AdamW's.
+        max_grad_norm: gradients are scaled down to this norm; 0 leaves them as they are.
         precision: `bfloat16` is mixed precision (weights stay float32).
+        gradient_checkpointing: compute activations again in the backward pass instead of keeping.
         group_by_length: samples of similar length share a batch.
         max_length: tokens of a sample, image tokens included; longer ones lose their end.
+        workers: processes that load data, on each device.
         save_every: steps between checkpoints that a killed run resumes from; 0 is only at the end.
         log_every: steps between lines of `train_log.jsonl`.
         head_chunk: answer positions that go through the LM heads and losses at a time; by default
@@ -176,10 +196,12 @@ class Recipe(StrictModel):
     """A whole training.
 
     Attributes:
+        name: of the training; by default the file's name.
         student: a checkpoint to start from, the parts to build it from, or
             `embedded:new/student`, the embedded world's own, untrained, drawn from `seed`.
         teacher: a checkpoint; not needed where every term is `ce`.
         data: where a stage names none of its own.
+        seed: of everything that is drawn: order of samples, new weights, dropout.
         output: folder of the result; by default `checkpoints/<name>-<method>-seed<seed>`.
         truncate_vocabulary: allow a teacher whose LM head has more (padding) rows than the
             student's, by ignoring the surplus; the tokenizers must be equal all the same.
@@ -189,6 +211,7 @@ class Recipe(StrictModel):
         report_to: other loggers, e.g. [tensorboard].
         final_dtype: float type of the finished checkpoint; auto is that of the student it started
             from (training itself keeps float32 weights).
+        stages: its parts, in order; a file without them has one, of the settings at its top.
     """
 
     name: Name
@@ -252,7 +275,7 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Reci
     Raises:
         UsageError: no such recipe, an unknown key, a value that does not fit.
     """
-    path = _find(name_or_path)
+    path = find_recipe(name_or_path)
     mapping = _short_form(read_yaml(path), path)
     names = [_stage_name(stage) for stage in mapping["stages"]]
     given: dict[str, str] = {}
@@ -347,7 +370,12 @@ def _address(override: str, stage_names: list[str]) -> str:
     return override
 
 
-def _find(name_or_path: str | Path) -> Path:
+def find_recipe(name_or_path: str | Path) -> Path:
+    """The file of a shipped recipe, or the path of one's own.
+
+    Raises:
+        UsageError: neither.
+    """
     path = Path(name_or_path).expanduser()
     known = list_recipes()
     if str(name_or_path) in known:
