@@ -17,9 +17,12 @@ __all__ = [
     "Journal",
     "atomic_path",
     "claim_folder",
+    "digest_bytes",
     "digest_files",
     "digest_text",
+    "parse_json",
     "read_json",
+    "write_bytes",
     "write_json",
     "write_text",
 ]
@@ -84,17 +87,21 @@ def claim_folder(folder: Path, kind: str, names: Iterable[str], *, made_before: 
     write_text(marker, f"A {kind} of kd-bench, which may replace what is in this folder.\n")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text atomically."""
+def write_bytes(path: Path, data: bytes) -> str:
+    """Write a file atomically: aside, flushed, renamed. Returns its sha256, hexadecimal."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.write_bytes(data)
+    return digest_bytes(data)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_text(path: Path, text: str) -> str:
+    """Write UTF-8 text atomically; a lone surrogate is written as an escape."""
+    return write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def write_json(path: Path, value: Any) -> str:
     """Write indented UTF-8 JSON atomically; key order is kept."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    # A lone surrogate (from a file name or a model) has no UTF-8, but a JSON escape.
-    write_text(path, text.encode("utf-8", "backslashreplace").decode("utf-8"))
+    return write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -104,10 +111,24 @@ def read_json(path: Path) -> Any:
         FileNotFoundError: there is none.
         ValueError: it is not JSON; the message names the file.
     """
+    return parse_json(path.read_bytes(), path)
+
+
+def parse_json(data: bytes, path: Path) -> Any:
+    """The value that lies in a JSON file.
+
+    Raises:
+        ValueError: it is not JSON; the message names the file.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        return json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
+
+
+def digest_bytes(data: bytes) -> str:
+    """sha256, hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def digest_text(*parts: str) -> str:

@@ -7,15 +7,19 @@
 All are plain frozen dataclasses; `from_json` validates what was read from a file.
 """
 
+import hashlib
+import json
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, TypeVar
 
 __all__ = [
     "AVERAGE",
+    "FORMAT",
     "ROLES",
     "SAMPLE_COLUMNS",
     "STATUSES",
     "Cost",
+    "Identity",
     "Interval",
     "ModelRef",
     "Protocol",
@@ -26,8 +30,11 @@ __all__ = [
     "to_json",
 ]
 
-Role = Literal["teacher", "sft", "kd", "switch", "baseline", "student"]
-ROLES: tuple[str, ...] = ("teacher", "sft", "kd", "switch", "baseline", "student")
+FORMAT = 2
+"""Of a manifest. 1: no digests of files, nothing on the data; 2: both."""
+
+Role = Literal["teacher", "sft", "kd", "switch", "baseline", "student", "model"]
+ROLES: tuple[str, ...] = ("teacher", "sft", "kd", "switch", "baseline", "student", "model")
 
 RunStatus = Literal["running", "complete", "partial", "unhealthy"]
 
@@ -44,7 +51,8 @@ class ModelRef:
 
     Attributes:
         name: what tables show; several seeds of one method share `method`.
-        role: teacher, sft (the floor), kd, switch (student's eyes, teacher's language), ...
+        role: teacher, sft (the floor), kd, switch (student's vision, teacher's language), ...;
+            `model` when nobody said.
         path: the checkpoint as the user gave it.
         weights_digest: sha256 of the weights, hexadecimal.
         method: `sft`, `switch-kd`, ...; rows with equal method and role fold into mean and spread.
@@ -99,11 +107,60 @@ class Protocol:
 
 
 @dataclass(frozen=True)
+class Identity:
+    """What a run measured. Equal identities give equal numbers; nothing else names a result.
+
+    Attributes:
+        weights: digest of the weights.
+        setup: digest of the configuration, tokenizer and processor files beside them.
+        protocol: suite, profiles, limit, dtype, engine, ...; its batch size is only noted.
+        data: by benchmark, the digest of its data files and of what is asked of them; empty
+            where it is not known.
+    """
+
+    weights: str
+    setup: str
+    protocol: Protocol
+    data: dict[str, str]
+
+    @property
+    def conditions(self) -> str:
+        """Digest of the protocol alone: runs of two models can be compared where it is equal."""
+        told = {k: v for k, v in asdict(self.protocol).items() if k != "batch_size"}
+        return _digest(told)
+
+    @property
+    def digest(self) -> str:
+        """sha256 over all of it, hexadecimal."""
+        return _digest([self.weights, self.setup, self.conditions, self.data])
+
+    def holds(self, other: "Identity") -> bool:
+        """Whether a run of this identity may hold the other's results, too.
+
+        Benchmarks that only one of the two has do not stand against it.
+        """
+        shared = self.data.keys() & other.data.keys()
+        return (self.weights, self.setup, self.conditions) == (
+            other.weights,
+            other.setup,
+            other.conditions,
+        ) and all(self.data[task] == other.data[task] for task in shared)
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
 class RunManifest:
     """One evaluation of one model over one suite.
 
     Attributes:
         tasks: planned benchmark ids, in order.
+        suite_tasks: all benchmarks of the suite; empty where they are not known.
+        setup, data: of `Identity`.
+        files: sha256 of every committed file by its path inside the run's folder.
         training: lineage of a checkpoint trained by kd-bench (recipe, digests, method, seed).
         provenance: versions, git commit and dirty flag, hardware, command line.
         notes: what a reader must know, e.g. why the run is unhealthy or that it was imported.
@@ -120,7 +177,21 @@ class RunManifest:
     training: dict[str, Any] | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    format: int = 1
+    format: int = FORMAT
+    suite_tasks: list[str] = field(default_factory=list)
+    setup: str = ""
+    data: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> Identity:
+        """What was measured."""
+        return Identity(self.model.weights_digest, self.setup, self.protocol, self.data)
+
+    @property
+    def verified(self) -> bool:
+        """Whether the run's files are known by digests; older ones are only as good as found."""
+        return self.format >= 2
 
 
 @dataclass(frozen=True)
@@ -143,6 +214,7 @@ class TaskResult:
         metrics: every number upstream reported, in upstream's own scale.
         interval: cluster bootstrap over units of `score`.
         documents, units: number of rows and of resampling units.
+        total: documents that the benchmark has without a limit, where that is known.
         rates: shares in [0, 1]: `unparsed`, `empty`, `truncated`, `error`.
         seconds: wall time of this task; `computed` answers were generated, `resumed` read back.
     """
@@ -162,6 +234,14 @@ class TaskResult:
     resumed: int = 0
     notes: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
+    total: int | None = None
+
+    @property
+    def extent(self) -> str:
+        """`n = 4 of 600` where a limit left documents out, else nothing."""
+        if self.total is None or self.total == self.documents:
+            return ""
+        return f"n = {self.documents:,} of {self.total:,}"
 
 
 @dataclass(frozen=True)
