@@ -1,11 +1,10 @@
 """What is wrong in a store, found without changing it, and the little that is mended safely.
 
-Nothing is believed because it is there: manifests and results are parsed, every journal line's
-checksum and every page of the samples is read, and a stored score must come out of its samples.
-Locks need no care: they end with the process that held them, whatever file they leave.
+It lists what the store's reader finds in every run, and adds what no reader meets: that a stored
+score comes out of its samples, torn journals, files that killed processes left. Locks need no
+care: they end with the process that held them, whatever file they leave.
 """
 
-import math
 import re
 import time
 from collections.abc import Iterable, Iterator
@@ -14,20 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from kd_bench.aggregators import AGGREGATORS, aggregate
 from kd_bench.errors import KdBenchError, UsageError, one_line
 from kd_bench.files import Journal
-from kd_bench.records import RunManifest, TaskResult
+from kd_bench.records import RunManifest
 from kd_bench.store import Run, baselines
 
 __all__ = ["Finding", "State", "examine"]
 
 State = Literal["damaged", "unfinished", "harmless", "repaired"]
 
-AGAIN = "Run the same eval command again."
-SCORE_AGAIN = "Delete the task's .json and run the same eval command again: answers are kept."
-TOLERANCE = 0.05
-"""Points between a stored score and that of its samples; rounding, as in the gate."""
+AGAIN = "Run the same eval command again: what is damaged is made anew, answers are kept."
 
 # What `files.atomic_path` leaves when its process is killed.
 _TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
@@ -88,7 +83,7 @@ def _examine_run(run: Run, repair: bool) -> list[Finding]:
             manifest = run.manifest
         except KdBenchError as error:
             return [*found, *_examine_journals(run, set(), repair), _lost_manifest(run, error)]
-        done = {task for task in manifest.tasks if run.done(task)}
+        done = set(run.done_tasks(manifest))
         found += _examine_journals(run, done, repair)
         for task in _stored_tasks(run, manifest):
             found += _examine_task(run, task, manifest)
@@ -97,10 +92,10 @@ def _examine_run(run: Run, repair: bool) -> list[Finding]:
 
 @contextmanager
 def _held(run: Run) -> Iterator[bool]:
-    """Hold a run that has a lock file; False while another process does."""
+    """Hold a run that was ever locked; False while another process does."""
     with ExitStack() as stack:
         free = True
-        if (run.path / ".lock").exists():
+        if run.lock_file.exists():
             try:
                 stack.enter_context(run.locked())
             except UsageError:
@@ -115,8 +110,7 @@ def _lost_manifest(run: Run, error: KdBenchError) -> Finding:
     if not path.exists():
         way_out = "The same eval command makes it anew and keeps the answers; or delete the folder."
         return Finding(run.path, "damaged", "has no manifest.json", way_out)
-    way_out = "Delete that file and run the same eval command again: answers are kept."
-    return Finding(path, "damaged", _what(error, path), way_out)
+    return Finding(path, "damaged", _what(error, path), error.way_out)
 
 
 def _what(error: KdBenchError, path: Path) -> str:
@@ -200,45 +194,17 @@ def _examine_task(run: Run, task: str, manifest: RunManifest) -> list[Finding]:
     if task not in manifest.tasks:
         file = next(iter(sorted(folder.glob(f"{task}*"))), folder)
         return [Finding(file, "harmless", "belongs to no benchmark of this run and is not used")]
-    if not run.done(task):  # its samples are written first
+    if task not in run.done_tasks(manifest):
+        file = next(iter(sorted(folder.glob(f"{task}.*"))), folder)
+        return [Finding(file, "harmless", "belongs to no committed task yet and is not used")]
+    path = folder / f"{task}.json"
+    try:
+        run.result(task)
         path = folder / f"{task}.samples.parquet"
-        return [Finding(path, "harmless", "has no result beside it yet and is not used")]
-    try:
-        result = run.result(task)
+        problem = run.contradiction(task)
     except KdBenchError as error:
-        path = folder / f"{task}.json"
-        return [Finding(path, "damaged", _what(error, path), SCORE_AGAIN)]
-    problem = _contradiction(run, task, result)
-    path = folder / f"{task}.samples.parquet"
-    return [Finding(path, "damaged", problem, SCORE_AGAIN)] if problem else []
-
-
-def _contradiction(run: Run, task: str, result: TaskResult) -> str | None:
-    """Where samples and result of a task disagree; None when they tell the same story."""
-    path = run.path / "tasks" / f"{task}.samples.parquet"
-    if not path.exists():
-        return f"is missing, and {task}.json says that the task is done"
-    if result.task != task:
-        return f"{task}.json is the result of {result.task}"
-    try:
-        samples = run.samples(task)
-    except KdBenchError as error:
-        return _what(error, path)
-    if len(samples) != result.documents:
-        return f"has {len(samples)} rows, {task}.json says {result.documents} documents"
-    units = int(samples["unit_id"].nunique())
-    if units != result.units:
-        return f"has {units} units, {task}.json says {result.units}"
-    name = str(result.settings.get("aggregator", ""))
-    if name not in AGGREGATORS or not math.isfinite(result.score):
-        return None
-    try:
-        score = aggregate(name, samples)
-    except (TypeError, ValueError) as error:
-        return f"cannot be scored: {one_line(error)}"
-    if abs(score - result.score) <= TOLERANCE:
-        return None
-    return f"gives a score of {score:.2f}, {task}.json says {result.score:.2f}"
+        problem = _what(error, path)
+    return [Finding(path, "damaged", problem, AGAIN)] if problem else []
 
 
 # --- runs and baselines as a whole -------------------------------------------------------------
@@ -270,11 +236,11 @@ def _examine_baselines(results: Path) -> list[Finding]:
         Finding(
             path,
             "damaged",
-            f"{name} stands for {run}, which is not there",
+            f"{name} stands for {entry.run}, which is not there",
             f"Restore the run, or `kd-bench runs baseline set {name} RUN`.",
         )
-        for name, run in named.items()
-        if not _exists(results / "runs" / run / "manifest.json")
+        for name, entry in named.items()
+        if not _exists(results / "runs" / entry.run / "manifest.json")
     ]
 
 

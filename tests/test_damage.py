@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from kd_bench.damage import Finding, examine
-from kd_bench.errors import UsageError
+from kd_bench.errors import IncompleteRunError, UsageError
 from kd_bench.records import Interval, ModelRef, Protocol, TaskResult, to_json
 from kd_bench.store import Run, open_run, set_baseline
 from tests.report_store import written_elsewhere
@@ -126,7 +126,7 @@ def test_samples_that_do_not_decode(run: Run) -> None:
     samples_path(run).write_bytes(data[:40] + bytes(60) + data[100:])
     finding = only(run, repair=True)
     assert (finding.path, finding.state) == (samples_path(run), "damaged")
-    assert "cannot be read" in finding.problem
+    assert finding.problem == "is not what was written: its digest differs"
 
 
 @pytest.mark.parametrize("cut", [0, 4, 1000])
@@ -162,7 +162,8 @@ def test_samples_and_result_that_disagree(run: Run, change: dict[str, float], to
 def test_samples_of_another_task(run: Run) -> None:
     source = run.path / "tasks" / "textvqa.json"
     (run.path / "tasks" / "mmmu.json").write_text(source.read_text())
-    assert only(run).problem == "mmmu.json is the result of textvqa"
+    assert only(run).path == run.path / "tasks" / "mmmu.json"
+    assert "digest differs" in only(run).problem
 
 
 def test_missing_samples_and_missing_result(run: Run) -> None:
@@ -182,8 +183,12 @@ def test_a_result_that_is_not_json(run: Run) -> None:
 
 
 def test_a_profile_without_score_is_sound(run: Run) -> None:
-    commit(run, "mmmu", score=float("nan"), interval=None)
-    assert examine(results_of(run)) == []
+    nothing = float("nan")
+    with pytest.raises(IncompleteRunError, match="mmmu has no score"):
+        commit(run, "mmmu", score=nothing, interval=None)
+    run.begin(replace(run.manifest, tasks=["vqav2"], suite_tasks=["mmmu", "textvqa", "vqav2"]))
+    commit(run, "vqav2", score=nothing, interval=None, profile="test-dev")
+    assert [finding.path.name for finding in examine(results_of(run))] == []
 
 
 # --- runs --------------------------------------------------------------------------------------
@@ -204,11 +209,12 @@ def test_a_missing_and_an_unreadable_manifest(run: Run) -> None:
 def test_the_way_out_of_a_damaged_manifest_keeps_the_answers(run: Run) -> None:
     manifest = run.manifest
     (run.path / "manifest.json").write_text("{")
-    assert "Delete that file" in only(run).way_out
+    assert "delete that file" in only(run).way_out
     (run.path / "manifest.json").unlink()
     again = open_run(results_of(run), manifest.model, manifest.protocol, manifest.tasks)
     assert again.path == run.path
-    assert set(again.results()) == {"mmmu", "textvqa"}
+    assert again.results() == {}, "no digest vouches for them now: they are scored again"
+    assert len(again.journal("mmmu").read()) == 4
 
 
 def test_unfinished_runs_are_listed_and_left_alone(run: Run) -> None:
@@ -307,7 +313,10 @@ def test_a_stored_score_of_another_model_is_noticed(run: Run) -> None:
     path = run.path / "tasks" / "mmmu.json"
     stored = to_json(run.result("mmmu"))
     path.write_text(json.dumps({**stored, "score": 76.0}))
-    assert "76.00" in only(run).problem
+    assert (only(run).path, only(run).problem) == (
+        path,
+        "is not what was written: its digest differs",
+    )
 
 
 # --- kept pictures -----------------------------------------------------------------------------

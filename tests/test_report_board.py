@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kd_bench.errors import UsageError
+from kd_bench.errors import IncompleteRunError, UsageError
 from kd_bench.records import AVERAGE
 from kd_bench.report.board import task_infos
 from kd_bench.report.board_loading import load_board
@@ -135,11 +135,15 @@ def test_an_empty_store(tmp_path: Path) -> None:
 
 
 def test_nan_scores_are_not_numbers(tmp_path: Path) -> None:
-    run = add_run(tmp_path, SFT[0], tasks=("gqa",), units=5)
-    frame = run.samples("gqa")
-    run.commit(replace(run.result("gqa"), score=float("nan"), interval=None), frame)
+    """Of a hidden test split there is no score; a scored benchmark cannot be stored without."""
+    run = add_run(tmp_path, SFT[0], tasks=("vqav2",), units=5)
+    frame = run.samples("vqav2")
+    nothing = replace(run.result("vqav2"), score=float("nan"), interval=None)
+    with pytest.raises(IncompleteRunError, match="no score"):
+        run.commit(nothing, frame)
+    run.commit(replace(nothing, profile="test-dev"), frame)
     (entry,) = load_board(tmp_path).entries
-    assert not entry.score("gqa").known
+    assert not entry.score("vqav2").known
 
 
 def test_columns_stand_in_the_papers_order_and_groups() -> None:

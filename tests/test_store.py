@@ -1,5 +1,6 @@
 """Run folders: created, continued, committed, found, locked, damaged."""
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +49,15 @@ def samples(rows: int = 2) -> pd.DataFrame:
 def new_run(results: Path, name: str = "student", digest: str = "a" * 64) -> Run:
     model = replace(MODEL, name=name, weights_digest=digest)
     return open_run(results, model, PROTOCOL, ["mmmu", "gqa"])
+
+
+def finished(results: Path, name: str = "student") -> Run:
+    """A complete run of its whole suite."""
+    run = new_run(results, name)
+    for task in ("mmmu", "gqa"):
+        run.commit(result(task), samples())
+    run.finish("complete")
+    return run
 
 
 # --- create and continue -----------------------------------------------------------------------
@@ -138,19 +148,28 @@ def test_what_is_committed_is_read(tmp_path: Path) -> None:
     assert list(run.samples("mmmu", ["score", "unit_id"]).columns) == ["score", "unit_id"]
 
 
-def test_samples_are_written_before_the_result(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("write", range(5))
+def test_a_commit_killed_at_any_write_is_whole_or_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: int
 ) -> None:
+    """Four writes: the manifest without the task, samples, result, the manifest with both."""
     run = new_run(tmp_path)
+    run.commit(result(), samples())
+    left = [write]
+    replaced = Path.replace
 
-    def killed(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
+    def killed(self: Path, target: Path) -> Path:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return replaced(self, target)
 
-    monkeypatch.setattr("kd_bench.store.write_json", killed)
-    with pytest.raises(KeyboardInterrupt):
-        run.commit(result(), samples())
-    assert not run.done("mmmu")
-    assert run.samples("mmmu").shape[0] == 2
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt) if write < 4 else contextlib.nullcontext():
+        run.commit(result(score=60.0), samples(5))
+    monkeypatch.undo()
+    found = {task: (each.score, len(run.samples(task))) for task, each in run.results().items()}
+    assert found == {0: {"mmmu": (50.0, 2)}, 4: {"mmmu": (60.0, 5)}}.get(write, {})
 
 
 def test_a_failed_second_commit_keeps_the_first(
@@ -257,6 +276,9 @@ def test_samples_without_a_column(tmp_path: Path) -> None:
     run.commit(result(), samples())
     path = run.path / "tasks" / "mmmu.samples.parquet"
     pd.read_parquet(path).drop(columns="target").to_parquet(path)
+    with pytest.raises(IncompleteRunError, match="digest differs"):
+        run.samples("mmmu")
+    run.write_manifest(replace(run.manifest, format=1))  # as before there were digests
     with pytest.raises(IncompleteRunError, match="no column target"):
         run.samples("mmmu")
 
@@ -323,9 +345,7 @@ def test_an_empty_store(tmp_path: Path) -> None:
 
 
 def test_baselines_are_set_and_found(tmp_path: Path) -> None:
-    run, other = new_run(tmp_path), new_run(tmp_path, "other")
-    run.finish("complete")
-    other.finish("complete")
+    run, other = finished(tmp_path), finished(tmp_path, "other")
     set_baseline(tmp_path, "mini", run)
     set_baseline(tmp_path, "ten", other)
     assert baseline_run(tmp_path, "mini").path == run.path
@@ -345,8 +365,7 @@ def test_only_complete_runs_become_baselines(tmp_path: Path, status: str) -> Non
 
 
 def test_an_unknown_baseline_names_the_near_one_and_the_way_out(tmp_path: Path) -> None:
-    run = new_run(tmp_path)
-    run.finish("complete")
+    run = finished(tmp_path)
     set_baseline(tmp_path, "main", run)
     with pytest.raises(UsageError, match=r"Did you mean 'main'.*baseline set") as caught:
         baseline_run(tmp_path, "mian")

@@ -144,6 +144,7 @@ def _lineage(recipe: Recipe) -> dict[str, Any]:
         "recipe": recipe.name,
         "recipe_digest": digest_text(recipe_yaml(recipe)),
         "method": recipe.method,
+        "role": _role(recipe),
         "seed": recipe.seed,
         "teacher": None,
         "student": None,
@@ -162,6 +163,13 @@ def _stages_before(folder: Path, recipe: Recipe) -> dict[str, Any]:
         if (stage_folder(folder, index, stage) / "model").exists()
     ]
     return {name: told[name] for name in done if name in told}
+
+
+def _role(recipe: Recipe) -> str:
+    """What the model is among others: distilled, or trained without the teacher that is there."""
+    if any(needs_teacher(stage.objective) for stage in recipe.stages):
+        return "kd"
+    return "sft" if recipe.teacher else "model"
 
 
 def _save_final(run: Run, student: Any, final: Path) -> None:

@@ -4,10 +4,11 @@ Three kinds: a checkpoint; a hybrid (the student's eyes before the teacher's pro
 model); a stock model of lmms-eval, known by its name and arguments.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kd_bench.config import read_yaml
 from kd_bench.errors import UsageError, closest
 from kd_bench.files import digest_files, digest_text, read_json
 from kd_bench.records import ROLES, ModelRef, Role
@@ -18,6 +19,7 @@ __all__ = [
     "inspect_checkpoint",
     "inspect_hybrid",
     "inspect_stock",
+    "with_role",
 ]
 
 # Files that change answers although the weights stay the same.
@@ -85,7 +87,7 @@ def inspect_checkpoint(
     seed = seed if seed is not None else told.get("seed")
     reference = ModelRef(
         name=name or str(told.get("name") or "") or _name(given, path),
-        role=_role(role or _guess(method)),
+        role=_role(role or _told_role(path, told)),
         path=str(given),
         weights_digest=weights_digest(path),
         method=method,
@@ -186,11 +188,27 @@ def _lineage(path: Path) -> dict[str, Any] | None:
     return None
 
 
-def _guess(method: str) -> str:
-    """Role of a checkpoint that kd-bench trained; `student` when nothing is known."""
+def with_role(checkpoint: Checkpoint, role: str) -> Checkpoint:
+    """The same checkpoint in another role."""
+    return replace(checkpoint, ref=replace(checkpoint.ref, role=_role(role)))
+
+
+def _told_role(path: Path, lineage: dict[str, Any]) -> str:
+    """The role that a checkpoint's lineage tells; `model` where it tells none.
+
+    A model trained by SFT is the floor only where its recipe has a teacher that it did without:
+    teachers are trained by SFT as well.
+    """
+    role, method = lineage.get("role"), lineage.get("method")
+    if role in ROLES:
+        return str(role)
     if not method:
-        return "student"
-    return "sft" if method == "sft" else "kd"
+        return "model"
+    if method != "sft":
+        return "kd"
+    recipe = path / "recipe.yaml"
+    teacher = read_yaml(recipe).get("teacher") if recipe.is_file() else None
+    return "sft" if teacher else "model"
 
 
 def _role(role: str) -> Role:

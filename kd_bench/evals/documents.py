@@ -22,7 +22,14 @@ from kd_bench.registry import TaskSpec
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Document", "Documents", "PictureError", "load_documents", "open_picture"]
+__all__ = [
+    "Document",
+    "Documents",
+    "PictureError",
+    "data_files",
+    "load_documents",
+    "open_picture",
+]
 
 
 class PictureError(ValueError):
@@ -191,6 +198,19 @@ def load_documents(spec: TaskSpec, folder: Path, profile: str | None = None) -> 
     if spec.dataset.images and "image" not in pictures:
         pictures["image"] = _joined(spec, folder, split, table)
     return Documents(table, pictures)
+
+
+def data_files(spec: TaskSpec, folder: Path, profile: str | None = None) -> list[Path]:
+    """The files that a benchmark is read from.
+
+    Raises:
+        UsageError: the folder lacks them.
+    """
+    split = spec.profile(profile).split or spec.dataset.split
+    files = _files(folder, spec.id, split)
+    if spec.dataset.images:
+        files += sorted((folder / f"{spec.id}_images").glob(f"{split}-*.parquet"))
+    return files
 
 
 def _files(folder: Path, name: str, split: str) -> list[Path]:

@@ -3,32 +3,34 @@
 plan      which benchmarks, which data, which run folder; what is committed already is skipped
 answer    every answer goes to the journal as it is produced; known ones are read back
 score     upstream's scoring, our samples, and a check that the two agree
-commit    samples, then the result whose presence means done
+commit    samples and result; then the manifest that names them with their digests
+
+Nothing is written before the run is held, its data was checked and its model is loaded.
 """
 
 import contextlib
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from kd_bench.distill import processes
-from kd_bench.errors import KdBenchError, UsageError, one_line
+from kd_bench.errors import IncompleteRunError, KdBenchError, UsageError, one_line
 from kd_bench.evals.checkpoint import (
     Checkpoint,
     chosen_dtype,
     inspect_checkpoint,
     inspect_hybrid,
     inspect_stock,
+    with_role,
 )
 from kd_bench.evals.progress import SuiteProgress
-from kd_bench.evals.worker import ENGINE, Plan, Worker
+from kd_bench.evals.worker import ENGINE, Plan, Worker, data_digest
 from kd_bench.provenance import collect
-from kd_bench.records import Protocol, RunStatus
+from kd_bench.records import Protocol, RunManifest, RunStatus
 from kd_bench.registry import Suite, TaskSpec, load_suite, load_task
-from kd_bench.store import Run, open_run
+from kd_bench.store import Run, catalogue, held_run, wanted_run
 
 __all__ = ["ERROR_LIMIT", "evaluate"]
 
@@ -101,16 +103,51 @@ def evaluate(
         ENGINE,
         quantize,
     )
-    plan = Plan(known, specs, data or _suite_data(chosen), protocol, debug)
     processes.join()
-    run = None
-    if processes.rank() == 0:
-        run = open_run(results, known.ref, protocol, [spec.id for spec in specs])
-    run = processes.broadcast(run)
-    with run.locked() if processes.rank() == 0 else contextlib.nullcontext():
-        _execute(run, plan, progress and processes.rank() == 0, error_limit)
+    if role is None:
+        known = _with_recorded_role(known, results)
+    folder = data or _suite_data(chosen)
+    plan = Plan(known, specs, folder, protocol, _digests(specs, folder, protocol), debug)
+    wanted = wanted_run(
+        known.ref,
+        protocol,
+        [spec.id for spec in specs],
+        data=plan.digests,
+        setup=known.setup_digest,
+        suite_tasks=chosen.tasks,
+    )
+    first = processes.rank() == 0
+    with held_run(results, wanted) if first else contextlib.nullcontext() as held:
+        run = processes.broadcast(held)
+        _execute(run, plan, wanted, progress and first, error_limit)
         processes.barrier()
     return run
+
+
+def _with_recorded_role(known: Checkpoint, results: Path) -> Checkpoint:
+    """The role that the store knows for these weights, where neither command nor lineage told one.
+
+    What an earlier command said comes first; then the lineage; then whether the training of
+    another model of the store names these weights as its teacher. Nothing is guessed.
+    """
+    if known.vision is not None:  # a visual switch is one by how it was made
+        return known
+    there = catalogue(results)
+    weights = known.ref.weights_digest
+    recorded = there.role_of(known.ref.name, weights)
+    if not recorded and known.ref.role == "model" and there.teaches(weights):
+        recorded = "teacher"
+    return with_role(known, recorded) if recorded else known
+
+
+def _digests(specs: Sequence[TaskSpec], folder: Path, protocol: Protocol) -> dict[str, str]:
+    """What each benchmark asks; the first process reads the data for all of them."""
+    found = {}
+    if processes.rank() == 0:
+        for spec in specs:
+            found[spec.id] = data_digest(spec, folder, protocol.profiles.get(spec.id))
+    digests: dict[str, str] = processes.broadcast(found)
+    return digests
 
 
 def _subject(
@@ -149,21 +186,23 @@ def _suite_data(suite: Suite) -> Path:
     )
 
 
-def _execute(run: Run, plan: Plan, shown: bool, error_limit: float) -> None:
+def _execute(run: Run, plan: Plan, wanted: RunManifest, shown: bool, error_limit: float) -> None:
     """Evaluate what is not committed yet and set the run's status."""
     notes: list[str] = []
     first = processes.rank() == 0
-    todo = [spec.id for spec in plan.specs if first and not _settled(run, spec, plan)]
+    todo = [spec.id for spec in plan.specs if first and not _settled(run, spec)]
     todo = processes.broadcast(todo)
+    if first:
+        _check_data([spec for spec in plan.specs if spec.id in todo], plan)
     bars = SuiteProgress(plan.checkpoint.ref.name, len(plan.specs), shown)
     with bars.running():
         for spec in plan.specs:
             if spec.id not in todo:
                 bars.finish(f"{spec.id}: {_told(run, spec)}, known")
-        if todo:
-            if first:
-                run.write_manifest(replace(run.manifest, status="running", finished=None))
-            worker = _worker(run, plan, bars)
+        worker = Worker(run, plan, bars) if todo else None
+        if first:
+            run.begin(wanted, "running" if todo else None)
+        if worker is not None:
             for spec in plan.specs:
                 if spec.id in todo:
                     line, failed = _attempt(worker, spec, plan.debug)
@@ -172,22 +211,20 @@ def _execute(run: Run, plan: Plan, shown: bool, error_limit: float) -> None:
             if first:
                 run.write_manifest(replace(run.manifest, cost=worker.cost()))
     if first:
-        _finish(run, plan, notes, error_limit)
+        _finish(run, plan, notes, error_limit, anew=bool(todo))
+
+
+def _check_data(specs: Sequence[TaskSpec], plan: Plan) -> None:
+    """Refuse unusable data before there is a run."""
+    from kd_bench.evals.documents import load_documents
+
+    for spec in specs:
+        load_documents(spec, plan.data, plan.protocol.profiles.get(spec.id))
 
 
 def _told(run: Run, spec: TaskSpec) -> str:
     score = run.result(spec.id).score
     return "not scored" if math.isnan(score) else f"{score:.1f}"
-
-
-def _worker(run: Run, plan: Plan, bars: SuiteProgress) -> Worker:
-    """Load the model; when that is refused, no run is left behind that never had an answer."""
-    try:
-        return Worker(run, plan, bars)
-    except UsageError:
-        if not any((run.path / "journal").glob("*")):
-            shutil.rmtree(run.path, ignore_errors=True)
-        raise
 
 
 def _attempt(worker: Worker, spec: TaskSpec, debug: bool) -> tuple[str, bool]:
@@ -205,21 +242,21 @@ def _attempt(worker: Worker, spec: TaskSpec, debug: bool) -> tuple[str, bool]:
         return f"{spec.id}: failed: {reason}", True
 
 
-def _settled(run: Run, spec: TaskSpec, plan: Plan) -> bool:
-    """Whether the task's committed result stands: same set-up, and no failed answers."""
-    if not run.done(spec.id):
+def _settled(run: Run, spec: TaskSpec) -> bool:
+    """Whether the task's committed result stands: its files are sound, and no answer failed."""
+    if not (run.path / "manifest.json").exists() or not run.done(spec.id):
         return False
-    result = run.result(spec.id)
-    same = result.settings.get("setup_digest") == plan.checkpoint.setup_digest
-    if same and result.rates.get("error", 0.0) == 0.0:
-        return True
-    run.discard(spec.id)
-    return False
+    try:
+        return run.verified_result(spec.id).rates.get("error", 0.0) == 0.0
+    except IncompleteRunError:  # made anew from the journal
+        return False
 
 
-def _finish(run: Run, plan: Plan, notes: list[str], error_limit: float) -> None:
+def _finish(run: Run, plan: Plan, notes: list[str], error_limit: float, anew: bool) -> None:
+    """Set the run's status; a run of which nothing was made anew is left as it is."""
     results = run.results()
-    missing = [task for task in run.manifest.tasks if task not in results]
+    manifest = run.manifest
+    missing = [task for task in manifest.tasks if task not in results]
     sick = [
         f"{task}: {result.rates['error']:.1%} of the answers failed"
         for task, result in results.items()
@@ -228,9 +265,8 @@ def _finish(run: Run, plan: Plan, notes: list[str], error_limit: float) -> None:
     status: RunStatus = "partial" if missing else "unhealthy" if sick else "complete"
     told = {note.split(":")[0] for note in notes}
     notes += [f"{task}: not evaluated" for task in missing if task not in told]
-    run.finish(
-        status,
-        notes=[*notes, *sick],
-        training=plan.checkpoint.lineage,
-        provenance=collect(seed=plan.checkpoint.ref.seed),
-    )
+    changes: dict[str, Any] = {"notes": [*notes, *sick], "training": plan.checkpoint.lineage}
+    if anew:
+        run.finish(status, provenance=collect(seed=plan.checkpoint.ref.seed), **changes)
+    elif replace(manifest, status=status, **changes) != manifest:
+        run.finish(status, **changes)

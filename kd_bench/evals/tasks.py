@@ -40,6 +40,7 @@ class PreparedTask:
         contents: digest of each document with its pictures.
         pictures: digest of each document's stored picture files; empty where it has none.
         generation: upstream's `generation_kwargs` with our cap, greedy.
+        total: documents of the benchmark without the limit.
         fingerprint: the protocol; only results with equal fingerprints are comparable.
     """
 
@@ -52,6 +53,7 @@ class PreparedTask:
     pictures: list[str]
     generation: dict[str, Any]
     fingerprint: str
+    total: int
 
     @property
     def variant(self) -> Profile:
@@ -85,6 +87,7 @@ def prepare(
     name = spec.default_profile if profile in (None, "default") else str(profile)
     variant = spec.profile(name)
     documents = load_documents(spec, folder, name)
+    total = len(documents)
     if limit is not None and limit < len(documents):
         documents = documents.select(_first_units(spec, documents, limit))
     upstream = variant.upstream or spec.upstream
@@ -107,7 +110,7 @@ def prepare(
     )
     generation = config["generation_kwargs"]
     return PreparedTask(
-        spec, name, documents, task, prompts, contents, pictures, generation, fingerprint
+        spec, name, documents, task, prompts, contents, pictures, generation, fingerprint, total
     )
 
 

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd_bench.distill import processes
+from kd_bench.errors import IncompleteRunError
 from kd_bench.evals.asking import Asked, TaskJournal, answer_keys, ask
 from kd_bench.evals.checkpoint import Checkpoint
 from kd_bench.evals.progress import SuiteProgress
 from kd_bench.evals.questions import Answer
-from kd_bench.files import digest_text, write_json
+from kd_bench.files import digest_files, digest_text, write_json
 from kd_bench.records import Cost, Protocol, TaskResult
 from kd_bench.registry import TaskSpec
 from kd_bench.store import Run
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from kd_bench.evals.pictures import PictureStore
     from kd_bench.evals.tasks import PreparedTask
 
-__all__ = ["ENGINE", "Plan", "Worker"]
+__all__ = ["ENGINE", "Plan", "Worker", "data_digest"]
 
 ENGINE = "kd-bench 1"
 """Part of every journal key: counts up when the engine's answers may change."""
@@ -27,12 +28,17 @@ ENGINE = "kd-bench 1"
 
 @dataclass(frozen=True)
 class Plan:
-    """What one call of `evaluate` was asked to do."""
+    """What one call of `evaluate` was asked to do.
+
+    Attributes:
+        digests: `data_digest` of each benchmark as the run was planned.
+    """
 
     checkpoint: Checkpoint
     specs: list[TaskSpec]
     data: Path
     protocol: Protocol
+    digests: dict[str, str]
     debug: bool = False
 
 
@@ -54,7 +60,7 @@ class Worker:
         plan = self._plan
         profile = plan.protocol.profiles.get(spec.id)
         chat = not getattr(getattr(self._source, "model", self._source), "is_simple", True)
-        prepared = _prepare(spec, plan.data, profile, plan.protocol.limit, chat)
+        prepared = _prepare(plan, spec, profile, chat)
         digests = (plan.checkpoint.ref.weights_digest, plan.checkpoint.setup_digest, ENGINE)
         keys = answer_keys(prepared, *digests)
         journal = TaskJournal(self._run, spec.id)
@@ -74,6 +80,11 @@ class Worker:
         if not prepared.variant.scored:
             outcome = f"not scored, wrote {self._write_submission(prepared)}"
         self._keep_pictures(prepared, asked)
+        if data_digest(spec, plan.data, profile) != plan.digests[spec.id]:
+            raise IncompleteRunError(
+                f"The data of {spec.id} in {plan.data} changed while it was evaluated.",
+                "Run the same eval command again: the changed data makes a new run.",
+            )
         self._run.commit(result, asked.samples)
         failed = f", {result.rates['error']:.1%} failed" if result.rates["error"] else ""
         return (
@@ -93,6 +104,7 @@ class Worker:
             score=headline(prepared, asked.samples),
             metrics=asked.metrics,
             documents=len(asked.samples),
+            total=prepared.total,
             units=int(asked.samples["unit_id"].nunique()),
             rates=rates(asked.samples),
             interval=score_interval(aggregator, asked.samples) if variant.scored else None,
@@ -170,17 +182,42 @@ def _pictures() -> "PictureStore":
     return _STORES.setdefault("pictures", PictureStore())
 
 
-def _prepare(
-    spec: TaskSpec, folder: Path, profile: str | None, limit: int | None, chat: bool
-) -> "PreparedTask":
-    """`tasks.prepare`, remembered while the files stay as they are."""
+def _prepare(plan: Plan, spec: TaskSpec, profile: str | None, chat: bool) -> "PreparedTask":
+    """`tasks.prepare`, remembered while the data stays as it is."""
     from kd_bench.evals.tasks import prepare
 
-    files = sorted(folder.glob(f"{spec.id}*/*.parquet"))
-    stamps = [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files]
-    key = digest_text(spec.model_dump_json(), str(stamps), str(profile), str(limit), str(chat))
+    limit = plan.protocol.limit
+    key = digest_text(plan.digests[spec.id], str(limit), str(chat))
     if key not in _PREPARED:
         while len(_PREPARED) >= 24:
             _PREPARED.pop(next(iter(_PREPARED)))
-        _PREPARED[key] = prepare(spec, folder, profile=profile, limit=limit, chat=chat)
+        _PREPARED[key] = prepare(spec, plan.data, profile=profile, limit=limit, chat=chat)
     return _PREPARED[key]
+
+
+_DIGESTS: dict[tuple[object, ...], str] = {}
+
+
+def data_digest(spec: TaskSpec, folder: Path, profile: str | None) -> str:
+    """sha256 of what a benchmark asks: its files, its registry entry, profile and upstream.
+
+    Files that this process has read before are not read again while their inode is unchanged.
+
+    Raises:
+        UsageError: the folder lacks the benchmark.
+    """
+    from kd_bench.evals.documents import data_files
+    from kd_bench.evals.tasks import SCORING_VERSION
+    from kd_bench.evals.upstream import lmms_eval_version
+
+    files = data_files(spec, folder, profile)
+    states = [file.stat() for file in files]
+    key = tuple(
+        (str(file), state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+        for file, state in zip(files, states, strict=True)
+    )
+    if key not in _DIGESTS:
+        _DIGESTS[key] = digest_files(files)
+    asked = f"{profile or spec.default_profile} scoring {SCORING_VERSION}"
+    upstream = f"lmms-eval {lmms_eval_version()}"
+    return digest_text(_DIGESTS[key], spec.model_dump_json(), asked, upstream)

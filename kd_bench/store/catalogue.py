@@ -309,7 +309,7 @@ def set_baseline(
         IncompleteRunError: the run is not finished, or is unhealthy, limited or of a part of its
             suite and that was not allowed; or a file of it is damaged.
     """
-    import yaml
+    from kd_bench.config import dump_yaml
 
     manifest = run.manifest
     allowed = []
@@ -337,7 +337,7 @@ def set_baseline(
     entry = {"run": run.path.name, "identity": manifest.identity.digest}
     named = _read_baselines(results)
     named[name] = {**entry, "allowed": allowed} if allowed else entry
-    write_text(results / "baselines.yaml", yaml.safe_dump(named, sort_keys=True))
+    write_text(results / "baselines.yaml", dump_yaml(dict(sorted(named.items()))))
 
 
 def baseline_run(results: Path, name: str) -> Run:

@@ -44,6 +44,10 @@ if TYPE_CHECKING:
 __all__ = ["TOLERANCE", "Run", "held_run", "now", "open_run", "slug", "wanted_run"]
 
 AGAIN = "Run the same eval command again: what is damaged is made anew, answers are kept."
+MANIFEST_LOST = (
+    "Restore it, or delete that file and run the same eval command again: answers are kept; "
+    "`kd-bench runs fsck` tells what else is damaged."
+)
 TOLERANCE = 0.05
 """Points between a stored score and that of its samples: upstream's rounding."""
 
@@ -67,8 +71,9 @@ class Run:
         try:
             value = parse_json(path.read_bytes(), path)
         except (OSError, ValueError) as error:
-            problem = f"{path} cannot be read: {one_line(error)}."
-            raise IncompleteRunError(problem, "`kd-bench runs fsck` explains.") from None
+            raise IncompleteRunError(
+                f"{path} cannot be read: {one_line(error)}.", MANIFEST_LOST
+            ) from None
         _check_seal(value, path)
         return from_json(RunManifest, value, str(path))
 
@@ -117,17 +122,17 @@ class Run:
         Raises:
             IncompleteRunError: a file is damaged or was changed.
         """
-        manifest = self.manifest
-        found = {}
-        for task in self.done_tasks(manifest):
-            found[task] = self.result(task)
-            if manifest.verified:
-                self._read(_samples_name(task))
-            elif problem := self.contradiction(task):
-                raise IncompleteRunError(
-                    f"{self.path / _samples_name(task)} {problem}.", "Evaluate it again."
-                )
-        return found
+        return {task: self.verified_result(task) for task in self.done_tasks()}
+
+    def verified_result(self, task: str) -> TaskResult:
+        """`result`, after its samples were verified as well; raises the same."""
+        result = self.result(task)
+        if self.manifest.verified:
+            self._read(_samples_name(task))
+        elif problem := self.contradiction(task):
+            path = self.path / _samples_name(task)
+            raise IncompleteRunError(f"{path} {problem}.", "Evaluate it again.")
+        return result
 
     def samples(self, task: str, columns: Sequence[str] = SAMPLE_COLUMNS) -> "pd.DataFrame":
         """One row a sample; columns are `records.SAMPLE_COLUMNS`, or the asked ones of them."""
@@ -161,7 +166,9 @@ class Run:
             try:
                 data = path.read_bytes()
             except OSError as error:
-                problem = f"{path} cannot be read: {error.strerror or type(error).__name__}"
+                reason = error.strerror or type(error).__name__
+                lost = isinstance(error, FileNotFoundError)
+                problem = f"{path} is missing" if lost else f"{path} cannot be read: {reason}"
             else:
                 if not manifest.verified or digest_bytes(data) == wanted:
                     return data
@@ -281,9 +288,14 @@ class Run:
         self.write_manifest(manifest)
         return manifest
 
+    @property
+    def lock_file(self) -> Path:
+        """Lies beside the folder, which need not exist to be held."""
+        return self.path.parent / f".{_tail(self.path)}.lock"
+
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run for writing. The lock lies beside the folder, which need not exist.
+        """Hold the run for writing.
 
         Raises:
             UsageError: another process holds it.
@@ -291,7 +303,7 @@ class Run:
         from filelock import FileLock, Timeout
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path.parent / f".{_tail(self.path)}.lock", timeout=0)
+        lock = FileLock(self.lock_file, timeout=0)
         try:
             lock.acquire()
         except Timeout:
@@ -337,16 +349,13 @@ def _check_seal(value: Any, path: Path) -> None:
     told = value.setdefault("format", 1)
     if isinstance(told, int) and told > FORMAT:
         raise IncompleteRunError(
-            f"{path} was written by a newer kd-bench: format {told}, this one reads up to {FORMAT}.",
+            f"{path} was written by a newer kd-bench: its format is {told}, known is {FORMAT}.",
             "Upgrade kd-bench.",
         )
     seal = value.pop("digest", None)
-    if seal == _seal(value) or (seal is None and told == 1):
+    if seal == _seal(value) or (seal is None and told == 1 and "files" not in value):
         return
-    raise IncompleteRunError(
-        f"{path} is not what was written: its digest differs.",
-        "Restore it, or delete that file and run the same eval command again: answers are kept.",
-    )
+    raise IncompleteRunError(f"{path} is not what was written: its digest differs.", MANIFEST_LOST)
 
 
 # --- making and continuing ----------------------------------------------------------------------
