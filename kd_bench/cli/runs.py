@@ -15,23 +15,21 @@ app.add_typer(baseline, name="baseline")
 
 @app.command("list")
 def list_runs(results: Results = RESULTS) -> None:
-    """All runs, oldest first."""
+    """All runs, oldest first, and why one does not count; exit code 5 when one is damaged."""
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
-    from kd_bench import store
+    from kd_bench.report.runs import run_table
+    from kd_bench.report.tables_terminal import to_terminal
+    from kd_bench.store import catalogue
 
-    table = Table("Run", "Model", "Role", "Suite", "Status", box=None)
-    for run in store.list_runs(results):
-        manifest = run.manifest
-        model = manifest.model
-        cells = (run.path.name, model.name, model.role, manifest.protocol.suite, manifest.status)
-        table.add_row(*(Text(cell) for cell in cells))
-    if table.row_count:
-        Console(soft_wrap=True).print(table)
-    else:
+    there = catalogue(results)
+    if not there.runs and not there.damaged:
         typer.echo(f"No runs below {results} yet: `kd-bench eval CHECKPOINT` makes one.")
+        return
+    table, damaged = run_table(there)
+    to_terminal(table, Console())
+    for error in damaged:
+        raise error
 
 
 @app.command("show")
@@ -125,11 +123,30 @@ def fsck(
 def set_baseline(
     name: Annotated[str, typer.Argument(help="Name of the baseline, e.g. the suite's.")],
     run: Annotated[str, typer.Argument(help="Run or model name.")],
+    allow_limited: Annotated[
+        bool, typer.Option("--allow-limited", help="Even if its documents were limited.")
+    ] = False,
+    allow_subset: Annotated[
+        bool, typer.Option("--allow-subset", help="Even if it lacks benchmarks of its suite.")
+    ] = False,
+    allow_unhealthy: Annotated[
+        bool, typer.Option("--allow-unhealthy", help="Even if many of its answers failed.")
+    ] = False,
     results: Results = RESULTS,
 ) -> None:
-    """Let NAME stand for RUN; refuses partial and unhealthy runs."""
+    """Let NAME stand for RUN: a complete, healthy, unlimited run of its whole suite.
+
+    What else is allowed is written down beside the name, and `check` tells it.
+    """
     from kd_bench import store
 
     found = store.find_run(results, run)
-    store.set_baseline(results, name, found)
+    store.set_baseline(
+        results,
+        name,
+        found,
+        allow_limited=allow_limited,
+        allow_subset=allow_subset,
+        allow_unhealthy=allow_unhealthy,
+    )
     typer.echo(f"{name} is now {found.path.name}.")

@@ -70,12 +70,7 @@ class Catalogue:
 
     def board(self, suite: str) -> tuple[list[Listed], list[str]]:
         """The run of each model of a suite, and why the others are not shown."""
-        groups: dict[tuple[str, str], list[Listed]] = {}
-        for run, manifest in self.runs:
-            if manifest.protocol.suite == suite:
-                groups.setdefault((manifest.model.name, manifest.model.role), []).append(
-                    (run, manifest)
-                )
+        groups = self._models(suite)
         common = _common(groups.values())
         shown, left_out = [], [f"{run.path.name}: {error.problem}" for run, error in self.damaged]
         for (name, _), members in groups.items():
@@ -88,6 +83,25 @@ class Catalogue:
             shown.append(best)
             left_out += [_why_not(each, best) for each in members if each is not best]
         return shown, left_out
+
+    def reason(self, run: Run, manifest: RunManifest) -> str:
+        """Why a run does not stand for its model in its suite; empty where it does."""
+        groups = self._models(manifest.protocol.suite)
+        members = groups[manifest.model.name, manifest.model.role]
+        common = _common(groups.values())
+        best = max(members, key=lambda each: _standing(each, common, None))
+        if best[0] == run:
+            return "; ".join(shortcomings(run, manifest))
+        return _why_not((run, manifest), best)
+
+    def _models(self, suite: str) -> dict[tuple[str, str], list[Listed]]:
+        """A suite's runs by the model's name and role."""
+        groups: dict[tuple[str, str], list[Listed]] = {}
+        for listed in self.runs:
+            model, protocol = listed[1].model, listed[1].protocol
+            if protocol.suite == suite:
+                groups.setdefault((model.name, model.role), []).append(listed)
+        return groups
 
     def role_of(self, name: str, weights: str) -> str:
         """The role that the store knows for these weights; empty where it knows none."""
