@@ -39,8 +39,8 @@ def run_table(there: Catalogue) -> tuple[Table, list[KdBenchError]]:
             average, documents, status, why = None, "–", "damaged", error.problem
         unverified = "" if manifest.verified else "not verified by digests"
         told = [sentence for sentence in (why, unverified) if sentence]
-        notes += told
-        numbers = tuple(range(len(notes) - len(told), len(notes)))
+        notes += [sentence for sentence in told if sentence not in notes]
+        numbers = tuple(notes.index(sentence) for sentence in told)
         limit = manifest.protocol.limit
         model = manifest.model
         values: tuple[str | float | None, ...] = (
@@ -57,9 +57,9 @@ def run_table(there: Catalogue) -> tuple[Table, list[KdBenchError]]:
         cells = [Cell(value) for value in values]
         cells[6] = Cell(status, notes=numbers)
         rows.append(Row(run.path.name, tuple(cells)))
-    for run, error in there.damaged:
-        errors.append(error)
-        notes.append(error.problem)
+    for run, lost in there.damaged:
+        errors.append(lost)
+        notes.append(lost.problem)
         blank = [Cell("–") for _ in COLUMNS]
         blank[6] = Cell("damaged", notes=(len(notes) - 1,))
         blank[8] = Cell(run.path.name)
