@@ -250,7 +250,8 @@ def test_another_chat_template_is_answered_anew(
     template = folder / "chat_template.jinja"
     template.write_text(template.read_text().replace("ASSISTANT:", "ASSISTANT: the"))
     second = go(folder, data, tmp_path / "results", tasks=["gqa"])
-    assert second.path == first.path
+    assert second.path != first.path, "another measurement is another run"
+    pd.testing.assert_frame_equal(first.samples("gqa"), before)
     assert second.result("gqa").resumed == 0
     assert not before["answer"].equals(second.samples("gqa")["answer"])
 
@@ -265,7 +266,7 @@ def test_lineage_names_method_seed_and_role(checkpoint: Path, data: Path, tmp_pa
     assert model.model.name == "switch-s1"
     assert model.training is not None
     assert model.training["recipe"] == "mini"
-    write_json(folder / "lineage.json", {**lineage, "method": "sft"})
+    write_json(folder / "lineage.json", {**lineage, "method": "sft", "role": "sft"})
     assert go(folder, data, tmp_path / "other", tasks=["gqa"]).manifest.model.role == "sft"
     told = go(folder, data, tmp_path / "third", tasks=["gqa"], role="baseline", name="x y/z")
     assert (told.manifest.model.role, told.manifest.model.name) == ("baseline", "x y/z")
