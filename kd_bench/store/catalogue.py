@@ -5,6 +5,7 @@ unfinished or unhealthy one never stands for it. What is passed over is said, wi
 A damaged run may hide the one that was meant: it is named, and nothing older takes its place.
 """
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -125,7 +126,8 @@ class Catalogue:
         for path in (Path(name), self.results / "runs" / name):
             with suppress(OSError, ValueError):  # too long for a file, or no text for one
                 if name and (path / "manifest.json").exists():
-                    return Run(path)
+                    # `.` has no parents, where the store's pictures and other runs are.
+                    return Run(Path(os.path.abspath(path)))  # noqa: PTH100 - links stay
         return None
 
     def _candidates(self, name: str) -> list[Listed]:
