@@ -153,6 +153,24 @@ class Board:
     main: Entry | None = None
     claim: "Claim | None" = None
 
+    def measured(self, entry: Entry, cost: str) -> list[float]:
+        """A measured cost of every run of models of this entry's size, ascending.
+
+        Models of one size cost the same: what differs among them is the noise of measuring.
+        """
+
+        def size(cost: Cost) -> tuple[int | None, int | None]:
+            return cost.parameters, cost.weight_bytes
+
+        known = entry.cost.parameters is not None
+        runs = [
+            manifest.cost
+            for other in self.entries
+            for manifest in other.manifests
+            if (size(manifest.cost) == size(entry.cost) if known else other is entry)
+        ]
+        return sorted(float(v) for each in runs if (v := getattr(each, cost)) is not None)
+
     @property
     def mini(self) -> bool:
         """Whether the scores are of the embedded world, not of the real benchmarks."""

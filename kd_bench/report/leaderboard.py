@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Literal
 
-from kd_bench.records import AVERAGE, Cost, Interval
+from kd_bench.records import AVERAGE, Interval
 from kd_bench.report.board import ROLE_TITLES, Board, Entry, Score
 from kd_bench.report.style import colours
 from kd_bench.report.tables import (
@@ -288,27 +288,20 @@ def _summary_cells(board: Board, entry: Entry) -> tuple[Cell, ...]:
         *cells,
         Cell(cost.parameters),
         Cell(cost.weight_bytes),
-        Cell(cost.latency_ms, interval=equal_models(board, entry, "latency_ms")),
-        Cell(cost.peak_memory_bytes, interval=equal_models(board, entry, "peak_memory_bytes")),
+        Cell(cost.latency_ms, interval=_range(board, entry, "latency_ms")),
+        Cell(cost.peak_memory_bytes, interval=_range(board, entry, "peak_memory_bytes")),
     )
 
 
-def equal_models(board: Board, entry: Entry, key: str) -> Interval | None:
-    """The whole range of a measured cost over all runs of models of equal size.
+def _range(board: Board, entry: Entry, cost: str) -> Interval | None:
+    """From the least to the most that models of this size were measured to cost.
 
-    Such models cost the same: what differs among them is the noise of measuring, and a reader must
-    see it. None where nothing was measured twice, or where it came out alike (within 2 %).
+    None where nothing was measured twice, or where it came out alike (within 2 %).
     """
-
-    def size(cost: Cost) -> tuple[int | None, int | None]:
-        return cost.parameters, cost.weight_bytes
-
-    runs = [m.cost for e in board.entries for m in e.manifests if size(m.cost) == size(entry.cost)]
-    values = [float(v) for cost in runs if (v := getattr(cost, key)) is not None]
-    alike = not values or max(values) <= 1.02 * min(values)
-    if entry.cost.parameters is None or alike:
+    values = board.measured(entry, cost)
+    if len(values) < 2 or values[-1] <= 1.02 * values[0]:
         return None
-    return Interval(min(values), max(values), 1.0)
+    return Interval(values[0], values[-1], 1.0)
 
 
 # --- what pointing at a cell tells -------------------------------------------------------------

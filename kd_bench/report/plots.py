@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from kd_bench.compare.estimates import Evidence
 from kd_bench.records import AVERAGE
@@ -166,30 +166,41 @@ def pareto(board: Board) -> Plot | None:
     panels = {}
     for key, title in costs.items():
         points = [
-            (float(cost), entry.score(AVERAGE).value, entry)
+            Point(middle, entry.score(AVERAGE).value, entry, (values[0], values[-1]))
             for entry in board.entries
-            if (cost := getattr(entry.cost, key)) is not None and entry.score(AVERAGE).known
+            if (values := board.measured(entry, key)) and entry.score(AVERAGE).known
+            for middle in [values[len(values) // 2]]
         ]
         if len(points) > 1:
             panels[key] = (title, points)
     if not panels:
         return None
-    figure, grid = canvas(WIDTH, 2.9 * len(panels), len(panels), 1)
+    height = max(2.9, 0.6 + 0.17 * len(board.entries))
+    figure, grid = canvas(WIDTH, height * len(panels), len(panels), 1)
     for axes, (key, (title, points)) in zip(grid.flat, panels.items(), strict=True):
         _pareto_panel(axes, board, points, title, key)
-    front = ", ".join(clean(e.name) for _, _, e in _front(next(iter(panels.values()))[1]))
-    summary = f"{board.average_title} against cost; up and left is better. On the front: {front}."
+    front = ", ".join(clean(p.entry.name) for p in _front(next(iter(panels.values()))[1]))
+    summary = (
+        f"{board.average_title} against cost; up and left is better. On the front: {front}. "
+        "Models of equal size stand at their common latency; a level line is its range over them."
+    )
     return to_plot(figure, "pareto", "Score against cost", summary)
 
 
-Point = tuple[float, float, Entry]
+class Point(NamedTuple):
+    """A model by cost and score, with the least and the most that its like were measured at."""
+
+    cost: float
+    score: float
+    entry: Entry
+    ends: tuple[float, float]
 
 
 def _front(points: Sequence[Point]) -> list[Point]:
     """Points that no other one beats in cost and score, by cost."""
     front: list[Point] = []
-    for point in sorted(points, key=lambda p: (p[0], -p[1])):
-        if not front or point[1] > front[-1][1]:
+    for point in sorted(points, key=lambda p: (p.cost, -p.score)):
+        if not front or point.score > front[-1].score:
             front.append(point)
     return front
 
@@ -200,31 +211,38 @@ def _pareto_panel(axes: Any, board: Board, points: Sequence[Point], title: str, 
     numbers = colours(board)
     front = _front(points)
     steps_x, steps_y = [], []
-    for place, (x, y, _) in enumerate(front):
+    for place, point in enumerate(front):
         if place:
-            steps_x.append(x)
-            steps_y.append(front[place - 1][1])
-        steps_x.append(x)
-        steps_y.append(y)
+            steps_x.append(point.cost)
+            steps_y.append(front[place - 1].score)
+        steps_x.append(point.cost)
+        steps_y.append(point.score)
     axes.plot(steps_x, steps_y, color=MUTED, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)
-    wide = max(p[0] for p in points) > 5 * min(p[0] for p in points) > 0
+    low, high = min(p.ends[0] for p in points), max(p.ends[1] for p in points)
+    wide = high > 5 * low > 0
     if wide:
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # powers of ten alone are few
-    low, high = min(p[0] for p in points), max(p[0] for p in points)
     room = (high / low) ** 0.5 if wide else (high - low) * 0.38 or high * 0.3 or 1
     axes.set_xlim(low / 1.15 if wide else low - room * 0.2, high * room if wide else high + room)
-    heights = [p[1] for p in points]
+    heights = [p.score for p in points]
+    least = 0.17 / axes.figure.get_figheight() * (1.4 if len(points) > 6 else 1)
     span = max(max(heights) - min(heights), 5)
     axes.set_ylim(min(heights) - 0.14 * span, max(heights) + 0.14 * span)
     above = 0.06 * span  # clear of the front's line
-    labels = spread_out([p[1] + above * (p in front) for p in points], 0.085 * span)
-    for (x, y, entry), label in zip(points, labels, strict=True):
-        number = numbers[entry.key]
+    labels = spread_out([p.score + above * (p in front) for p in points], max(0.085, least) * span)
+    for point, label in zip(points, labels, strict=True):
+        x, y = point.cost, point.score
+        number = numbers[point.entry.key]
+        axes.plot(point.ends, [y, y], color=series(number), linewidth=0.9, alpha=0.6)
         axes.plot(x, y, marker=marker(number), color=series(number), markersize=6, linestyle="")
+        far = abs(label - y) > 0.08 * span  # a label that had to leave its point leads back to it
+        shift = 0.14 if far else 0.06
         axes.annotate(
-            short(entry.name), (x, y), (x * 1.03 if wide else x + room * 0.06, label),
+            short(point.entry.name), (x, y), (x * room**shift if wide else x + room * shift, label),
             va="center", fontsize=8, color=INK,
+            arrowprops={"arrowstyle": "-", "color": GRID, "linewidth": 0.7, "shrinkA": 1,
+                        "shrinkB": 4} if far else None,
         )  # fmt: skip
     axes.set_xlabel(title)
     axes.set_ylabel(board.average_title)

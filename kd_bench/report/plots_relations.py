@@ -1,5 +1,6 @@
 """Plots of how models relate: differences from SFT, retention, vision and language gaps."""
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from kd_bench.compare.estimates import Evidence
@@ -20,11 +21,11 @@ from kd_bench.report.style import (
     short,
     to_plot,
 )
-from kd_bench.report.tables import clean, format_number
+from kd_bench.report.tables import clean
 
 __all__ = ["forest", "gaps", "retention"]
 
-SHOWN = 6  # more intervals side by side cannot be read
+SHOWN = 16  # more intervals side by side cannot be read
 
 
 def _keys(board: Board) -> list[tuple[str, str]]:
@@ -35,41 +36,46 @@ def _keys(board: Board) -> list[tuple[str, str]]:
 
 def forest(board: Board) -> Plot | None:
     """Difference from SFT by benchmark, with intervals."""
-    entries = [e for e in board.students if e.differences][:SHOWN]
+    entries = [e for e in board.students if e.differences]
     if not entries or board.floor is None:
         return None
     figure = _side_by_side(
         board,
-        [(entry, entry.differences) for entry in entries],
+        [(entry, entry.differences) for entry in entries[:SHOWN]],
         reference=0,
         label=f"Points above {short(board.floor.name)}",
     )
-    best = max(entries, key=lambda e: e.differences.get(AVERAGE, Score(float("-inf"))).value)
-    found = best.differences.get(AVERAGE)
-    told = ""
-    if found is not None and found.known:
-        points = format_number(found.value, "difference")
-        told = f" On the average, {clean(best.name)} has the largest, {points}"
-        interval = found.interval
-        unsure = interval is not None and interval.low <= 0 <= interval.high
-        told += ", which may be chance." if unsure else "."
-    summary = f"Points above plain fine-tuning, with 95 % intervals.{told}"
+    level = _level(score for entry in entries for score in entry.differences.values())
+    summary = f"Points above plain fine-tuning{level}.{_more(entries)}"
     return to_plot(figure, "forest", "Difference from SFT", summary)
 
 
 def retention(board: Board) -> Plot | None:
     """Share of the teacher's score by benchmark."""
-    entries = [e for e in board.students if e.retentions][:SHOWN]
+    entries = [e for e in board.students if e.retentions]
     if not entries or board.teacher is None:
         return None
     figure = _side_by_side(
         board,
-        [(entry, entry.retentions) for entry in entries],
+        [(entry, entry.retentions) for entry in entries[:SHOWN]],
         reference=100,
         label=f"Percent of the score of {short(board.teacher.name)}",
     )
-    summary = "Share of the teacher's score that each student keeps; 100 is the teacher."
+    level = _level(score for entry in entries for score in entry.retentions.values())
+    summary = f"Percent of the teacher's score that a student keeps{level}; 100 is the teacher."
+    summary += _more(entries)
     return to_plot(figure, "retention", "Retention", summary)
+
+
+def _level(scores: Iterable[Score]) -> str:
+    levels = sorted({f"{100 * s.interval.level:g} %" for s in scores if s.interval is not None})
+    return f", with {' and '.join(levels)} intervals" if levels else ""
+
+
+def _more(entries: Sequence[Entry]) -> str:
+    """What is not drawn must not be thought to be absent."""
+    more = len(entries) - SHOWN
+    return f" {more} more, of lower average, stand in the table alone." if more > 0 else ""
 
 
 def _side_by_side(
@@ -112,7 +118,7 @@ def _benchmark_axis(axes: Any, keys: list[tuple[str, str]]) -> None:
 
 
 def gaps(board: Board, evidence: Evidence) -> Plot | None:
-    """What the student's eyes and what its language model cost, from the switch hybrid."""
+    """What the student's vision and what its language model cost, from the switch hybrid."""
     found = hybrid_gaps(board, evidence)
     if not found:
         return None
@@ -139,7 +145,7 @@ def gaps(board: Board, evidence: Evidence) -> Plot | None:
     legend(figure, axes, columns=2)
     student, hybrid = clean(gap.student.name), clean(gap.hybrid.name)
     summary = (
-        f"{hybrid} sees with the eyes of {student} and speaks with the teacher's language model. "
+        f"{hybrid} has the vision of {student} and the teacher's language model. "
         "What it loses to the teacher is vision; what it has over the student is language."
     )
     return to_plot(figure, "gaps", "Vision gap and language gap", summary)

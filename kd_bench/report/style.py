@@ -1,8 +1,9 @@
 """One look for every plot: colours by meaning, resolved by the page's light or dark theme.
 
 Plots are drawn in placeholder colours; in the SVG these become CSS variables, so that one picture
-serves light, dark and print. Series colours are those of Okabe and Ito (2008), which people with
-the common forms of colour blindness can tell apart; markers differ as well.
+serves light, dark and print. The first series colours are those of Okabe and Ito (2008), which
+people with the common forms of colour blindness can tell apart, the further ones Tol's (2021);
+markers differ as well, and no two of a hundred series share both.
 """
 
 import re
@@ -44,7 +45,7 @@ __all__ = [
 ]
 
 INK, MUTED, GRID, PAPER = "#010203", "#010204", "#010205", "#010206"
-_SERIES = tuple(f"#0102{number:02x}" for number in range(16, 25))
+_SERIES = tuple(f"#0102{number:02x}" for number in range(16, 37))
 _NAMES = {INK: "ink", MUTED: "muted", GRID: "line", PAPER: "paper"} | {
     color: f"s{number}" for number, color in enumerate(_SERIES)
 }
@@ -53,14 +54,20 @@ LIGHT = {
     "ink": "#1b1b1a", "muted": "#63615c", "line": "#e3e1dc", "paper": "#ffffff",
     "s0": "#1b1b1a", "s1": "#8d8b85", "s2": "#0072b2", "s3": "#d55e00", "s4": "#009e73",
     "s5": "#cc79a7", "s6": "#e69f00", "s7": "#56b4e9", "s8": "#7a5195",
+    "s9": "#117733", "s10": "#882255", "s11": "#999933", "s12": "#332288", "s13": "#cc6677",
+    "s14": "#44aa99", "s15": "#8c510a", "s16": "#b8336a", "s17": "#5b7a00", "s18": "#4477aa",
+    "s19": "#a6761d", "s20": "#c2185b",
 }  # fmt: skip
 DARK = {
     "ink": "#ecebe7", "muted": "#a3a19a", "line": "#33322f", "paper": "#161615",
     "s0": "#ecebe7", "s1": "#8d8b85", "s2": "#4fa8e0", "s3": "#f0803c", "s4": "#2fc59a",
     "s5": "#e29cc4", "s6": "#f0b73a", "s7": "#8fd0f7", "s8": "#b693d6",
+    "s9": "#4bb36b", "s10": "#d46a9f", "s11": "#c9c95f", "s12": "#8f86e0", "s13": "#e8949f",
+    "s14": "#7fd6c8", "s15": "#d39a55", "s16": "#ee7fa8", "s17": "#a5c84a", "s18": "#86b3dd",
+    "s19": "#dcb060", "s20": "#ff77a8",
 }  # fmt: skip
 WIDTH = 4.9  # inches, the same for every plot, so that their type has one size on the page
-_MARKERS = ("s", "X", "o", "^", "D", "v", "P", "<", ">")
+_MARKERS = ("s", "X", "o", "^", "D", "v", "P", "<", ">", "p", "d")
 
 
 @dataclass(frozen=True)
@@ -173,7 +180,7 @@ def spread_out(heights: list[float], least: float) -> list[float]:
 
 
 def series(number: int) -> str:
-    """The placeholder colour of a series; more than there are start again after the neutrals."""
+    """The placeholder colour of a series; the twentieth method takes the first one's again."""
     return _SERIES[css_series(number)]
 
 
