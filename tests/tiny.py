@@ -16,7 +16,7 @@ TEMPLATE = (
 )
 
 
-def processor() -> Any:
+def processor(side: int = 16) -> Any:
     """A word-level tokenizer, 16 x 16 pictures in patches of 8 (4 image tokens)."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlavaProcessor, PreTrainedTokenizerFast, SiglipImageProcessor
@@ -33,7 +33,7 @@ def processor() -> Any:
         extra_special_tokens={"image_token": "<image>"},
     )
     return LlavaProcessor(
-        image_processor=SiglipImageProcessor(size={"height": 16, "width": 16}),
+        image_processor=SiglipImageProcessor(size={"height": side, "width": side}),
         tokenizer=tokenizer,
         patch_size=8,
         vision_feature_select_strategy="full",
@@ -42,7 +42,12 @@ def processor() -> Any:
 
 
 def model(
-    width: int = 32, vision_width: int = 16, layers: int = 1, seed: int = 0, rows: int | None = None
+    width: int = 32,
+    vision_width: int = 16,
+    layers: int = 1,
+    seed: int = 0,
+    rows: int | None = None,
+    side: int = 16,
 ) -> Any:
     """An untrained LLaVA with SigLIP eyes and a Qwen2 language model."""
     import torch
@@ -59,7 +64,7 @@ def model(
         intermediate_size=2 * vision_width,
         num_hidden_layers=2,
         num_attention_heads=2,
-        image_size=16,
+        image_size=side,
         patch_size=8,
         vision_use_head=False,
         initializer_range=0.1,
@@ -84,7 +89,7 @@ def model(
         image_token_id=2,
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
-        image_seq_length=4,
+        image_seq_length=(side // 8) ** 2,
         tie_word_embeddings=True,
     )
     torch.manual_seed(seed)

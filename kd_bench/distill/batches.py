@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, Sampler
 
 from kd_bench.distill.data import Conversation, Unreadable
 from kd_bench.distill.encoding import IGNORED, PER_TOKEN, EncodedSample, Encoder
+from kd_bench.distill.vision_language import TEACHERS
 from kd_bench.errors import TrainingError, UsageError
 
 __all__ = ["BatchOrder", "Collator", "ConversationDataset"]
@@ -159,6 +160,21 @@ class Collator:
         return {**batch, "unreadable": lost} if lost else batch
 
     def _joined(self, samples: list[EncodedSample]) -> dict[str, Tensor]:
+        """The student's tensors and, where samples hold them, the teacher's own."""
+        own, theirs = [], []
+        for sample in samples:
+            sides: dict[bool, EncodedSample] = {True: {}, False: {}}
+            for name, tensor in sample.items():
+                sides[name.startswith(TEACHERS)][name.removeprefix(TEACHERS)] = tensor
+            own.append(sides[False])
+            theirs.append(sides[True])
+        batch = self._side(own)
+        batch["sample_index"] = torch.stack([sample["sample_index"] for sample in samples])
+        if any(theirs):
+            batch |= {f"{TEACHERS}{name}": each for name, each in self._side(theirs).items()}
+        return batch
+
+    def _side(self, samples: list[EncodedSample]) -> dict[str, Tensor]:
         lengths = [len(sample["input_ids"]) for sample in samples]
         longest = max(lengths)
         batch = {
@@ -166,8 +182,7 @@ class Collator:
         }  # [batch, length]
         places = torch.arange(longest)
         batch["attention_mask"] = (places < torch.tensor(lengths).unsqueeze(1)).long()
-        batch["sample_index"] = torch.stack([sample["sample_index"] for sample in samples])
-        names = {name for sample in samples for name in sample} - batch.keys()
+        names = {name for sample in samples for name in sample} - {*batch, "sample_index"}
         for name in sorted(names):
             if name in PER_TOKEN:
                 batch[name] = self._pad(samples, name, longest)

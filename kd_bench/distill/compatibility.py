@@ -9,19 +9,39 @@ from torch import Tensor, nn
 
 from kd_bench.distill import losses
 from kd_bench.distill.distiller import Distiller
-from kd_bench.distill.methods import Term, needs_switch, needs_teacher
+from kd_bench.distill.methods import Term, needs_switch, needs_teacher, sharing_images
 from kd_bench.distill.vision_language import (
     VisionLanguageModel,
     answer_positions,
     has_images,
     seeing_with,
+    teacher_inputs,
 )
 from kd_bench.errors import TrainingError, UsageError
 
-__all__ = ["check_pair", "check_terms", "self_divergence", "step_zero", "switch_gap"]
+__all__ = [
+    "check_pair",
+    "check_terms",
+    "image_difference",
+    "self_divergence",
+    "step_zero",
+    "switch_gap",
+]
 
 
 TOKENS = "number of image tokens an image"
+NOT_OF_PIXELS = {
+    "auto_map",
+    "data_format",
+    "device",
+    "disable_grouping",
+    "do_convert_rgb",  # images are RGB before they get there
+    "image_processor_type",
+    "input_data_format",
+    "processor_class",
+    "return_tensors",
+}
+UNUSED_WITHOUT = ("crop_size", "pad_size")  # do_center_crop and do_pad say whether they count
 
 
 def check_terms(terms: Sequence[Term], trainable: Sequence[str], stage: str) -> None:
@@ -53,27 +73,22 @@ def check_pair(
         Rows that both LM heads are cut to, or None where they are equal.
 
     Raises:
-        UsageError: tokenizers, vocabularies, image-token counts, widths or pictures do not fit.
+        UsageError: tokenizers or vocabularies differ; or, where a term compares image tokens or
+            feeds one model's into the other, images, image tokens or vision towers do.
     """
     if not needs_teacher(tuple(terms)):
         return None
     _check_tokenizers(student_processor.tokenizer, teacher_processor.tokenizer)
-    _check_pictures(student_processor, teacher_processor)
     ours, theirs = VisionLanguageModel(student), VisionLanguageModel(teacher)
-    _equal(
-        "image token id",
-        ours.image_token_id,
-        theirs.image_token_id,
-        "Give both the same processor.",
-    )
-    shared = ours.image_geometry.keys() & theirs.image_geometry.keys()
-    for name in sorted(shared, key=lambda name: name != TOKENS):
-        _equal(
-            name,
-            ours.image_geometry[name],
-            theirs.image_geometry[name],
-            "Use vision towers of one image size, patch size and feature selection.",
-        )
+    sharing = sharing_images(tuple(terms))
+    if sharing:
+        difference = image_difference(student, teacher, student_processor, teacher_processor)
+        if difference:
+            raise UsageError(
+                f"{difference} The term {sharing[0].label!r} needs both models to be given the "
+                "same image tokens.",
+                "Make the two agree, or use a method that compares answers only (kl, dbild).",
+            )
     if needs_switch(tuple(terms)):
         for name, value in ours.vision_geometry.items():
             _equal(
@@ -85,6 +100,29 @@ def check_pair(
                 "(method=dbild).",
             )
     return _vocabulary(ours.vocab_size, theirs.vocab_size, truncate_vocabulary)
+
+
+def image_difference(
+    student: nn.Module, teacher: nn.Module, student_processor: Any, teacher_processor: Any
+) -> str:
+    """Why one batch of pixels and image tokens cannot serve both models; empty where it can."""
+    ours, theirs = VisionLanguageModel(student), VisionLanguageModel(teacher)
+    pairs: dict[str, tuple[Any, Any]] = {
+        "image token id": (ours.image_token_id, theirs.image_token_id)
+    }
+    left, right = ours.image_geometry, theirs.image_geometry
+    names = sorted(left.keys() & right.keys(), key=lambda name: name != TOKENS)
+    pairs |= {name: (left[name], right[name]) for name in names}
+    for name, (mine, other) in pairs.items():
+        if mine != other:
+            return f"The {name} differs: student {mine}, teacher {other}."
+    left, right = _image_settings(student_processor), _image_settings(teacher_processor)
+    for name in sorted(left.keys() | right.keys()):
+        mine, other = left.get(name), right.get(name)
+        only_one_crops = name in UNUSED_WITHOUT and None in (mine, other)
+        if mine != other and not only_one_crops:
+            return f"The image processors differ in {name}: student {mine}, teacher {other}."
+    return ""
 
 
 def _equal(what: str, student: Any, teacher: Any, way_out: str) -> None:
@@ -109,29 +147,11 @@ def _check_tokenizers(student: Any, teacher: Any) -> None:
     )
 
 
-def _check_pictures(student: Any, teacher: Any) -> None:
-    """One batch of pixels serves both models, so both must want the same pixels."""
-    ours, theirs = student.image_processor.to_dict(), teacher.image_processor.to_dict()
-    for name in (
-        "size",
-        "crop_size",
-        "do_resize",
-        "do_center_crop",
-        "do_rescale",
-        "do_normalize",
-        "image_mean",
-        "image_std",
-        "resample",
-        "patch_size",
-        "do_pad",
-    ):
-        left, right = ours.get(name), theirs.get(name)
-        if left is not None and right is not None and _plain(left) != _plain(right):
-            raise UsageError(
-                f"The image processors differ in {name}: student {_plain(left)}, "
-                f"teacher {_plain(right)}.",
-                "Both models are given one batch of pixels: make the two agree.",
-            )
+def _image_settings(processor: Any) -> dict[str, Any]:
+    """What an image processor was told about pixels; what is off or not set is left out."""
+    settings = processor.image_processor.to_dict()
+    plain = {n: _plain(value) for n, value in settings.items() if n not in NOT_OF_PIXELS}
+    return {n: value for n, value in plain.items() if value is not None and value is not False}
 
 
 def _plain(value: Any) -> Any:
@@ -187,7 +207,7 @@ def step_zero(distiller: Distiller, batch: Mapping[str, Tensor]) -> dict[str, fl
     teacher = distiller.teacher
     if teacher is None:
         return {}
-    found = {"self_divergence": self_divergence(teacher, batch)}
+    found = {"self_divergence": self_divergence(teacher, teacher_inputs(batch))}
     if needs_switch(distiller.terms) and _equal_weights(
         distiller.parts.vision_tower, teacher.vision_tower
     ):

@@ -35,6 +35,7 @@ from kd_bench.distill.vision_language import (
     has_images,
     keeping_vision,
     seeing_with,
+    teacher_inputs,
 )
 from kd_bench.errors import UsageError
 
@@ -217,7 +218,7 @@ class Distiller(nn.Module):
         if self.teacher is None:
             return passes
         with torch.no_grad():
-            self._teach(self.teacher, batch, answers, passes)
+            self._teach(self.teacher, batch, passes)
         if switches:
             with seeing_with(self.teacher, self.parts, kept):
                 passes.hidden["switch"] = self.teacher.hidden_states(batch)[answers]
@@ -227,10 +228,14 @@ class Distiller(nn.Module):
         self,
         teacher: VisionLanguageModel,
         batch: Mapping[str, Tensor],
-        answers: Tensor,
         passes: Passes,
     ) -> None:
-        """The teacher's own forward, from the cache where it holds the whole batch."""
+        """The teacher's own forward, from the cache where it holds the whole batch.
+
+        Its own batch may be longer; the answers are the same tokens in the same order.
+        """
+        inputs = teacher_inputs(batch)
+        answers = answer_positions(inputs["labels"])
         samples: list[int] = []
         counts: list[int] = []
         if self.cache is not None:
@@ -239,7 +244,7 @@ class Distiller(nn.Module):
             if known is not None:
                 passes.hidden["teacher"] = known.to(answers.device)
                 return
-        self._forward("teacher", teacher, batch, answers, passes)
+        self._forward("teacher", teacher, inputs, answers, passes)
         if self.cache is not None:
             self.cache.put(samples, counts, passes.hidden["teacher"])
 

@@ -14,12 +14,14 @@ from torch import Tensor
 from kd_bench.distill.chat import ChatFormat, Turns
 from kd_bench.distill.data import Conversation
 from kd_bench.distill.images import MAX_PIXELS, Unreadable, open_image
+from kd_bench.distill.vision_language import TEACHERS
 from kd_bench.errors import KdBenchError, one_line
 
-__all__ = ["IGNORED", "PER_TOKEN", "EncodedSample", "Encoder"]
+__all__ = ["IGNORED", "PER_TOKEN", "EncodedSample", "Encoder", "PairEncoder"]
 
 IGNORED = -100
 PER_TOKEN = ("token_type_ids", "mm_token_type_ids")  # what processors give beside `input_ids`
+NO_LIMIT = 1 << 30  # tokens
 LED_BY = 3  # tokens before an answer by which it is found again among expanded images
 
 EncodedSample = dict[str, Tensor]
@@ -209,6 +211,52 @@ class Encoder:
             if name in extra:
                 extra[name] = extra[name][0, : self.max_length]
         return {"input_ids": input_ids, "labels": labels, **extra}
+
+
+class PairEncoder(Encoder):
+    """Samples for a student and a teacher whose processors make other images of one.
+
+    A sample holds the teacher's tensors beside the student's, as `teacher.<name>`. The text is the
+    student's in both, so answers are the same ids; prompts may differ in their image tokens.
+
+    Args:
+        teacher_processor: expands and prepares the teacher's images.
+        options: as `Encoder` takes them.
+    """
+
+    def __init__(self, processor: Any, teacher_processor: Any, *given: Any, **options: Any) -> None:
+        super().__init__(processor, *given, **options)
+        self.teacher = Encoder(
+            teacher_processor, NO_LIMIT, template=self.chat.template, max_pixels=self.max_pixels
+        )
+
+    def encode_many(
+        self, conversations: Sequence[Conversation]
+    ) -> list[EncodedSample | Unreadable]:
+        """One sample of both sides, or the reason why there is none, for each conversation."""
+        pairs = zip(
+            super().encode_many(conversations),
+            self.teacher.encode_many(conversations),
+            strict=True,
+        )
+        return [self._paired(ours, theirs) for ours, theirs in pairs]
+
+    def _paired(
+        self, ours: EncodedSample | Unreadable, theirs: EncodedSample | Unreadable
+    ) -> EncodedSample | Unreadable:
+        if isinstance(ours, Unreadable):
+            return ours
+        if isinstance(theirs, Unreadable):
+            return Unreadable(f"for the teacher: {theirs}")
+        answered = ours["labels"][ours["labels"] != IGNORED]
+        places = (theirs["labels"] != IGNORED).nonzero()[: len(answered), 0]
+        if not torch.equal(theirs["input_ids"][places], answered):
+            return Unreadable("the teacher's processor writes its answers otherwise")
+        end = int(places[-1]) + 1  # the student's `max_length` may have cut answers off
+        for name in ("input_ids", "labels", *PER_TOKEN):
+            if name in theirs:
+                theirs[name] = theirs[name][:end]
+        return {**ours, **{f"{TEACHERS}{name}": value for name, value in theirs.items()}}
 
 
 @dataclass

@@ -12,7 +12,14 @@ from pydantic import Field, model_validator
 
 from kd_bench.config import StrictModel
 
-__all__ = ["METHODS", "Term", "needs_student_logits", "needs_switch", "needs_teacher"]
+__all__ = [
+    "METHODS",
+    "Term",
+    "needs_student_logits",
+    "needs_switch",
+    "needs_teacher",
+    "sharing_images",
+]
 
 Loss = Literal[
     "ce",
@@ -144,3 +151,9 @@ def needs_switch(terms: tuple[Term, ...]) -> bool:
 def needs_student_logits(terms: tuple[Term, ...]) -> bool:
     """Whether the student's own language model has to run (not for a switch term alone)."""
     return any(term.of == "student" for term in terms if term.weight)
+
+
+def sharing_images(terms: tuple[Term, ...]) -> list[Term]:
+    """The terms of weight that need both models to be given the very same image tokens."""
+    at_answers = ("ce", *VOCABULARY_LOSSES)
+    return [t for t in terms if t.weight and (t.of == "switch" or t.loss not in at_answers)]

@@ -25,10 +25,15 @@ from kd_bench.distill.arguments import check_loggers, trainer_arguments
 from kd_bench.distill.batches import BatchOrder, Collator, ConversationDataset
 from kd_bench.distill.build import add_lora, build_start, lora_layers, merge_lora
 from kd_bench.distill.checkpoints import locate, weights_digest
-from kd_bench.distill.compatibility import check_pair, check_terms, step_zero
+from kd_bench.distill.compatibility import (
+    check_pair,
+    check_terms,
+    image_difference,
+    step_zero,
+)
 from kd_bench.distill.data import Conversation, data_digest, read_conversations
 from kd_bench.distill.distiller import Distiller
-from kd_bench.distill.encoding import Encoder
+from kd_bench.distill.encoding import Encoder, PairEncoder
 from kd_bench.distill.engine import DistillationTrainer, last_checkpoint
 from kd_bench.distill.methods import needs_teacher
 from kd_bench.distill.models import (
@@ -316,7 +321,7 @@ def _run_stage(run: Run, stage: Stage, folder: Path, student: Any) -> Any:
     recipe = run.recipe
     teacher = run.teacher if needs_teacher(stage.objective) else None
     rows = _check_models(run, stage, student)
-    dataset = _dataset(run, stage)
+    dataset = _dataset(run, stage, student)
     order, seed = _order(run, stage, dataset)
     set_trainable(student, stage.trainable)
     torch.manual_seed(seed)  # adapters start from it
@@ -366,13 +371,22 @@ def _check_processes(trainer: DistillationTrainer) -> None:
         )
 
 
-def _dataset(run: Run, stage: Stage) -> ConversationDataset:
+def _encoder(run: Run, stage: Stage, student: Any) -> Encoder:
+    """Encodes for the student, and for the teacher where one batch cannot serve both."""
+    if needs_teacher(stage.objective) and image_difference(
+        student, run.teacher, run.processor, run.teacher_processor
+    ):
+        return PairEncoder(run.processor, run.teacher_processor, stage.max_length)
+    return Encoder(run.processor, stage.max_length)
+
+
+def _dataset(run: Run, stage: Stage, student: Any) -> ConversationDataset:
     """The stage's samples, all encoded in advance where they are few."""
     source = run.recipe.data_of(stage)
     conversations, broken = run.conversations(stage)
     dataset = ConversationDataset(
         conversations,
-        Encoder(run.processor, stage.max_length),
+        _encoder(run, stage, student),
         unreadable=broken,
         unreadable_limit=source.unreadable_limit,
     )
@@ -417,9 +431,17 @@ def _cache(
         max_length=stage.max_length,
         template=run.processor.chat_template,
         dtype=teacher.dtype,
+        **_own_images(run, dataset),
     )
     width = teacher.get_input_embeddings().weight.shape[1]
     return TeacherCache(folder, width, teacher.dtype, processes.rank())
+
+
+def _own_images(run: Run, dataset: ConversationDataset) -> dict[str, str]:
+    """What else decides a teacher's states where it is given images of its own."""
+    if not isinstance(dataset.encoder, PairEncoder):
+        return {}
+    return {"images": run.teacher_processor.image_processor.to_json_string()}
 
 
 def _trainer(

@@ -31,12 +31,15 @@ __all__ = [
     "keeping_vision",
     "put_vision",
     "seeing_with",
+    "teacher_inputs",
 ]
 
 Inputs = Mapping[str, Any]
 """What the processor returns: `input_ids`, `attention_mask`, `pixel_values`, ..."""
 
 NOT_GIVEN = ("labels", "sample_index")  # ours, or read by the loss that is computed elsewhere
+TEACHERS = "teacher."
+"""Begins the names of the teacher's own tensors in a batch that the student's cannot serve."""
 OF_IMAGES = (
     "pixel_values",
     "pixel_attention_mask",
@@ -401,6 +404,12 @@ def answer_positions(labels: Tensor) -> Tensor:
     positions = labels.new_zeros(labels.shape, dtype=torch.bool)
     positions[:, :-1] = labels[:, 1:] != -100
     return positions
+
+
+def teacher_inputs(batch: Inputs) -> Inputs:
+    """What the teacher is given: its own tensors where the batch holds any, else the student's."""
+    own = {n.removeprefix(TEACHERS): v for n, v in batch.items() if n.startswith(TEACHERS)}
+    return own or batch
 
 
 def has_images(inputs: Inputs) -> bool:
