@@ -95,6 +95,7 @@ class Protocol:
         limit: documents per task, None for all.
         dtype, batch_size, engine: noted, not part of a task's fingerprint.
         quantize: what the weights were rounded to while they were loaded: nf4, int8 or nothing.
+        prompt_template: Jinja text that stood in for the checkpoint's own; empty for its own.
     """
 
     suite: str
@@ -104,6 +105,7 @@ class Protocol:
     batch_size: int | None = None
     engine: str = ""
     quantize: str = ""
+    prompt_template: str = ""
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,13 @@ def evaluate(
         str | None,
         typer.Option(help="Round the weights while loading: nf4 or int8.", metavar="nf4|int8"),
     ] = None,
+    prompt_template: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of the checkpoint's chat template: a Jinja file, llava, chatml or plain.",
+            metavar="FILE|NAME",
+        ),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name in tables.")] = None,
     role: Annotated[
         str | None, typer.Option(help="teacher, sft, kd, switch, baseline or student.")
@@ -74,7 +81,7 @@ def evaluate(
     """Evaluate models; the same command continues a stopped evaluation."""
     subjects = _subjects(checkpoints or [], vision, language, model, model_args)
     told = {"name": name, "seed": seed, "role": role, "method": method, "dtype": dtype}
-    _refuse(subjects, {**told, "quantize": quantize})
+    _refuse(subjects, {**told, "quantize": quantize, "prompt-template": prompt_template})
     profiles = profiles_of(profile, specs_of(suite, tasks))
     from kd_bench.evals import runner
 
@@ -94,6 +101,7 @@ def evaluate(
             seed=seed,
             dtype=dtype or "auto",
             quantize=quantize or "",
+            prompt_template=prompt_template or "",
             error_limit=runner.ERROR_LIMIT if error_limit is None else error_limit,
             results=results,
             debug=bool(context.obj),
@@ -138,6 +146,7 @@ def _refuse(subjects: list[dict[str, Any]], options: dict[str, Any]) -> None:
         ("method", "vision" in subjects[0], "is read from the --vision checkpoint"),
         ("dtype", "model" in subjects[0], "goes into --model-args for a --model"),
         ("quantize", "model" in subjects[0], "goes into --model-args for a --model"),
+        ("prompt-template", "model" in subjects[0], "goes into --model-args for a --model"),
     ]
     for option, broken, reason in rules:
         if broken and options[option] is not None:

@@ -19,7 +19,7 @@ from typing import Any
 from kd_bench.distill.images import Unreadable
 from kd_bench.errors import UsageError, closest, one_line
 
-__all__ = ["TEMPLATES", "ChatFormat", "Turns", "read_template"]
+__all__ = ["TEMPLATES", "ChatFormat", "Turns", "read_template", "use_template"]
 
 _TURN = (
     "{% for part in message['content'] %}"
@@ -68,16 +68,31 @@ class Turns:
     The whole text is `prompt answers[0] stop between[0] answers[1] stop between[1] ...`.
 
     Attributes:
-        prompt: up to the first answer that is learnt.
+        prompts: up to each answer that is learnt, as evaluation would send it.
         answers: with the space that the template puts before them.
         between: from behind one stop token to where the next answer begins.
-        left_out: earlier answers that the template rewrites once others follow: context only.
+        left_out: earlier answers that stand otherwise once others follow (the template rewrites
+            them, or a token reaches over the end of their prompt): context only.
     """
 
-    prompt: str
+    prompts: tuple[str, ...]
     answers: tuple[str, ...]
     between: tuple[str, ...] = ()
     left_out: int = 0
+
+    @property
+    def prompt(self) -> str:
+        """Up to the first answer that is learnt."""
+        return self.prompts[0]
+
+    def since(self, number: int) -> "Turns":
+        """Without the answers before that one."""
+        return Turns(
+            self.prompts[number:],
+            self.answers[number:],
+            self.between[number:],
+            self.left_out + number,
+        )
 
 
 class ChatFormat:
@@ -85,21 +100,18 @@ class ChatFormat:
 
     Args:
         processor: its processor; the template is its own, else its tokenizer's.
-        template: Jinja text instead of those.
 
     Raises:
         UsageError: there is no template, it cannot be used, or nothing ends an answer.
     """
 
-    def __init__(self, processor: Any, template: str | None = None) -> None:
+    def __init__(self, processor: Any) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.image_token = str(getattr(processor, "image_token", None) or "<image>")
-        self.template = template or _own_template(processor)
-        if self.template is not None and self.template in TEMPLATES.values():
-            self.template = self.template.replace("<image>", self.image_token)
+        self.template = _own_template(processor)
         self.plain = self.template is None and type(processor).__name__ in PLAIN_FAMILIES
-        self._answer_ids: OrderedDict[str, list[int]] = OrderedDict()
+        self._answer_ids: OrderedDict[str, tuple[list[int], bool]] = OrderedDict()
         self._as_text = False  # whether the template takes a message's content as one string
         self._trims = False
         self._lead = ""
@@ -228,17 +240,18 @@ class ChatFormat:
         answers = [self._lead + self._answer(messages[place]) for place in places]
         if self.plain:  # one question, one answer: what follows has no form
             prompt = self.prompt(messages[: places[0]])
-            return Turns(prompt, (answers[0],), left_out=len(places) - 1)
+            return Turns((prompt,), (answers[0],), left_out=len(places) - 1)
         prompts = [self.prompt(messages[:place]) for place in places]
-        first = 0
+        first = 0  # answer from which on each prompt goes on where the one before ended
         between: list[str] = []
         for number in range(1, len(places)):
             before = prompts[number - 1] + answers[number - 1]
             if prompts[number].startswith(before):
                 between.append(self._behind_stop(prompts[number][len(before) :]))
             else:
-                first, between = number, []
-        return Turns(prompts[first], tuple(answers[first:]), tuple(between), first)
+                first = number
+                between.append("")
+        return Turns(tuple(prompts), tuple(answers), tuple(between)).since(first)
 
     def _answer(self, message: dict[str, Any]) -> str:
         if any(part["type"] == "image" for part in message["content"]):
@@ -291,39 +304,49 @@ class ChatFormat:
         """Ids of each answer behind its prompt, without the stop token."""
         known = self._answer_ids
         fresh = list({answer for answer in answers if answer not in known})
-        for answer, ids in zip(fresh, self._behind(self._anchor, fresh), strict=True):
-            known[answer] = ids
-        found = [known[answer] for answer in answers]
-        while len(known) > KNOWN_ANSWERS:
+        for answer, found in zip(fresh, self._behind(self._anchor, fresh), strict=True):
+            known[answer] = found
+        for answer in answers:
+            known.move_to_end(answer)
+        ids = [known[answer][0] for answer in answers]
+        while len(known) > max(KNOWN_ANSWERS, len(answers)):
             known.popitem(last=False)
-        return found
+        return ids
+
+    def settled(self, turns: Turns) -> Turns:
+        """Without earlier answers that a later prompt tokenises otherwise than their own.
+
+        Only for answers that `answer_ids` has just been asked for.
+        """
+        merged = [self._answer_ids[answer][1] for answer in turns.answers[:-1]]
+        return turns.since(len(merged) - merged[::-1].index(True)) if any(merged) else turns
 
     def between_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of texts that stand behind a stop token."""
-        return self._behind(self.stop, texts)
+        return [ids for ids, _ in self._behind(self.stop, texts)]
 
-    def _behind(self, anchor: str, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of texts as they are tokenised behind `anchor`.
+    def _behind(self, anchor: str, texts: Sequence[str]) -> list[tuple[list[int], bool]]:
+        """Ids of texts as they are tokenised behind `anchor`, and whether it merges with them.
 
-        Where the tokenizer merges both (a prompt that ends in a space), behind another text: the
-        prompt is tokenised before there is an answer, so no token may reach over its end.
+        Where it does (a prompt that ends in a space), behind another text: a prompt is tokenised
+        before there is an answer, so no token may reach over its end.
         """
         anchors = list(dict.fromkeys(each for each in (anchor, *ANCHORS) if each))
         lengths = [len(ids) for ids in self._ids(anchors)]
-        found: list[list[int]] = []
+        found: list[tuple[list[int], bool]] = []
         whole = self._ids([anchors[0] + text for text in texts])
         start = self._ids([anchors[0]])[0]
         for text, ids in zip(texts, whole, strict=True):
             if ids[: lengths[0]] == start:
-                found.append(ids[lengths[0] :])
+                found.append((ids[lengths[0] :], False))
                 continue
             for other, length in zip(anchors[1:], lengths[1:], strict=True):
                 head, both = self._ids([other, other + text])
                 if both[:length] == head:
-                    found.append(both[length:])
+                    found.append((both[length:], True))
                     break
             else:
-                found.append(self._ids([text])[0])
+                found.append((self._ids([text])[0], True))
         return found
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
@@ -332,14 +355,27 @@ class ChatFormat:
         return list(self.tokenizer(list(texts), add_special_tokens=False)["input_ids"])
 
 
+def use_template(processor: Any, template: str) -> None:
+    """Set a prompt template (a name, a file or Jinja text) in place of the checkpoint's own.
+
+    It is saved with the processor, so that a trained student is asked as it was taught.
+    """
+    text = read_template(template)
+    if text in TEMPLATES.values():
+        text = text.replace("<image>", str(getattr(processor, "image_token", None) or "<image>"))
+    processor.chat_template = text
+
+
 def read_template(name_or_path: str) -> str:
-    """The Jinja text of a prompt template: a name of `TEMPLATES`, or a file.
+    """The Jinja text of a prompt template: a name of `TEMPLATES`, a file, or that text itself.
 
     Raises:
-        UsageError: neither.
+        UsageError: none of them.
     """
     if name_or_path in TEMPLATES:
         return TEMPLATES[name_or_path]
+    if "{{" in name_or_path or "{%" in name_or_path:
+        return name_or_path
     try:
         return Path(name_or_path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError, ValueError):

@@ -3,6 +3,7 @@
 Only answers are supervised, each with the token that ends it: every other label is -100.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -34,20 +35,14 @@ class Encoder:
     Args:
         processor: the student's; its chat template writes the prompt.
         max_length: tokens kept; an answer cut off entirely makes the sample unreadable.
-        template: a prompt template instead of the checkpoint's own.
         max_pixels: larger images are not decoded.
     """
 
     def __init__(
-        self,
-        processor: Any,
-        max_length: int = 2048,
-        *,
-        template: str | None = None,
-        max_pixels: int = MAX_PIXELS,
+        self, processor: Any, max_length: int = 2048, *, max_pixels: int = MAX_PIXELS
     ) -> None:
         self.processor = processor
-        self.chat = ChatFormat(processor, template)
+        self.chat = ChatFormat(processor)
         self.max_length = max_length
         self.max_pixels = max_pixels
         self.image_token_ids = _image_token_ids(processor)
@@ -102,6 +97,9 @@ class Encoder:
 
     def _set_ids(self, drafts: "list[_Draft]") -> None:
         chat = self.chat
+        chat.answer_ids([text for each in drafts for text in each.turns.answers])
+        for draft in drafts:
+            draft.turns = chat.settled(draft.turns)
         prompts = chat.prompt_ids([draft.turns.prompt for draft in drafts])
         answers = iter(chat.answer_ids([text for each in drafts for text in each.turns.answers]))
         between = iter(chat.between_ids([text for each in drafts for text in each.turns.between]))
@@ -226,9 +224,9 @@ class PairEncoder(Encoder):
 
     def __init__(self, processor: Any, teacher_processor: Any, *given: Any, **options: Any) -> None:
         super().__init__(processor, *given, **options)
-        self.teacher = Encoder(
-            teacher_processor, NO_LIMIT, template=self.chat.template, max_pixels=self.max_pixels
-        )
+        teacher_processor = copy.copy(teacher_processor)
+        teacher_processor.chat_template = self.chat.template
+        self.teacher = Encoder(teacher_processor, NO_LIMIT, max_pixels=self.max_pixels)
 
     def encode_many(
         self, conversations: Sequence[Conversation]

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from kd_bench.config import StrictModel, apply_overrides, dump_yaml, read_yaml, validate
+from kd_bench.distill.images import MAX_PIXELS
 from kd_bench.distill.methods import METHODS, Term
 from kd_bench.errors import UsageError, closest
 
@@ -47,6 +48,7 @@ class DataSource(StrictModel):
         limit: only the first so many conversations, after `skip`.
         skip: leave out the first so many.
         unreadable_limit: samples that may be skipped before the training stops with their list.
+        max_image_pixels: an image of more is not decoded; its sample counts as unreadable.
     """
 
     path: str | list[str]
@@ -54,6 +56,7 @@ class DataSource(StrictModel):
     limit: Count | None = None
     skip: int = Field(default=0, ge=0)
     unreadable_limit: int = Field(default=10, ge=0)
+    max_image_pixels: Count = MAX_PIXELS
 
 
 class StudentParts(StrictModel):
@@ -205,6 +208,8 @@ class Recipe(StrictModel):
         output: folder of the result; by default `checkpoints/<name>-<method>-seed<seed>`.
         truncate_vocabulary: allow a teacher whose LM head has more (padding) rows than the
             student's, by ignoring the surplus; the tokenizers must be equal all the same.
+        prompt_template: instead of the student's chat template, and saved with it: a Jinja file,
+            or a name of `chat.TEMPLATES`.
         new_projector: the student checkpoint has no projector; one is drawn from `seed`.
         allow_pickle, trust_remote_code: permit checkpoints that can run code when loaded.
         teacher_cache: folder for the teacher's hidden states at answer positions.
@@ -221,6 +226,7 @@ class Recipe(StrictModel):
     seed: int = Field(default=0, ge=0, lt=2**31)
     output: str | None = None
     truncate_vocabulary: bool = False
+    prompt_template: str | None = None
     new_projector: bool = False
     allow_pickle: bool = False
     trust_remote_code: bool = False

@@ -24,6 +24,7 @@ from kd_bench.distill import processes
 from kd_bench.distill.arguments import check_loggers, trainer_arguments
 from kd_bench.distill.batches import BatchOrder, Collator, ConversationDataset
 from kd_bench.distill.build import add_lora, build_start, lora_layers, merge_lora
+from kd_bench.distill.chat import read_template, use_template
 from kd_bench.distill.checkpoints import locate, weights_digest
 from kd_bench.distill.compatibility import (
     check_pair,
@@ -207,6 +208,8 @@ def _run_stages(run: Run) -> Any:
     _check_settings(run, [stage for stage, _ in left])
     start = _start(run)
     run.processor = load_processor(start, trust_remote_code=recipe.trust_remote_code)
+    if recipe.prompt_template is not None:
+        use_template(run.processor, recipe.prompt_template)
     _load_teacher(run)
     run.note(student={"path": str(recipe.student), "weights_sha256": weights_digest(start)})
     run.done = [stage.name for stage in recipe.stages[: len(recipe.stages) - len(left)]]
@@ -229,6 +232,8 @@ def _check_settings(run: Run, stages: list[Stage]) -> None:
         UsageError: naming the stage and the setting.
     """
     check_loggers(run.recipe.report_to)
+    if run.recipe.prompt_template is not None:
+        read_template(run.recipe.prompt_template)
     for stage in reversed(stages):  # so that the first stage's data is the file that is kept
         check_terms(stage.objective, stage.trainable, stage.name)
         micro_batch(stage)
@@ -373,11 +378,14 @@ def _check_processes(trainer: DistillationTrainer) -> None:
 
 def _encoder(run: Run, stage: Stage, student: Any) -> Encoder:
     """Encodes for the student, and for the teacher where one batch cannot serve both."""
+    max_pixels = run.recipe.data_of(stage).max_image_pixels
     if needs_teacher(stage.objective) and image_difference(
         student, run.teacher, run.processor, run.teacher_processor
     ):
-        return PairEncoder(run.processor, run.teacher_processor, stage.max_length)
-    return Encoder(run.processor, stage.max_length)
+        return PairEncoder(
+            run.processor, run.teacher_processor, stage.max_length, max_pixels=max_pixels
+        )
+    return Encoder(run.processor, stage.max_length, max_pixels=max_pixels)
 
 
 def _dataset(run: Run, stage: Stage, student: Any) -> ConversationDataset:
@@ -429,7 +437,7 @@ def _cache(
         teacher=run.lineage["teacher"]["weights_sha256"],
         data=data_digest(dataset.conversations)["sha256"],
         max_length=stage.max_length,
-        template=run.processor.chat_template,
+        template=dataset.encoder.chat.template,
         dtype=teacher.dtype,
         **_own_images(run, dataset),
     )

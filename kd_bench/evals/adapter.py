@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lmms_eval.api.model import lmms
 
+from kd_bench.distill.chat import use_template
 from kd_bench.distill.checkpoints import locate, stored_dtype
 from kd_bench.distill.models import load_model, load_processor, weight_count
 from kd_bench.errors import IncompleteRunError, UsageError, one_line
@@ -45,6 +46,7 @@ class KdBench(_Generative):
         dtype: auto, float32, bfloat16 or float16.
         quantize: nf4 or int8 rounds the weights while they are loaded.
         share: prefill each picture once for all its questions.
+        prompt_template: instead of the checkpoint's own; a name, a file or Jinja text.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class KdBench(_Generative):
         model: Any = None,
         processor: Any = None,
         pictures: PictureStore | None = None,
+        prompt_template: str = "",
         **unknown: Any,
     ) -> None:
         super().__init__()
@@ -65,7 +68,7 @@ class KdBench(_Generative):
         if unknown:
             raise UsageError(
                 f"kd_bench has no model argument {next(iter(unknown))!r}.",
-                "It knows pretrained, batch_size, device, dtype, quantize and share.",
+                "It knows pretrained, batch_size, device, dtype, quantize, share, prompt_template.",
             )
         if model is None:
             if pretrained is None:
@@ -76,6 +79,8 @@ class KdBench(_Generative):
             kind = torch_dtype(dtype)
             model = load_model(pretrained, dtype=kind, device=place, quantize=quantize)
             processor = load_processor(pretrained)
+        if prompt_template:
+            use_template(processor, prompt_template)
         size = None if batch_size in (None, "auto") else int(batch_size)
         self._engine = Engine(model, processor, batch_size=size, share=share, pictures=pictures)
 

@@ -41,7 +41,6 @@ class Engine:
         batch_size: questions at a time; None for as many as the memory budget allows.
         share: prefill what the questions of a picture have in common once.
         pictures: store of prepared pictures, when several engines work on the same documents.
-        prompt_template: Jinja text instead of the checkpoint's chat template.
         budget_bytes: memory above the model's own that a batch may take.
     """
 
@@ -53,7 +52,6 @@ class Engine:
         batch_size: int | None = None,
         share: bool = True,
         pictures: PictureStore | None = None,
-        prompt_template: str | None = None,
         budget_bytes: int | None = None,
     ) -> None:
         self.model = model
@@ -61,7 +59,7 @@ class Engine:
         self.device = next(model.parameters()).device
         self._parts = _known(model)
         self._processor = processor
-        self._prompts = PromptBuilder(processor, prompt_template)
+        self._prompts = PromptBuilder(processor)
         self._pictures = pictures or PictureStore()
         self.path = _path(self._parts)
         self.share = share and self.path != "generate" and not _slides(model)

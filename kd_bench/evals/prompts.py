@@ -11,15 +11,12 @@ __all__ = ["PromptBuilder"]
 class PromptBuilder:
     """Renders questions for one checkpoint, as its training does.
 
-    Args:
-        template: a prompt template instead of the checkpoint's own.
-
     Raises:
         UsageError: the checkpoint has no chat template, or one that cannot be used.
     """
 
-    def __init__(self, processor: Any, template: str | None = None) -> None:
-        self.chat = ChatFormat(processor, template)
+    def __init__(self, processor: Any) -> None:
+        self.chat = ChatFormat(processor)
         self.image_token = self.chat.image_token
 
     def render(self, text: str, pictures: int) -> str:

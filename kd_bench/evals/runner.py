@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_bench.distill import processes
+from kd_bench.distill.chat import read_template
 from kd_bench.errors import IncompleteRunError, KdBenchError, UsageError, one_line
 from kd_bench.evals.checkpoint import (
     Checkpoint,
@@ -27,6 +28,7 @@ from kd_bench.evals.checkpoint import (
 )
 from kd_bench.evals.progress import SuiteProgress
 from kd_bench.evals.worker import ENGINE, Plan, Worker, data_digest
+from kd_bench.files import digest_text
 from kd_bench.provenance import collect
 from kd_bench.records import Protocol, RunManifest, RunStatus
 from kd_bench.registry import Suite, TaskSpec, load_suite, load_task
@@ -57,6 +59,7 @@ def evaluate(
     results: Path = Path("results"),
     dtype: str = "auto",
     quantize: str = "",
+    prompt_template: str = "",
     profiles: dict[str, str] | None = None,
     progress: bool = True,
     debug: bool = False,
@@ -102,7 +105,11 @@ def evaluate(
         batch_size,
         ENGINE,
         quantize,
+        read_template(prompt_template) if prompt_template else "",
     )
+    if protocol.prompt_template:  # answers of the same checkpoint under its own are others
+        setup = digest_text(known.setup_digest, protocol.prompt_template)
+        known = replace(known, setup_digest=setup)
     processes.join()
     if role is None:
         known = _with_recorded_role(known, results)

@@ -167,6 +167,7 @@ def _load(plan: Plan) -> Any:
             batch_size=protocol.batch_size,
             dtype=protocol.dtype,
             quantize=protocol.quantize,
+            prompt_template=protocol.prompt_template,
             pictures=_pictures(),
         )
 
