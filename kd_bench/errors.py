@@ -8,6 +8,8 @@ KdBenchError
 └── TrainingError           5   training stopped: a NaN loss, unreadable data, a full disk
 """
 
+import contextlib
+from collections.abc import Iterator
 from enum import IntEnum
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "TrainingError",
     "UsageError",
     "closest",
+    "explained",
     "one_line",
 ]
 
@@ -86,6 +89,24 @@ def one_line(error: BaseException) -> str:
     """The error's message on one line without control characters, as the command line shows it."""
     line = " ".join(str(error).split()) or type(error).__name__
     return "".join(character if character.isprintable() else "�" for character in line)
+
+
+@contextlib.contextmanager
+def explained(problem: str, way_out: str) -> Iterator[None]:
+    """Make one line of whatever a library raises on what the user gave; our own errors pass.
+
+    Raises:
+        UsageError: `problem`, then the reason.
+    """
+    try:
+        yield
+    except (KdBenchError, MemoryError):
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        said = one_line(Exception(lines[0] if lines else ""))[:300].removesuffix(".")
+        kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+        raise UsageError(f"{problem}: {kind}{said}.", way_out) from error
 
 
 def closest(word: str, known: list[str]) -> str:

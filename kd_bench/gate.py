@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from kd_bench.compare.align import align, common_tasks, label
+from kd_bench.compare.align import align, common_tasks, label, numeric_notes
 from kd_bench.compare.differences import (
     Difference,
     Resampled,
@@ -244,6 +244,7 @@ def _require_sound(candidate: Run, baseline: Run, policy: Policy) -> list[str]:
     notes = [
         f"{task}: the baseline does not have it; not checked." for task in done.keys() - expected
     ]
+    notes += numeric_notes([baseline, candidate])
     limit = candidate.manifest.protocol.limit
     if limit is not None:
         notes.append(f"Only the first {limit} documents of every benchmark were evaluated.")

@@ -76,6 +76,12 @@ def evaluate(
         float | None,
         typer.Option(help="Share of failed answers that is healthy; default 0.01.", min=0, max=1),
     ] = None,
+    truncated_limit: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of answers that never end that is healthy; default 0.5.", min=0, max=1
+        ),
+    ] = None,
     results: Results = RESULTS,
 ) -> None:
     """Evaluate models; the same command continues a stopped evaluation."""
@@ -103,6 +109,9 @@ def evaluate(
             quantize=quantize or "",
             prompt_template=prompt_template or "",
             error_limit=runner.ERROR_LIMIT if error_limit is None else error_limit,
+            truncated_limit=(
+                runner.TRUNCATED_LIMIT if truncated_limit is None else truncated_limit
+            ),
             results=results,
             debug=bool(context.obj),
         )

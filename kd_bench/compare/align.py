@@ -24,6 +24,7 @@ __all__ = [
     "align",
     "common_tasks",
     "label",
+    "numeric_notes",
 ]
 
 Array = NDArray[np.float64]
@@ -180,6 +181,34 @@ def align(
         comparable=not notes,
         notes=tuple(notes),
     )
+
+
+def numeric_notes(runs: Sequence[Run]) -> list[str]:
+    """How the runs' arithmetic and decoding differ: comparable, but part of the difference."""
+    notes = []
+    first = runs[0].manifest.protocol
+    for run in runs[1:]:
+        other = run.manifest.protocol
+        pairs = {
+            "number type": (first.dtype, other.dtype),
+            "quantization": (first.quantize or "none", other.quantize or "none"),
+            "generation settings of the checkpoint": (_generation(runs[0]), _generation(run)),
+        }
+        for what, (one, two) in pairs.items():
+            if one != two and one and two:
+                notes.append(f"{label(runs[0])} and {label(run)} differ in {what}: {one}, {two}.")
+    return notes
+
+
+def _generation(run: Run) -> str:
+    """The checkpoint's own settings that changed its answers; empty where they were not kept."""
+    for task in run.manifest.tasks:
+        if run.done(task):
+            found = run.result(task).settings.get("checkpoint_generation")
+            if not isinstance(found, dict):
+                return ""
+            return ", ".join(f"{name} {value}" for name, value in sorted(found.items())) or "none"
+    return ""
 
 
 def _refuse_unless(allowed: bool, text: str, notes: list[str]) -> None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kd_bench.aggregators import get_aggregator
 from kd_bench.compare.agreement import Agreement, Flip, agreement, flips
-from kd_bench.compare.align import AlignedTask, align, common_tasks, label
+from kd_bench.compare.align import AlignedTask, align, common_tasks, label, numeric_notes
 from kd_bench.compare.differences import (
     Difference,
     Resampled,
@@ -231,6 +231,7 @@ def _notes(runs: Sequence[Run], common: list[str] | None) -> list[str]:
         for run in runs
         if run.manifest.status != "complete"
     ]
+    notes += numeric_notes(runs)
     if common is None:
         return notes
     for run in runs:

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from kd_bench.distill.checkpoints import locate, stored_dtype
-from kd_bench.distill.models import load_model
+from kd_bench.distill.models import load_model, load_part
 from kd_bench.distill.recipe import NEW, LoraSettings, StudentParts
 from kd_bench.distill.vision_language import VisionLanguageModel
-from kd_bench.errors import MissingExtraError, UsageError
+from kd_bench.errors import MissingExtraError, UsageError, explained
 
 __all__ = ["NEW", "add_lora", "build_start", "build_student", "merge_lora", "tinyllava_template"]
 
@@ -138,18 +138,18 @@ def _vision(path: str) -> tuple[Any, Any]:
     """A vision tower, alone or out of a two-tower or vision-language model; and its processor."""
     from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
-    where = str(locate(path))
-    try:
-        config = AutoConfig.from_pretrained(where)
-        pictures = AutoImageProcessor.from_pretrained(where)
+    where = locate(path)
+    with explained(f"{path} could not be loaded as a vision tower", A_PART):
+        config = AutoConfig.from_pretrained(str(where))
+        pictures = AutoImageProcessor.from_pretrained(str(where))
         if hasattr(config, "text_config") and type(config).__name__ in _vision_language_configs():
             return VisionLanguageModel(load_model(where)).vision_tower, pictures
         inner = getattr(config, "vision_config", config)
         with torch.device("meta"):
             kind = type(AutoModel.from_config(inner))
-        return kind.from_pretrained(where, config=inner, dtype=torch.float32), pictures
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise _unusable(path, "vision tower", error) from error
+    two_towers = inner is not config
+    tower = load_part(kind, path, "vision tower", surplus=two_towers, config=inner)
+    return tower, pictures
 
 
 def _vision_language_configs() -> set[str]:
@@ -161,12 +161,9 @@ def _vision_language_configs() -> set[str]:
 def _language(path: str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where = str(locate(path))
-    try:
-        language = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32)
-        return language, AutoTokenizer.from_pretrained(where)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise _unusable(path, "language model", error) from error
+    language = load_part(AutoModelForCausalLM, path, "language model")
+    with explained(f"{path} could not be loaded as a language model", A_PART):
+        return language, AutoTokenizer.from_pretrained(str(locate(path)))
 
 
 def _type_of(path: str) -> torch.dtype:
@@ -175,12 +172,7 @@ def _type_of(path: str) -> torch.dtype:
     return dtype
 
 
-def _unusable(path: str, what: str, error: Exception) -> UsageError:
-    reason = str(error).strip().splitlines() or [type(error).__name__]
-    return UsageError(
-        f"{path} could not be loaded as a {what}: {reason[0]}",
-        "Give a folder written by save_pretrained, or a hub name.",
-    )
+A_PART = "Give a folder written by save_pretrained, or a hub name."
 
 
 def _has_class_token(tower: nn.Module) -> bool:

@@ -20,13 +20,14 @@ from kd_bench.distill.checkpoints import (
     stored_dtypes,
 )
 from kd_bench.distill.vision_language import VisionLanguageModel
-from kd_bench.errors import MissingExtraError, UsageError, one_line
+from kd_bench.errors import MissingExtraError, UsageError, explained, one_line
 
 __all__ = [
     "PARTS",
     "QUANTIZATIONS",
     "checkpoint_activations",
     "load_model",
+    "load_part",
     "load_processor",
     "parameter_counts",
     "quiet",
@@ -76,7 +77,7 @@ def load_model(
     settings |= _quantized(path, whole, quantize, base is not None, dtype, device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(projector_seed or 0)  # what is new is drawn while the rest is read
-        model, told = read_weights(
+        model, told = _read(
             AutoModelForImageTextToText, path, whole, "vision-language model", **settings
         )
     _check_loaded(path, model, told, projector_seed is not None)
@@ -90,7 +91,28 @@ def load_model(
     return model if placed else model.to(device)
 
 
-def read_weights(
+def load_part(kind: Any, path: str, what: str, *, surplus: bool = False, **settings: Any) -> Any:
+    """A vision tower or a language model with all of its weights, in float32.
+
+    Args:
+        kind: a class with `from_pretrained`.
+        what: that errors call it.
+        surplus: the checkpoint may hold more than this part.
+
+    Raises:
+        UsageError: it cannot be loaded, or weights are missing, surplus or not finite.
+    """
+    folder = locate(path)
+    check_files(folder)
+    model, told = _read(kind, path, folder, what, dtype=torch.float32, **settings)
+    if surplus:
+        told = {**told, "unexpected_keys": set()}
+    _check_loaded(path, model, told, projector_may_be_new=False)
+    _check_finite(path, model)
+    return model
+
+
+def _read(
     kind: Any, path: str | Path, folder: Path, what: str, **settings: Any
 ) -> tuple[Any, dict[str, Any]]:
     """A model of transformers and what it says about the tensors that it read.
@@ -103,32 +125,23 @@ def read_weights(
     Raises:
         UsageError: it cannot be loaded.
     """
-    try:
-        model, told = kind.from_pretrained(
-            str(folder), output_loading_info=True, ignore_mismatched_sizes=True, **settings
-        )
-    except ImportError as error:
-        raise _package_missing(path, error) from error
-    except Exception as error:  # a damaged config raises whatever its first reader trips over
-        raise UsageError(
-            f"{path} could not be loaded as a {what}: {_reason(error)}.",
-            "Give a folder written by save_pretrained with such a class, or a hub name.",
-        ) from error
+    way_out = "Give a folder written by save_pretrained with such a class, or a hub name."
+    with explained(f"{path} could not be loaded as a {what}", way_out):
+        try:
+            model, told = kind.from_pretrained(
+                str(folder), output_loading_info=True, ignore_mismatched_sizes=True, **settings
+            )
+        except ImportError as error:
+            raise _package_missing(path, error) from error
     return model, told
-
-
-def _reason(error: Exception) -> str:
-    """What went wrong, without the pages that transformers may add."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = one_line(Exception(lines[0] if lines else ""))[:300].removesuffix(".")
-    return said if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {said}"
 
 
 def _package_missing(path: str | Path, error: ImportError) -> UsageError:
     if "bitsandbytes" in str(error):
         return MissingExtraError("eval", "quantize", "bitsandbytes")
     return UsageError(
-        f"{path} needs a package that is not installed: {_reason(error)}", "Install it with pip."
+        f"{path} needs a package that is not installed: {one_line(error)[:300]}",
+        "Install it with pip.",
     )
 
 
@@ -280,23 +293,16 @@ def _with_adapter(model: Any, folder: Path, allow_pickle: bool) -> Any:
             f"{folder} holds no adapter_model.safetensors.",
             "Save the adapter again with safetensors, or allow pickles with allow_pickle=true.",
         )
-    try:
+    way_out = "Is base_model_name_or_path the model that it was trained on?"
+    with explained(f"{folder} could not be read as an adapter of its base", way_out):
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = True
         wrapped = PeftModel(model, config)
         told = set_peft_model_state_dict(wrapped, load_peft_weights(str(folder), device="cpu"))
         learned = {name for name, _ in wrapped.named_parameters() if wrapped.prefix in name}
-    except Exception as error:
-        raise UsageError(
-            f"{folder} could not be read as an adapter of its base: {_reason(error)}",
-            "Is base_model_name_or_path the model that it was trained on?",
-        ) from error
     kinds = {"missing": learned & set(told.missing_keys), "new to it": set(told.unexpected_keys)}
     if problem := _listed(kinds):
-        raise UsageError(
-            f"{folder} is no adapter of its base: {problem}.",
-            "Is base_model_name_or_path the model that it was trained on?",
-        )
+        raise UsageError(f"{folder} is no adapter of its base: {problem}.", way_out)
     if not hasattr(wrapped, "merge_and_unload"):
         raise UsageError(
             f"{folder} is a {config.peft_type} adapter, which cannot be merged into its base.",
@@ -347,15 +353,14 @@ def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoProcessor
 
     folder = processor_folder(locate(path, trust_remote_code=trust_remote_code))
-    try:
-        processor = AutoProcessor.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    except ImportError as error:
-        raise _package_missing(path, error) from error
-    except Exception as error:  # damaged files raise whatever their first reader trips over
-        raise UsageError(
-            f"{path} has no usable processor: {_reason(error)}",
-            "Save it there with processor.save_pretrained.",
-        ) from error
+    way_out = "Save it there with processor.save_pretrained."
+    with explained(f"{path} has no usable processor", way_out):
+        try:
+            processor = AutoProcessor.from_pretrained(
+                str(folder), trust_remote_code=trust_remote_code
+            )
+        except ImportError as error:
+            raise _package_missing(path, error) from error
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
         raise UsageError(
             f"{path} has a {type(processor).__name__}, not a processor for text and pictures.",

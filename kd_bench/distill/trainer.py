@@ -51,12 +51,13 @@ from kd_bench.distill.progress import LogWriter, ProgressReport, cut_log
 from kd_bench.distill.recipe import NEW, DataSource, Recipe, Stage, recipe_yaml
 from kd_bench.distill.sharding import begin_sharding, gather_weights
 from kd_bench.distill.teacher_cache import TeacherCache, cache_folder
-from kd_bench.errors import KdBenchError, UsageError
+from kd_bench.errors import KdBenchError, UsageError, explained
 from kd_bench.files import digest_text, read_json, write_json, write_text
 from kd_bench.world.embedded import resolve
 
 __all__ = ["train"]
 
+TOGETHER = "Do config.json, processor and weights of each checkpoint belong together?"
 SMALL_DATA = 50_000  # conversations that are encoded before the first step and kept in memory
 
 
@@ -217,8 +218,10 @@ def _run_stages(run: Run) -> Any:
         last = len(run.done) - 1
         start = stage_folder(run.folder, last, recipe.stages[last]) / "model"
     student = _load(recipe, start, recipe.seed if recipe.new_projector and not run.done else None)
-    for stage, _ in left:
-        _check_models(run, stage, student)
+    _check_weights_learn(recipe, student)
+    with explained("Student and teacher cannot be trained together", TOGETHER):
+        for stage, _ in left:
+            _check_models(run, stage, student)
     for stage, folder in left:
         student = _run_stage(run, stage, folder, student)
         run.done.append(stage.name)
@@ -273,6 +276,15 @@ def _check_models(run: Run, stage: Stage, student: Any) -> int | None:
         stage.objective,
         truncate_vocabulary=run.recipe.truncate_vocabulary,
     )
+
+
+def _check_weights_learn(recipe: Recipe, student: Any) -> None:
+    """Quantized weights are integers that no gradient reaches."""
+    if not all(weight.is_floating_point() for weight in student.parameters()):
+        raise UsageError(
+            f"The student {recipe.student} is quantized, and its weights cannot learn.",
+            "Train the float checkpoint, then evaluate it with --quantize.",
+        )
 
 
 def _start(run: Run) -> Path:
@@ -346,11 +358,12 @@ def _run_stage(run: Run, stage: Stage, folder: Path, student: Any) -> Any:
             checkpoint_activations(teacher, frozen=True)
     trainer = _trainer(run, stage, folder, distiller, order, seed)
     _check_processes(trainer)
-    pictured = trainer.pictured_batch()
-    if pictured is not None:
-        distiller.freeze_unreached(pictured)
-    checkpoint = last_checkpoint(folder)
-    _announce(run, stage, trainer, checkpoint)
+    with explained("The first batch does not go through student and teacher", TOGETHER):
+        pictured = trainer.pictured_batch()
+        if pictured is not None:
+            distiller.freeze_unreached(pictured)
+        checkpoint = last_checkpoint(folder)
+        _announce(run, stage, trainer, checkpoint)
     with contextlib.closing(trainer.report):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.check_finite()

@@ -12,9 +12,9 @@ from kd_bench.distill.checkpoints import locate, stored_dtype
 from kd_bench.distill.models import load_model, load_processor, weight_count
 from kd_bench.errors import IncompleteRunError, UsageError, one_line
 from kd_bench.evals.cost import MemoryMeter, measure
-from kd_bench.evals.engine import Engine
+from kd_bench.evals.engine import NOT_FINITE, Engine
 from kd_bench.evals.pictures import PictureStore
-from kd_bench.evals.questions import Answer, Question, settings_of
+from kd_bench.evals.questions import Answer, Question, Settings, settings_of
 from kd_bench.records import Cost
 
 __all__ = ["DTYPES", "Journalled", "KdBench", "StockModel", "torch_dtype"]
@@ -107,6 +107,23 @@ class KdBench(_Generative):
     def cost(self, memory: MemoryMeter) -> Cost:
         """What the model costs to run."""
         return measure(self._engine, memory)
+
+    def check(self, name: str) -> None:
+        """Answer one question about an image, so that a model that cannot is no run of failures.
+
+        Args:
+            name: the checkpoint as the user named it.
+
+        Raises:
+            UsageError: processor, settings and weights do not work together.
+        """
+        question = Question(0, "What is this?", _grey, Settings(max_new_tokens=1))
+        [[answer]] = self._engine.answers([question])
+        if answer.status == "error" and NOT_FINITE not in answer.error:
+            raise UsageError(
+                f"{name} cannot answer a question about an image: {answer.error}",
+                "Do config.json, processor and weights belong together?",
+            )
 
     @property
     def engine(self) -> Engine:
@@ -258,6 +275,12 @@ def _question(model: _Generative, number: int, request: Any, key: str) -> Questi
     documents = model.task_dict[task][split]
     pictures = partial(_pictures, to_visual, documents, document)
     return Question(number, text, pictures, settings_of(generation), key)
+
+
+def _grey() -> list[Any]:
+    from PIL import Image
+
+    return [Image.new("RGB", (224, 224), (128, 128, 128))]
 
 
 def _pictures(to_visual: Callable[[Any], Any], documents: Any, document: int) -> list[Any]:

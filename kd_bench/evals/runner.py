@@ -27,17 +27,22 @@ from kd_bench.evals.checkpoint import (
     with_role,
 )
 from kd_bench.evals.progress import SuiteProgress
-from kd_bench.evals.worker import ENGINE, Plan, Worker, data_digest
+from kd_bench.evals.worker import ENGINE, FAILURE, Plan, Worker, data_digest
 from kd_bench.files import digest_text
 from kd_bench.provenance import collect
-from kd_bench.records import Protocol, RunManifest, RunStatus
+from kd_bench.records import Protocol, RunManifest, RunStatus, TaskResult
 from kd_bench.registry import Suite, TaskSpec, load_suite, load_task
 from kd_bench.store import Run, catalogue, held_run, wanted_run
 
-__all__ = ["ERROR_LIMIT", "evaluate"]
+__all__ = ["ERROR_LIMIT", "TRUNCATED_LIMIT", "evaluate"]
 
 ERROR_LIMIT = 0.01
 """Share of failed answers in a task above which a run is unhealthy."""
+TRUNCATED_LIMIT = 0.5
+"""Share of answers without an end (cut off at the token limit) above which a run is unhealthy.
+
+Some answers of a wordy model are cut off on every short-answer benchmark; most of them are where it
+never learnt to stop."""
 
 
 def evaluate(
@@ -64,6 +69,7 @@ def evaluate(
     progress: bool = True,
     debug: bool = False,
     error_limit: float = ERROR_LIMIT,
+    truncated_limit: float = TRUNCATED_LIMIT,
 ) -> Run:
     """Evaluate a model; a run that was stopped is continued, a finished one returned.
 
@@ -81,7 +87,8 @@ def evaluate(
         dtype: auto, float32, bfloat16 or float16; see `checkpoint.chosen_dtype`.
         quantize: nf4 or int8 rounds the weights while they are loaded.
         profiles: protocol variant by benchmark.
-        error_limit: share of failed answers above which the run is unhealthy.
+        error_limit, truncated_limit: share of failed answers, and of answers that never ended,
+            above which the run is unhealthy.
 
     Returns:
         The run; its manifest's status is complete, partial or unhealthy.
@@ -123,10 +130,11 @@ def evaluate(
         setup=known.setup_digest,
         suite_tasks=chosen.tasks,
     )
+    limits = {"error": error_limit, "truncated": truncated_limit}
     first = processes.rank() == 0
     with held_run(results, wanted) if first else contextlib.nullcontext() as held:
         run = processes.broadcast(held)
-        _execute(run, plan, wanted, progress and first, error_limit)
+        _execute(run, plan, wanted, progress and first, limits)
         processes.barrier()
     return run
 
@@ -193,7 +201,9 @@ def _suite_data(suite: Suite) -> Path:
     )
 
 
-def _execute(run: Run, plan: Plan, wanted: RunManifest, shown: bool, error_limit: float) -> None:
+def _execute(
+    run: Run, plan: Plan, wanted: RunManifest, shown: bool, limits: dict[str, float]
+) -> None:
     """Evaluate what is not committed yet and set the run's status."""
     notes: list[str] = []
     first = processes.rank() == 0
@@ -218,7 +228,7 @@ def _execute(run: Run, plan: Plan, wanted: RunManifest, shown: bool, error_limit
             if first:
                 run.write_manifest(replace(run.manifest, cost=worker.cost()))
     if first:
-        _finish(run, plan, notes, error_limit, anew=bool(todo))
+        _finish(run, plan, notes, limits, anew=bool(todo))
 
 
 def _check_data(specs: Sequence[TaskSpec], plan: Plan) -> None:
@@ -259,15 +269,17 @@ def _settled(run: Run, spec: TaskSpec) -> bool:
         return False
 
 
-def _finish(run: Run, plan: Plan, notes: list[str], error_limit: float, anew: bool) -> None:
+def _finish(run: Run, plan: Plan, notes: list[str], limits: dict[str, float], anew: bool) -> None:
     """Set the run's status; a run of which nothing was made anew is left as it is."""
     results = run.results()
     manifest = run.manifest
     missing = [task for task in manifest.tasks if task not in results]
     sick = [
-        f"{task}: {result.rates['error']:.1%} of the answers failed"
+        line
         for task, result in results.items()
-        if result.rates.get("error", 0.0) > error_limit
+        for kind, limit in limits.items()
+        if result.rates.get(kind, 0.0) > limit
+        for line in _complaint(task, result, kind)
     ]
     status: RunStatus = "partial" if missing else "unhealthy" if sick else "complete"
     told = {note.split(":")[0] for note in notes}
@@ -277,3 +289,12 @@ def _finish(run: Run, plan: Plan, notes: list[str], error_limit: float, anew: bo
         run.finish(status, provenance=collect(seed=plan.checkpoint.ref.seed), **changes)
     elif replace(manifest, status=status, **changes) != manifest:
         run.finish(status, **changes)
+
+
+def _complaint(task: str, result: TaskResult, kind: str) -> list[str]:
+    """What is wrong with a task's answers, and why where that is known."""
+    share = f"{result.rates[kind]:.1%} of the answers"
+    if kind == "truncated":
+        return [f"{task}: {share} never ended: they were cut off at the token limit"]
+    reasons = [f"{task}: {note}" for note in result.notes if note.startswith(FAILURE)]
+    return [f"{task}: {share} failed", *reasons]

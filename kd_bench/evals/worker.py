@@ -1,12 +1,13 @@
 """The loaded model of one evaluation: its tasks are asked, scored and committed one by one."""
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd_bench.distill import processes
-from kd_bench.errors import IncompleteRunError
+from kd_bench.errors import IncompleteRunError, explained
 from kd_bench.evals.asking import Asked, TaskJournal, answer_keys, ask
 from kd_bench.evals.checkpoint import Checkpoint
 from kd_bench.evals.progress import SuiteProgress
@@ -20,10 +21,13 @@ if TYPE_CHECKING:
     from kd_bench.evals.pictures import PictureStore
     from kd_bench.evals.tasks import PreparedTask
 
-__all__ = ["ENGINE", "Plan", "Worker", "data_digest"]
+__all__ = ["ENGINE", "FAILURE", "Plan", "Worker", "data_digest"]
 
 ENGINE = "kd-bench 1"
 """Part of every journal key: counts up when the engine's answers may change."""
+
+FAILURE = "commonest failure: "
+"""How a result's note begins that says why answers failed."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +72,19 @@ class Worker:
         missing = len(set(keys) - known.keys())
         self._bars.start(spec.id, -(-missing // processes.world_size()))
 
+        failures: Counter[str] = Counter()
+
         def record(pairs: list[tuple[str, Answer]]) -> None:
             journal.append(pairs)
+            failures.update(answer.error for _, answer in pairs if answer.status == "error")
             self._bars.advance(len(pairs))
 
         asked = ask(prepared, self._source, keys, known=known, record=record, debug=plan.debug)
         if asked is None:
             return spec.id
         result = self._result(prepared, asked, time.perf_counter() - started)
+        for reason, _ in failures.most_common(1):
+            result.notes.append(f"{FAILURE}{reason}")
         outcome = f"{result.score:.1f}"
         if not prepared.variant.scored:
             outcome = f"not scored, wrote {self._write_submission(prepared)}"
@@ -87,8 +96,11 @@ class Worker:
             )
         self._run.commit(result, asked.samples)
         failed = f", {result.rates['error']:.1%} failed" if result.rates["error"] else ""
+        endless = result.rates.get("truncated", 0.0)
+        cut = f", {endless:.1%} never ended" if endless > 0.01 else ""
         return (
-            f"{spec.id}: {outcome} ({result.documents} documents, {result.seconds:.1f} s{failed})"
+            f"{spec.id}: {outcome} "
+            f"({result.documents} documents, {result.seconds:.1f} s{failed}{cut})"
         )
 
     def _result(self, prepared: "PreparedTask", asked: Asked, seconds: float) -> TaskResult:
@@ -157,19 +169,24 @@ def _load(plan: Plan) -> Any:
     with quiet(plan.debug):
         if checkpoint.stock is not None:
             return load_stock(*checkpoint.stock, protocol.batch_size)
-        parts: dict[str, Any] = {"pretrained": str(checkpoint.path)}
-        if checkpoint.vision is not None:
-            parts = load_hybrid(
-                checkpoint.vision, checkpoint.path, protocol.dtype, protocol.quantize
+        named = checkpoint.ref.path
+        way_out = "Do config.json, processor and weights belong together?"
+        with explained(f"{named} cannot be evaluated", way_out):
+            parts: dict[str, Any] = {"pretrained": str(checkpoint.path)}
+            if checkpoint.vision is not None:
+                parts = load_hybrid(
+                    checkpoint.vision, checkpoint.path, protocol.dtype, protocol.quantize
+                )
+            model = KdBench(
+                **parts,
+                batch_size=protocol.batch_size,
+                dtype=protocol.dtype,
+                quantize=protocol.quantize,
+                prompt_template=protocol.prompt_template,
+                pictures=_pictures(),
             )
-        return KdBench(
-            **parts,
-            batch_size=protocol.batch_size,
-            dtype=protocol.dtype,
-            quantize=protocol.quantize,
-            prompt_template=protocol.prompt_template,
-            pictures=_pictures(),
-        )
+            model.check(named)
+        return model
 
 
 _STORES: "dict[str, PictureStore]" = {}
