@@ -17,7 +17,7 @@ from kd_bench.distill.losses import bild, dbild, jsd, kl, knee, leading, rkl
 from kd_bench.errors import UsageError
 
 DIRECTIONS = ("forward", "reverse")
-FORMS = ("flat", "row-wise")
+FORMS = ("flat", "row-wise", "none")
 
 
 def divergence(teacher: Tensor, other: Tensor, direction: str) -> Tensor:
@@ -32,6 +32,8 @@ def pair_list(
 ) -> Tensor:
     """One lead's divergence, with every difference written out."""
     t, s = teacher[ids] / tau, other[ids] / tau
+    if form == "none":
+        return divergence(t, s, direction)
     i, j = torch.triu_indices(len(ids), len(ids), 1)
     if form == "flat":
         return divergence(t[i] - t[j], s[i] - s[j], direction)
@@ -134,6 +136,49 @@ def test_dbild_is_the_pair_list(kind, direction, form):
     found = gradient_of(values, other, weights)
     wanted = gradient_of(oracle, other, weights)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_union_of_ids_is_one_list_in_the_teachers_order(kind, form):
+    teacher, other = logits_of(kind)
+    other.requires_grad_()
+    settings = {"k_max": 12, "candidates": 30}
+    values = dbild(teacher, other, ids="union", pairs=form, **settings)
+    k_t, k_s = (knee(side.detach(), **settings).tolist() for side in (teacher, other))
+    oracle = []
+    for row, (t, s) in enumerate(zip(teacher.double(), other.double(), strict=True)):
+        ours = torch.sort(t, descending=True, stable=True).indices
+        theirs = torch.sort(s.detach(), descending=True, stable=True).indices[: k_s[row]]
+        leads = set(ours[: k_t[row]].tolist()) | set(theirs.tolist())
+        ids = torch.tensor([index for index in ours.tolist() if index in leads])
+        oracle.append(pair_list(t, s, ids, 3.0, "reverse", form))
+    wanted = torch.stack(oracle)
+    torch.testing.assert_close(values.double(), wanted, rtol=2e-6, atol=1e-9)
+    weights = torch.linspace(0.5, 2, len(other))
+    found = gradient_of(values, other, weights)
+    torch.testing.assert_close(found, gradient_of(wanted, other, weights), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_led_is_forward_on_the_teachers_ids_and_reverse_on_the_others(form):
+    teacher, other = logits_of("random")
+    values = dbild(teacher, other, direction="led", k_min=32, k_max=32, pairs=form)
+    wanted = []
+    for t, s in zip(teacher.double(), other.double(), strict=True):
+        by_t = torch.sort(t, descending=True, stable=True).indices[:32]
+        by_s = torch.sort(s, descending=True, stable=True).indices[:32]
+        forward = pair_list(t, s, by_t, 3.0, "forward", form)
+        wanted.append(forward + pair_list(t, s, by_s, 3.0, "reverse", form))
+    torch.testing.assert_close(values.double(), torch.stack(wanted), rtol=2e-6, atol=1e-9)
+    weighed = dbild(
+        teacher, other, direction="led", k_min=32, k_max=32, pairs=form, weight_by="entropy"
+    )
+    shares = F.softmax(teacher.double(), dim=-1)
+    entropy = -torch.special.xlogy(shares, shares).sum(dim=-1) / math.log(teacher.shape[-1])
+    torch.testing.assert_close(
+        weighed.double(), torch.stack(wanted) * entropy, rtol=1e-5, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("k", [2, 3, 8, 40])

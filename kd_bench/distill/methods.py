@@ -49,6 +49,8 @@ OPTIONS: dict[str, tuple[str, ...]] = {
         "k_min",
         "k_max",
         "pairs",
+        "ids",
+        "weight_by",
     ),
     "image_kl": ("temperature",),
     "image_correlation": (),
@@ -78,12 +80,14 @@ class Term(StrictModel):
     temperature: float | None = Field(default=None, gt=0)
     beta: float | None = Field(default=None, gt=0, lt=1)
     top_k: int | None = Field(default=None, ge=2)
-    direction: Literal["forward", "reverse"] | None = None
+    direction: Literal["forward", "reverse", "led"] | None = None
     curve: Literal["logits", "probs"] | None = None
     candidates: Literal["full"] | int | None = None
     k_min: int | None = Field(default=None, ge=2)
     k_max: int | None = Field(default=None, ge=2)
-    pairs: Literal["flat", "row-wise"] | None = None
+    pairs: Literal["flat", "row-wise", "none"] | None = None
+    ids: Literal["each", "union"] | None = None
+    weight_by: Literal["equal", "entropy"] | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> "Term":

@@ -1,5 +1,7 @@
 """Divergence of two distributions over all ordered pairs of leading logits, without the pairs.
 
+(And, beside them, over the leading logits themselves: the reading of the paper without pairs.)
+
 For one row let `a_1 ... a_k` be the leading logits of one model divided by the temperature, in the
 leader's order, and `p_ij ~ exp(a_i - a_j)` over i < j. With log Z the logarithm of the sum over the
 pairs,
@@ -28,7 +30,7 @@ from kd_bench.distill.knee import Lead
 
 __all__ = ["PairForm", "pair_divergence"]
 
-PairForm = Literal["flat", "row-wise"]
+PairForm = Literal["flat", "row-wise", "none"]
 
 LARGEST_SPREAD = 300.0  # exp(-2 * 300) is an ordinary double
 ELEMENTS_AT_A_TIME = {"cpu": 1 << 16}
@@ -61,7 +63,7 @@ def pair_divergence(
     kind = torch.promote_types(other.dtype, torch.float32)
     values = torch.zeros(leads, dtype=kind, device=device)
     gradients = torch.zeros(leads, width, dtype=kind, device=device) if with_gradient else None
-    divergence = _flat if pairs == "flat" else _row_wise
+    divergence = {"flat": _flat, "row-wise": _row_wise, "none": _no_pairs}[pairs]
     of_other = _gather(other, lead.ids).to(device)  # [M, largest k]
     of_teacher = _gather(teacher, lead.ids).to(device)
     lead = lead.to(device)
@@ -203,6 +205,23 @@ def _row_wise(
     else:
         gradient = shift * received(down_a, norm_a) - received(down_a, norm_a, log_mean)
     return value, gradient * share.unsqueeze(-1)
+
+
+def _no_pairs(
+    other: Tensor, teacher: Tensor, mask: Tensor, direction: str, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """One distribution over the leading logits themselves: KL [n] and its gradient at `other`."""
+    log_a, log_b = (z.masked_fill(~mask, -torch.inf).log_softmax(dim=-1) for z in (other, teacher))
+    if direction == "forward":
+        log_a, log_b = log_b, log_a
+    share = log_a.exp()
+    difference = (log_a - log_b).masked_fill(~mask, 0.0)
+    value = (share * difference).sum(dim=-1)
+    if direction == "forward":  # `other` is b
+        gradient = log_b.exp() - share
+    else:
+        gradient = share * (difference - value.unsqueeze(-1))
+    return value.clamp(min=0), gradient if with_gradient else None
 
 
 def _fits(a: Tensor, b: Tensor) -> bool:
