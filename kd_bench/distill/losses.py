@@ -79,7 +79,7 @@ def dbild(
         "k_max": k_max,
     }
     led = teacher_lead if teacher_lead is not None else leading(teacher, **options)
-    leads = (led, leading(other, **options))
+    leads: tuple[Lead, ...] = (led, leading(other, **options))
     if ids == "union":
         if direction == "led":
             raise UsageError("A union of ids has one leader.", "Set ids to each, or a direction.")
