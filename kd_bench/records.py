@@ -190,6 +190,16 @@ class RunManifest:
         """What was measured."""
         return Identity(self.model.weights_digest, self.setup, self.protocol, self.data)
 
+    def extent(self, *results: "TaskResult") -> str:
+        """`n = 4 of 600` where a limit left documents of these benchmarks out, else nothing."""
+        documents = sum(result.documents for result in results)
+        totals = [result.total for result in results if result.total is not None]
+        if self.protocol.limit is None or not results or documents == sum(totals):
+            return ""
+        if len(totals) < len(results):  # a run from before it was stored
+            return f"n = {documents:,}, limited"
+        return f"n = {documents:,} of {sum(totals):,}"
+
     @property
     def verified(self) -> bool:
         """Whether the run's files are known by digests; older ones are only as good as found."""
@@ -237,13 +247,6 @@ class TaskResult:
     notes: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     total: int | None = None
-
-    @property
-    def extent(self) -> str:
-        """`n = 4 of 600` where a limit left documents out, else nothing."""
-        if self.total is None or self.total == self.documents:
-            return ""
-        return f"n = {self.documents:,} of {self.total:,}"
 
 
 @dataclass(frozen=True)

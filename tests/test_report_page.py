@@ -214,9 +214,10 @@ def test_one_model(tmp_path: Path) -> None:
 
 def test_missing_benchmarks_and_nan(tmp_path: Path) -> None:
     add_run(tmp_path, Model("t", "teacher", "", 1.0), tasks=("gqa", "pope"), units=5)
-    run = add_run(tmp_path, Model("s", "sft", "sft", 0.0, 0), tasks=("gqa", "mme"), units=5)
-    frame = run.samples("gqa").assign(score=np.nan)
-    run.commit(replace(run.result("gqa"), score=float("nan"), interval=None), frame)
+    run = add_run(tmp_path, Model("s", "sft", "sft", 0.0, 0), tasks=("vqav2", "mme"), units=5)
+    frame = run.samples("vqav2").assign(score=np.nan)
+    hidden = replace(run.result("vqav2"), score=float("nan"), interval=None, profile="test-dev")
+    run.commit(hidden, frame)
     with_status(run, "unhealthy")
     page = text_of(render_report(tmp_path, tmp_path / "out").parent)
     check(page)

@@ -25,9 +25,9 @@ def compare(
     from kd_bench.compare import list_flips
     from kd_bench.report.tables_terminal import to_terminal
     from kd_bench.report.verdicts import comparison_tables, flip_table
-    from kd_bench.store import find_run
+    from kd_bench.store import find_runs
 
-    found = [find_run(results, name) for name in runs]
+    found = find_runs(results, runs)
     if flips is not None:
         changed = list_flips(found, flips, allow_different=allow_different)
         if as_json:

@@ -23,7 +23,7 @@ from kd_bench.compare.differences import (
 from kd_bench.errors import NotComparableError, UsageError, closest
 from kd_bench.records import AVERAGE, SAMPLE_COLUMNS, Interval
 from kd_bench.stats import RESAMPLES, gap_closed, percentile_interval, ratio_interval
-from kd_bench.store import Run
+from kd_bench.store import Run, cautions
 
 __all__ = [
     "CategoryComparison",
@@ -232,6 +232,7 @@ def _notes(runs: Sequence[Run], common: list[str] | None) -> list[str]:
         if run.manifest.status != "complete"
     ]
     notes += numeric_notes(runs)
+    notes += [line for run in runs for line in cautions(run)]
     if common is None:
         return notes
     for run in runs:

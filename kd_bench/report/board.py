@@ -36,6 +36,7 @@ ROLE_TITLES = {
     "student": "Students",
     "baseline": "Baselines",
     "sft": "SFT (floor)",
+    "model": "Models",
 }
 
 

@@ -2,14 +2,14 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from kd_bench.errors import KdBenchError, UsageError, closest
 from kd_bench.records import AVERAGE, Cost, RunManifest, TaskResult
 from kd_bench.report.board import MISSING, ROLE_TITLES, Board, Entry, Score, TaskInfo, task_infos
-from kd_bench.store import Run, find_run, list_runs
+from kd_bench.store import Run, catalogue, cautions
 
 __all__ = ["load_board"]
 
@@ -28,7 +28,8 @@ METHOD_TITLES = {
     "align-kd": "Align-KD",
 }
 
-Loaded = tuple[Run, RunManifest]
+Listed = tuple[Run, RunManifest]
+Loaded = tuple[Run, RunManifest, dict[str, TaskResult], str]
 
 
 def load_board(
@@ -39,94 +40,105 @@ def load_board(
     Raises:
         UsageError: a name fits no run, or no run is of that suite.
     """
-    runs = [find_run(results, name) for name in names] if names else list_runs(results)
-    loaded, left_out = _read_runs(runs)
-    if not loaded:
-        return Board(suite or "", (), (), left_out=tuple(left_out))
-    newest = max(loaded, key=lambda pair: (pair[1].created, pair[0].path.name))[1]
-    suite = suite or newest.protocol.suite
-    chosen = []
-    for pair in loaded:
-        if pair[1].protocol.suite == suite:
-            chosen.append(pair)
-        else:
-            left_out.append(f"{pair[1].model.name}: suite {pair[1].protocol.suite}, not {suite}")
-    if not chosen:
-        there = sorted({manifest.protocol.suite for _, manifest in loaded})
+    there = catalogue(results)
+    left_out: list[str] = []
+    if names:
+        found = {run.path.resolve(): run for run in there.find(names)}
+        listed = [(run, run.manifest) for run in found.values()]
+        left_out += [line for run in found.values() for line in cautions(run)]
+    else:
+        listed = list(there.runs)
+    if not listed:
+        damaged = [f"{run.path.name}: {error.problem}" for run, error in there.damaged]
+        return Board(suite or "", (), (), left_out=tuple(damaged))
+    suite = suite or _newest_suite(listed)
+    others = [pair for pair in listed if pair[1].protocol.suite != suite]
+    left_out += [f"{m.model.name}: suite {m.protocol.suite}, not {suite}" for _, m in others]
+    if len(others) == len(listed):
+        known = sorted({manifest.protocol.suite for _, manifest in listed})
         raise UsageError(
-            f"No run of the suite {suite!r}.{closest(suite, there)}",
-            f"There are runs of: {', '.join(there)}.",
+            f"No run of the suite {suite!r}.{closest(suite, known)}",
+            f"There are runs of: {', '.join(known)}.",
         )
-    groups, superseded = _fold(chosen)
+    if names:
+        chosen = [pair for pair in listed if pair not in others]
+    else:
+        chosen, passed = there.board(suite)
+        left_out += passed
+    loaded = [_verified(run, manifest) for run, manifest in chosen]
+    groups = _fold(loaded)
+    # Of several seeds the sound ones are shown, marked; a model without a sound run is left out.
+    rows = [members for members in groups if not all(problem for *_, problem in members)]
+    left_out += [problem for members in groups for *_, problem in members if problem]
     tasks = task_infos(task for _, manifest in chosen for task in manifest.tasks)
-    entries = _name([_entry(members, tasks) for members in groups])
+    entries = _name([_entry(members, tasks) for members in rows])
     entries = _mark_protocols(entries, tasks)
-    return Board(suite, tasks, tuple(entries), left_out=(*left_out, *superseded))
+    return Board(suite, tasks, tuple(entries), left_out=tuple(left_out))
 
 
-def _read_runs(runs: Iterable[Run]) -> tuple[list[Loaded], list[str]]:
-    """Readable runs once each; a damaged one is named, not fatal."""
-    loaded: dict[Path, Loaded] = {}
-    left_out = []
-    for run in runs:
-        try:
-            loaded[run.path.resolve()] = (run, run.manifest)
-        except KdBenchError as error:
-            left_out.append(f"{run.path.name}: {error.problem}")
-    return list(loaded.values()), left_out
+def _newest_suite(listed: Sequence[Listed]) -> str:
+    """The suite of the newest finished run; an unfinished one moves no page."""
+    return max(listed, key=lambda pair: (pair[1].status == "complete", pair[1].created))[
+        1
+    ].protocol.suite
 
 
-def _fold(runs: list[Loaded]) -> tuple[list[list[Loaded]], list[str]]:
-    """Group seeds of one method; a newer run of the same model replaces the older one."""
+def _verified(run: Run, manifest: RunManifest) -> Loaded:
+    """A run with its verified results, or with none and what is damaged."""
+    try:
+        return run, manifest, run.results(), ""
+    except KdBenchError as error:
+        return run, manifest, {}, f"{manifest.model.name} ({run.path.name}): {error.problem}"
+
+
+def _fold(runs: Sequence[Loaded]) -> list[list[Loaded]]:
+    """Group seeds of one method."""
     groups: dict[tuple[object, ...], dict[object, Loaded]] = {}
-    superseded = []
-    for run, manifest in sorted(runs, key=lambda pair: (pair[1].created, pair[0].path.name)):
+    for loaded in runs:
+        manifest = loaded[1]
         model = manifest.model
-        alone = (model.role, "", model.name, None, None)
+        alone = (model.role, "", model.name, None, None, loaded[0].path.name)
         key: tuple[object, ...] = alone
         if model.method and model.seed is not None:
-            key = (model.role, model.method, "", model.architecture, manifest.cost.parameters)
-            held = groups.get(key, {}).get(model.seed)
-            if held is not None and held[1].model.name != model.name:
+            key = (
+                model.role,
+                model.method,
+                model.architecture,
+                manifest.cost.parameters,
+                manifest.identity.conditions,
+            )
+            if model.seed in groups.get(key, {}):
                 key = alone  # another recipe of the same method: a row of its own
-        members = groups.setdefault(key, {})
-        older = members.get(model.seed)
-        if older is not None:
-            superseded.append(f"{older[0].path.name}: a newer run of {model.name} is shown")
-        members[model.seed] = (run, manifest)
-    ordered = [
-        sorted(members.values(), key=lambda pair: (pair[1].model.seed or 0, pair[1].model.name))
+        groups.setdefault(key, {})[model.seed] = loaded
+    return [
+        sorted(members.values(), key=lambda each: (each[1].model.seed or 0, each[1].model.name))
         for members in groups.values()
     ]
-    return ordered, superseded
 
 
 def _entry(members: list[Loaded], tasks: tuple[TaskInfo, ...]) -> Entry:
     """Fold one group's results into scores by benchmark, and their average."""
-    manifests = tuple(manifest for _, manifest in members)
-    results = []
-    health = []
-    for run, manifest in members:
-        try:
-            results.append(run.results())
-        except KdBenchError as error:
-            results.append({})
-            health.append(f"{manifest.model.name}: {error.problem}")
-        health.extend(_health(manifest, results[-1]))
+    manifests = tuple(manifest for _, manifest, _, _ in members)
+    results = tuple(found for _, _, found, _ in members)
+    health = [problem for *_, problem in members if problem]
+    health += [line for _, manifest, found, _ in members for line in _health(manifest, found)]
     model = manifests[0].model
     several = len(members) > 1
     name = METHOD_TITLES.get(model.method, model.method) if several else model.name
-    scores = {task.id: _fold_scores([r.get(task.id) for r in results]) for task in tasks}
+    scores = {task.id: _fold_scores(manifests, results, task.id) for task in tasks}
     scores[AVERAGE] = _average([scores[task.id] for task in tasks])
+    extents = (manifest.extent(*found.values()) for _, manifest, found, _ in members)
+    if scores[AVERAGE].known and (limited := tuple(dict.fromkeys(filter(None, extents)))):
+        scores[AVERAGE] = replace(scores[AVERAGE], marks=limited)
     cost = _fold_costs([manifest.cost for manifest in manifests])
     return Entry(
         key="",
         name=name,
         role=model.role,
         method=model.method,
-        runs=tuple(run for run, _ in members),
+        runs=tuple(run for run, *_ in members),
         manifests=manifests,
-        results=tuple(results),
+        results=results,
         cost=cost,
         health=tuple(health),
         scores=scores,
@@ -140,6 +152,8 @@ def _health(manifest: RunManifest, results: dict[str, TaskResult]) -> list[str]:
     if manifest.status != "complete":
         found.append(f"{name} is {manifest.status}: {len(results)} of {len(manifest.tasks)} done")
         found.extend(f"{name}: {note}" for note in manifest.notes)
+    if not manifest.verified:
+        found.append(f"{name} is not verified by digests: it was written before there were any")
     for task, result in results.items():
         errors = result.rates.get("error", 0.0)
         if errors > 0:
@@ -147,13 +161,17 @@ def _health(manifest: RunManifest, results: dict[str, TaskResult]) -> list[str]:
     return found
 
 
-def _fold_scores(results: list[TaskResult | None]) -> Score:
+def _fold_scores(
+    manifests: Sequence[RunManifest], by_run: Sequence[dict[str, TaskResult]], task: str
+) -> Score:
     """Mean and spread over seeds; a seed without the benchmark makes the mean partial."""
+    results = [found.get(task) for found in by_run]
     found = [r for r in results if r is not None]
     values = [r.score for r in found if math.isfinite(r.score)]
     if not values:
         return MISSING
-    marks = []
+    extents = (m.extent(r) for m, r in zip(manifests, results, strict=True) if r is not None)
+    marks = list(dict.fromkeys(extent for extent in extents if extent))
     if len(values) < len(results):
         marks.append(f"{len(values)} of {len(results)} seeds")
     for kind, most in TOLERATED.items():
@@ -253,10 +271,16 @@ def _slug(text: str) -> str:
 
 
 def _mark_protocols(entries: list[Entry], tasks: tuple[TaskInfo, ...]) -> list[Entry]:
-    """Mark scores whose fingerprint is not the one that most runs share."""
+    """Mark scores whose fingerprint is not the one that most runs, unlimited ones first, share."""
     reference: dict[str, str] = {}
     for task in tasks:
-        prints = [r[task.id].fingerprint for e in entries for r in e.results if task.id in r]
+        found = [
+            (manifest.protocol.limit is not None, results[task.id].fingerprint)
+            for entry in entries
+            for manifest, results in zip(entry.manifests, entry.results, strict=True)
+            if task.id in results
+        ]
+        prints = [each for limited, each in found if not limited] or [each for _, each in found]
         counts = Counter(prints)
         if counts:
             reference[task.id] = max(counts, key=lambda p: (counts[p], -prints.index(p)))
@@ -270,7 +294,10 @@ def _mark_protocols(entries: list[Entry], tasks: tuple[TaskInfo, ...]) -> list[E
                 marks = (*old.marks, "measured under another protocol than the other rows")
                 scores[task.id] = replace(old, comparable=False, marks=marks)
         if any(not scores[task.id].comparable for task in tasks):
-            marks = ("holds benchmarks measured under another protocol",)
+            marks = (
+                *scores[AVERAGE].marks,
+                "holds benchmarks measured under another protocol",
+            )
             scores[AVERAGE] = replace(scores[AVERAGE], comparable=False, marks=marks)
         marked.append(replace(entry, scores=scores))
     return marked

@@ -25,11 +25,11 @@ __all__ = [
     "baseline_run",
     "baselines",
     "catalogue",
+    "cautions",
     "find_run",
     "find_runs",
     "list_runs",
     "missing_tasks",
-    "passed_over",
     "set_baseline",
     "shortcomings",
     "suite_tasks",
@@ -254,14 +254,20 @@ def _why_not(listed: Listed, best: Listed) -> str:
     return f"{run.path.name}: a newer run of {name} is shown"
 
 
-def passed_over(run: Run) -> list[str]:
-    """Newer runs of the same model that a name does not mean, and why, one sentence each."""
+def cautions(run: Run) -> list[str]:
+    """What to know before a run is compared: its limit, missing digests, newer runs not meant."""
     manifest = run.manifest
+    name = f"{manifest.model.name} ({run.path.name})"
     found = []
+    if manifest.protocol.limit is not None:
+        extent = manifest.extent(*(run.result(task) for task in run.done_tasks(manifest)))
+        limit = manifest.protocol.limit
+        found.append(f"{name} is limited to {limit} documents a benchmark: {extent or 'all'}.")
+    if not manifest.verified:
+        found.append(f"{name} is not verified by digests: it is from before there were any.")
     for other, its in catalogue(run.path.parents[1]).runs:
-        if its.model.name != manifest.model.name or other.path.name == run.path.name:
-            continue
-        if its.created >= manifest.created:
+        newer = its.created >= manifest.created and other.path.name != run.path.name
+        if newer and its.model.name == manifest.model.name:
             why = "; ".join(shortcomings(other, its)) or "another protocol"
             found.append(f"{its.model.name}: the newer run {other.path.name} is not used: {why}.")
     return found
