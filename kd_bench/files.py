@@ -22,7 +22,9 @@ __all__ = [
     "digest_text",
     "parse_json",
     "read_json",
+    "unsound",
     "write_bytes",
+    "write_digests",
     "write_json",
     "write_text",
 ]
@@ -149,6 +151,41 @@ def digest_files(paths: Iterable[Path]) -> str:
         with path.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
+
+
+DIGESTS = "digests.json"
+
+
+def write_digests(folder: Path) -> None:
+    """Write down what every file of a folder holds; the last file that is written to it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != DIGESTS)
+    digests = {path.relative_to(folder).as_posix(): _digest(path) for path in files}
+    write_json(folder / DIGESTS, {"format": 1, "files": digests})
+
+
+def unsound(folder: Path) -> str | None:
+    """The first file that is not as `write_digests` found it, and what is wrong; None if all are.
+
+    A folder without digests, as earlier versions left them, cannot be told and is None, too.
+    """
+    if not (folder / DIGESTS).exists():
+        return None
+    try:
+        files = dict(read_json(folder / DIGESTS)["files"])
+    except (ValueError, KeyError, TypeError):
+        return f"{folder / DIGESTS} is damaged"
+    for name, digest in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if _digest(path) != digest:
+            return f"{path} is not as it was written"
+    return None
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 class Journal:

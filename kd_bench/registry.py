@@ -107,6 +107,7 @@ class TaskSpec(StrictModel):
     Attributes:
         upstream: task name in lmms-eval; its prompts and scoring are used unmodified.
         columns: required columns and their kinds; `optional_columns` are checked where present.
+        nullable: required columns whose values may be missing, as upstream's own data has them.
         id_columns: columns that name a document; repeated names are numbered.
         unit: what is resampled: a pair of questions (MME), the rotations of one question
             (MMBench), all questions about a picture, or the single document.
@@ -126,6 +127,7 @@ class TaskSpec(StrictModel):
     documents: int
     columns: dict[str, ColumnKind]
     optional_columns: dict[str, ColumnKind] = Field(default={})
+    nullable: list[str] = Field(default=[])
     id_columns: list[str] = Field(default=[])
     unit: Unit
     unit_columns: list[str] = Field(default=[])

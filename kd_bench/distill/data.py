@@ -88,7 +88,7 @@ def _rows(path: Path, images: str | None) -> list[tuple[Any, Path]]:
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         else:
             rows = json.loads(text)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

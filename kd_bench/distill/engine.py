@@ -5,11 +5,13 @@ Everything else (devices, accumulation, mixed precision, resuming, loggers) is t
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -21,9 +23,10 @@ from kd_bench.distill.image_terms import count_items
 from kd_bench.distill.objective import KneeLog
 from kd_bench.distill.outputs import sync_folder
 from kd_bench.distill.progress import TERM, ProgressReport
-from kd_bench.errors import TrainingError
+from kd_bench.errors import TrainingError, one_line
+from kd_bench.files import read_json, unsound, write_digests
 
-__all__ = ["DistillationTrainer", "last_checkpoint"]
+__all__ = ["DistillationTrainer", "checkpoints", "last_checkpoint"]
 
 STATE = "weights.safetensors"
 STAGING = ".saving"
@@ -51,6 +54,7 @@ class DistillationTrainer(Trainer):
         order: which samples make up which batch.
         stage: name of the stage, for messages.
         vision_tower_learning_rate: where the vision tower shall learn at a rate of its own.
+        lineage: file that is copied into every checkpoint.
     """
 
     model: Distiller
@@ -66,6 +70,7 @@ class DistillationTrainer(Trainer):
         stage: str = "train",
         vision_tower_learning_rate: float | None = None,
         report: ProgressReport,
+        lineage: Path | None = None,
         callbacks: Sequence[Any] = (),
     ) -> None:
         super().__init__(
@@ -78,6 +83,7 @@ class DistillationTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.stage = stage
         self.report = report
+        self.lineage = lineage
         self.order = order
         self.dataset = order.dataset
         self.vision_tower_learning_rate = vision_tower_learning_rate
@@ -272,24 +278,34 @@ class DistillationTrainer(Trainer):
         self._staging = True
         try:
             super()._save_checkpoint(model, trial)
-        except OSError as error:
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self._complete(staging / name, folder / name)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer has no errno
             shutil.rmtree(staging, ignore_errors=True)
             raise TrainingError(
                 f"The checkpoint at step {self.state.global_step} could not be written to "
-                f"{folder}: {error.strerror or error}.",
+                f"{folder}: {getattr(error, 'strerror', None) or one_line(error)}.",
                 "Make room and run the same command again: it resumes from the checkpoint before.",
             ) from error
         finally:
             self._staging = False
-        self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            sync_folder(staging / name)
-            shutil.rmtree(folder / name, ignore_errors=True)
-            (staging / name).rename(folder / name)
             shutil.rmtree(staging, ignore_errors=True)
-            for old in folder.glob("checkpoint-*"):
-                if old.name != name:
-                    shutil.rmtree(old, ignore_errors=True)
+
+    def _complete(self, written: Path, checkpoint: Path) -> None:
+        """Digest a checkpoint, put it in its place, and keep of the others only the one before."""
+        if self.lineage is not None and self.lineage.exists():
+            shutil.copyfile(self.lineage, written / self.lineage.name)
+        write_digests(written)
+        sync_folder(written)
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        written.rename(checkpoint)
+        before = [p for p in checkpoints(checkpoint.parent) if _step(p) < _step(checkpoint)]
+        # Later steps can only be those of a checkpoint that was found unsound.
+        for old in checkpoints(checkpoint.parent):
+            if old not in (checkpoint, *before[-1:]):
+                shutil.rmtree(old, ignore_errors=True)
 
     def _check_weights(self) -> None:
         """A checkpoint of broken weights would be worse than none."""
@@ -321,7 +337,45 @@ class DistillationTrainer(Trainer):
         load_model(self.model, str(state))
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a stage."""
+def checkpoints(folder: Path) -> list[Path]:
+    """A stage's checkpoints, oldest first."""
     found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()]
-    return max(found, key=lambda path: int(path.name[11:]), default=None)
+    return sorted(found, key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name[11:])
+
+
+def last_checkpoint(folder: Path, say: Callable[[str], None] = lambda line: None) -> Path | None:
+    """The newest sound checkpoint of a stage; `say` is told of newer ones that are not."""
+    for checkpoint in reversed(checkpoints(folder)):
+        problem = unsound(checkpoint) or _incomplete(checkpoint)
+        if problem is None:
+            return checkpoint
+        say(f"{problem}: {checkpoint.name} is not used, but the state before it.")
+    return None
+
+
+def _incomplete(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint at first sight, for those that have no digests."""
+    for name in ("trainer_state.json", "scheduler.pt"):
+        if not (checkpoint / name).is_file():
+            return f"{checkpoint / name} is missing"
+    sharded = any(checkpoint.glob("pytorch_model_fsdp*"))
+    for name in () if sharded else (STATE, "optimizer.pt"):
+        if not (checkpoint / name).is_file():
+            return f"{checkpoint / name} is missing"
+    try:
+        read_json(checkpoint / "trainer_state.json")
+    except ValueError:
+        return f"{checkpoint / 'trainer_state.json'} is damaged"
+    for path in sorted(checkpoint.glob("*.pt*")):  # torch's files are zip archives with checksums
+        try:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip() is not None
+        except (zipfile.BadZipFile, OSError, EOFError, ValueError):
+            damaged = True
+        if damaged:
+            return f"{path} is damaged"
+    return None

@@ -3,18 +3,31 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from kd_bench.distill.checkpoints import locate, weights_digest
+from kd_bench.distill.data import Conversation, data_digest
 from kd_bench.distill.recipe import NEW, Recipe, Stage, load_recipe
 from kd_bench.errors import TrainingError, UsageError
-from kd_bench.files import read_json
+from kd_bench.files import claim_folder, read_json, unsound, write_digests
 
-__all__ = ["is_done", "only_one", "save_whole", "stage_folder", "sync_folder"]
+__all__ = [
+    "claim",
+    "done_stages",
+    "is_done",
+    "only_one",
+    "read_lineage",
+    "save_whole",
+    "stage_folder",
+    "sync_folder",
+]
+
+LINEAGE = "lineage.json"
+NAMES = ("recipe.yaml", LINEAGE, "train_log.jsonl", "init", "stages", "final")
 
 # Settings that change how a training is watched or spread, not what it computes.
 WATCHING = ("output", "report_to", "teacher_cache")
@@ -49,9 +62,38 @@ def only_one(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def claim(folder: Path) -> None:
+    """Make sure that what a training replaces is a training's.
+
+    Raises:
+        UsageError: files or folders of the same names are somebody else's.
+    """
+    final = folder / "final"
+    if final.exists() and not (final / LINEAGE).is_file():
+        raise UsageError(
+            f"{final} was not made by kd-bench and would be replaced.",
+            "Set output= to another folder, or move it away.",
+        )
+    made_before = (folder / "recipe.yaml").is_file() and (folder / LINEAGE).is_file()
+    claim_folder(folder, "training", NAMES, made_before=made_before)
+
+
 def stage_folder(folder: Path, index: int, stage: Stage) -> Path:
     """Where the stage's checkpoints lie, and its model once it is done."""
     return folder / "stages" / f"{index + 1:02d}-{stage.name}"
+
+
+def done_stages(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> int:
+    """How many stages need no training: up to the last one whose model is there and sound."""
+    for index in reversed(range(len(recipe.stages))):
+        model = stage_folder(folder, index, recipe.stages[index]) / "model"
+        if not model.exists():
+            continue
+        problem = unsound(model)
+        if problem is None:
+            return index + 1
+        say(f"{problem}: the stage is trained again.")
+    return 0
 
 
 def _begun(recipe: Recipe, folder: Path) -> int:
@@ -65,13 +107,23 @@ def _begun(recipe: Recipe, folder: Path) -> int:
     return 0
 
 
-def is_done(recipe: Recipe, folder: Path) -> bool:
+def is_done(
+    recipe: Recipe,
+    folder: Path,
+    conversations: Callable[[Stage], tuple[list[Conversation], Any]],
+    say: Callable[[str], None] = lambda line: None,
+) -> bool:
     """Whether the folder holds this very training, finished.
 
     What no stage has begun with may still be changed: where nothing was trained yet, everything.
 
+    Args:
+        conversations: reads what a stage learns from.
+        say: is told what is not as it was written.
+
     Raises:
         UsageError: it holds a different one.
+        TrainingError: its finished student is damaged and cannot be made again from its stages.
     """
     written = folder / "recipe.yaml"
     if not written.exists():
@@ -90,18 +142,56 @@ def is_done(recipe: Recipe, folder: Path) -> bool:
             f"{folder} holds a training with another recipe ({_difference(old, new)}).",
             "Set output= to another folder, or delete that one.",
         )
-    _check_models(recipe, folder)
-    return finished
+    told = read_lineage(folder, say)
+    _check_models(recipe, folder, told)
+    _check_data(recipe.stages[:begun], folder, told, conversations)
+    return finished and _is_sound(recipe, folder, say)
 
 
-def _check_models(recipe: Recipe, folder: Path) -> None:
+def _is_sound(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> bool:
+    """Whether the finished student is as it was written; if not, its last stage must be."""
+    problem = unsound(folder / "final")
+    if problem is None:
+        return True
+    if done_stages(recipe, folder, lambda line: None) < len(recipe.stages):
+        raise TrainingError(
+            f"{problem}, and no sound model of its last stage is left.",
+            f"Delete {folder / 'final'} to train it again, or put that file back.",
+        )
+    say(f"{problem}: written again from its last stage.")
+    return False
+
+
+def read_lineage(folder: Path, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """A training's lineage, or where that is damaged the newest sound copy; empty without one.
+
+    Raises:
+        TrainingError: it is damaged, and no checkpoint has a copy.
+    """
+    path = folder / LINEAGE
+    if not path.exists():
+        return {}
+    copies = [folder / "final", *folder.glob("stages/*/checkpoint-*")]
+    newest = sorted(copies, key=lambda copy: copy.stat().st_mtime if copy.exists() else 0)
+    for place in (folder, *reversed(newest)):
+        with contextlib.suppress(OSError, ValueError):
+            told = read_json(place / LINEAGE)
+            if isinstance(told, dict) and isinstance(told.get("stages"), dict):
+                if place != folder:
+                    say(f"{path} is damaged: the copy in {place} is used.")
+                return told
+    raise TrainingError(
+        f"{path} is damaged: what the training began with is not known.",
+        "Put it back, or delete the folder and train again.",
+    )
+
+
+def _check_models(recipe: Recipe, folder: Path, told: dict[str, Any]) -> None:
     """The same paths may hold other weights by now.
 
     Raises:
         UsageError: student or teacher are not those that the folder's training began with.
     """
-    lineage = folder / "lineage.json"
-    told = read_json(lineage) if lineage.exists() else {}
     for role in ("student", "teacher"):
         path, before = getattr(recipe, role), told.get(role)
         if before is None or not isinstance(path, str) or path.startswith(NEW):
@@ -110,6 +200,31 @@ def _check_models(recipe: Recipe, folder: Path) -> None:
             raise UsageError(
                 f"{folder} holds a training with other weights of the {role}: {path} has changed.",
                 "Set output= to another folder, or delete that one.",
+            )
+
+
+def _check_data(
+    stages: list[Stage],
+    folder: Path,
+    told: dict[str, Any],
+    conversations: Callable[[Stage], tuple[list[Conversation], Any]],
+) -> None:
+    """The same paths may hold other conversations or images by now.
+
+    Raises:
+        UsageError: a stage learnt from other data than is there now.
+    """
+    for stage in stages:
+        before = told.get("stages", {}).get(stage.name, {}).get("data")
+        if before is None:
+            continue
+        now = data_digest(conversations(stage)[0])
+        if now["sha256"] != before["sha256"]:
+            counts = f"{before['conversations']} conversations then, {now['conversations']} now"
+            raise UsageError(
+                f"{folder} holds a training on other data: that of stage {stage.name!r} has "
+                f"changed ({counts}).",
+                "Put the data back, set output= to another folder, or delete that one.",
             )
 
 
@@ -156,6 +271,7 @@ def save_whole(student: Any, processor: Any, folder: Path) -> None:
         staging.mkdir(parents=True)
         student.save_pretrained(staging)
         processor.save_pretrained(staging)
+        write_digests(staging)
         sync_folder(staging)
     except OSError as error:
         shutil.rmtree(staging, ignore_errors=True)

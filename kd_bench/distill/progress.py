@@ -10,6 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 from transformers import TrainerCallback
 
+from kd_bench.files import write_text
+
 __all__ = ["TERM", "LogWriter", "ProgressReport", "cut_log", "duration"]
 
 TERM = "term_"
@@ -78,14 +80,15 @@ def cut_log(path: Path, stages: list[str], stage: str, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             record = json.loads(line)
-        except ValueError:
-            continue  # a torn last line
-        if record["stage"] in stages or (record["stage"] == stage and record["step"] <= step):
+            kept_stage, reached = record["stage"], int(record["step"])
+        except (ValueError, KeyError, TypeError):
+            continue  # a torn last line, or a damaged one
+        if kept_stage in stages or (kept_stage == stage and reached <= step):
             kept.append(line + "\n")
-    path.write_text("".join(kept), encoding="utf-8")
+    write_text(path, "".join(kept))
 
 
 class ProgressReport(TrainerCallback):

@@ -1,11 +1,16 @@
 """The teacher's last hidden states at answer positions, kept on disk between trainings.
 
-Some 70 times smaller than its logits, and the same for every student of one teacher. Each process
-appends to two files of its own: values, and fixed-size records that say where a sample's values
-lie. A record is written after its values, so a killed process leaves at most a torn tail.
+Some 70 times smaller than its logits, and the same for every student of one teacher. A folder
+belongs to one teacher on one set of samples; in it, states are known by sample and number of
+answer positions. Nothing is believed because it is there: a record and the values that it points
+to carry checksums, and what does not fit is asked of the teacher again and written anew.
+
+Each process appends to two files that it creates itself under a name of its own, so that two
+writers, or one whose process id was given away before, never write into the same file.
 """
 
-import os
+import secrets
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +24,10 @@ from kd_bench.files import digest_text, read_json, write_json
 
 __all__ = ["TeacherCache", "cache_folder"]
 
-RECORD = np.dtype([("sample", "<i8"), ("row", "<i8"), ("rows", "<i8")])
+RECORD = np.dtype(
+    [("sample", "<i8"), ("row", "<i8"), ("rows", "<i8"), ("values", "<u4"), ("check", "<u4")]
+)
+"""`values`: crc32 of the sample's values; `check`: crc32 of the four fields before it."""
 
 
 def cache_folder(root: Path, **identity: Any) -> Path:
@@ -39,29 +47,32 @@ class TeacherCache:
         folder: of `cache_folder`.
         width: hidden size of the teacher.
         dtype: float32 or bfloat16, as the teacher computes.
-        rank: number of this process; every process writes files of its own.
+        rank: number of this process; part of the names of its files.
     """
 
     def __init__(self, folder: Path, width: int, dtype: torch.dtype, rank: int = 0) -> None:
         self.folder = folder
         self.width = width
         self.dtype = dtype
-        self._check()
-        self._where: dict[int, tuple[np.memmap | None, int, int]] = {}
-        for records in sorted(folder.glob("records-*.bin")):
+        self._check_layout()
+        # (sample, answer positions) -> (values of a file, None for our own; first row; checksum)
+        self._where: dict[tuple[int, int], tuple[np.memmap | None, int, int]] = {}
+        for records in sorted(folder.glob("samples-*.bin")):
             self._read(records)
-        # A process id in the name: a restarted process never appends behind a torn tail.
-        own = f"{rank}-{os.getpid()}"
+        own = f"{rank}-{secrets.token_hex(8)}"
         self._values = folder / f"values-{own}.bin"
-        self._records = folder / f"records-{own}.bin"
+        self._records = folder / f"samples-{own}.bin"
         self._rows = 0
 
-    def _check(self) -> None:
+    def _check_layout(self) -> None:
         note = self.folder / "layout.json"
         layout = {"width": self.width, "dtype": str(self.dtype)}
-        if not note.exists():
+        try:
+            known = read_json(note)
+        except (FileNotFoundError, ValueError):  # torn: checksums tell what else is wrong
             write_json(note, layout)
-        elif read_json(note) != layout:
+            return
+        if known != layout:
             raise UsageError(
                 f"{self.folder} holds hidden states of another form.", "Delete that folder."
             )
@@ -71,36 +82,42 @@ class TeacherCache:
         return np.dtype("<f4") if self.dtype == torch.float32 else np.dtype("<i2")
 
     def _read(self, records: Path) -> None:
-        """Take up another process's samples, as far as their values are whole."""
-        values = records.with_name(records.name.replace("records", "values"))
+        """Take up another process's samples: whole records that point to whole values."""
+        values = records.with_name(records.name.replace("samples", "values"))
         size = (
             values.stat().st_size // (self._bytes.itemsize * self.width) if values.exists() else 0
         )
         if size == 0:
             return
         rows = np.memmap(values, self._bytes, "r", shape=(size, self.width))
-        whole = records.stat().st_size // RECORD.itemsize
-        for sample, row, count in np.fromfile(records, RECORD, whole).tolist():
-            if row + count <= size:
-                self._where[sample] = (rows, row, count)
+        entries = np.fromfile(records, RECORD, records.stat().st_size // RECORD.itemsize)
+        for entry in entries:
+            sample, row, count, checksum, check = entry.tolist()
+            sound = zlib.crc32(entry.tobytes()[:-4]) == check
+            if sound and count > 0 and 0 <= row <= size - count:
+                self._where[sample, count] = (rows, row, checksum)
 
     def get(self, samples: Sequence[int], counts: Sequence[int]) -> Tensor | None:
         """Hidden states [sum of counts, width] of samples in order; None if any is missing."""
-        known = [self._where.get(sample) for sample in samples]
-        fits = all(
-            place is not None and place[2] == count
-            for place, count in zip(known, counts, strict=True)
-        )
-        if not fits:
+        parts = [self._get(key) for key in zip(samples, counts, strict=True)]
+        found = [part for part in parts if part is not None]
+        if len(found) < len(parts):
             return None
-        parts = []
-        for place in known:
-            assert place is not None
-            rows, row, count = place
-            source = self._own() if rows is None else rows
-            parts.append(np.array(source[row : row + count]))
-        joined = torch.from_numpy(np.concatenate(parts))
+        joined = torch.from_numpy(np.concatenate(found))
         return joined if self.dtype == torch.float32 else joined.view(torch.bfloat16)
+
+    def _get(self, key: tuple[int, int]) -> Any:
+        """Verified values [count, width] of a sample; forgotten where they are not as written."""
+        if key[1] == 0:  # no answer to learn from: nothing was kept
+            return np.empty((0, self.width), self._bytes)
+        if key not in self._where:
+            return None
+        source, row, checksum = self._where[key]
+        values = np.array((self._own() if source is None else source)[row : row + key[1]])
+        if zlib.crc32(values.tobytes()) == checksum:
+            return values
+        del self._where[key]
+        return None
 
     def _own(self) -> Any:
         return np.memmap(self._values, self._bytes, "r", shape=(self._rows, self.width))
@@ -112,11 +129,14 @@ class TeacherCache:
         with self._values.open("ab") as values, self._records.open("ab") as records:
             entries = []
             for sample, count, part in zip(samples, counts, raw.split(list(counts)), strict=True):
-                if sample in self._where:
+                if count == 0 or (sample, count) in self._where:
                     continue
-                values.write(part.contiguous().numpy().tobytes())
-                entries.append((sample, self._rows, count))
-                self._where[sample] = (None, self._rows, count)
+                data = part.contiguous().numpy().tobytes()
+                values.write(data)
+                entry = np.array((sample, self._rows, count, zlib.crc32(data), 0), RECORD)
+                entry["check"] = zlib.crc32(entry.tobytes()[:-4])
+                entries.append(entry.tobytes())
+                self._where[sample, count] = (None, self._rows, int(entry["values"]))
                 self._rows += count
             values.flush()
-            records.write(np.array(entries, RECORD).tobytes())
+            records.write(b"".join(entries))

@@ -35,7 +35,7 @@ from kd_bench.distill.compatibility import (
 from kd_bench.distill.data import Conversation, data_digest, read_conversations
 from kd_bench.distill.distiller import Distiller
 from kd_bench.distill.encoding import Encoder, PairEncoder
-from kd_bench.distill.engine import DistillationTrainer, last_checkpoint
+from kd_bench.distill.engine import DistillationTrainer, checkpoints, last_checkpoint
 from kd_bench.distill.methods import needs_teacher
 from kd_bench.distill.models import (
     checkpoint_activations,
@@ -46,13 +46,21 @@ from kd_bench.distill.models import (
     restore_dtypes,
     set_trainable,
 )
-from kd_bench.distill.outputs import is_done, only_one, save_whole, stage_folder
+from kd_bench.distill.outputs import (
+    claim,
+    done_stages,
+    is_done,
+    only_one,
+    read_lineage,
+    save_whole,
+    stage_folder,
+)
 from kd_bench.distill.progress import LogWriter, ProgressReport, cut_log
 from kd_bench.distill.recipe import NEW, DataSource, Recipe, Stage, recipe_yaml
 from kd_bench.distill.sharding import begin_sharding, gather_weights
 from kd_bench.distill.teacher_cache import TeacherCache, cache_folder
 from kd_bench.errors import KdBenchError, UsageError, explained
-from kd_bench.files import digest_text, read_json, write_json, write_text
+from kd_bench.files import digest_text, write_json, write_text
 from kd_bench.world.embedded import resolve
 
 __all__ = ["train"]
@@ -111,16 +119,18 @@ def train(recipe: Recipe, *, resume: bool = True, console: Console | None = None
     final = folder / "final"
     console = console or Console()
     is_main = processes.rank() == 0
+    if is_main:
+        claim(folder)
     with only_one(folder) if is_main else contextlib.nullcontext():
         if not resume and is_main:
             shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
+            claim(folder)
         processes.barrier()
         run = Run(recipe, folder, console, _lineage(recipe), is_main)
-        if is_done(recipe, folder):
+        if is_done(recipe, folder, run.conversations, run.say):
             run.say(f"Already trained: {final}")
             return final
-        run.lineage["stages"] = _stages_before(folder, recipe)
+        run.lineage |= _lineage_before(folder, recipe)
         processes.barrier()
         if is_main:
             write_text(folder / "recipe.yaml", recipe_yaml(recipe))
@@ -160,16 +170,18 @@ def _lineage(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _stages_before(folder: Path, recipe: Recipe) -> dict[str, Any]:
-    """What lineage.json says of the stages that are done: a resumed training keeps it."""
-    path = folder / "lineage.json"
-    told = read_json(path)["stages"] if path.exists() else {}
-    done = [
+def _lineage_before(folder: Path, recipe: Recipe) -> dict[str, Any]:
+    """What lineage.json says of models and stages that have begun: a resumed training keeps it."""
+    begun = [
         stage.name
         for index, stage in enumerate(recipe.stages)
-        if (stage_folder(folder, index, stage) / "model").exists()
+        if ((own := stage_folder(folder, index, stage)) / "model").exists() or checkpoints(own)
     ]
-    return {name: told[name] for name in done if name in told}
+    if not begun:
+        return {}
+    told = read_lineage(folder)
+    stages = {name: told["stages"][name] for name in begun if name in told.get("stages", {})}
+    return {"stages": stages, "student": told.get("student"), "teacher": told.get("teacher")}
 
 
 def _role(recipe: Recipe) -> str:
@@ -201,10 +213,11 @@ class _Notes:
 def _run_stages(run: Run) -> Any:
     """Train the stages that are not done yet; returns the student."""
     recipe = run.recipe
+    count = processes.broadcast(done_stages(recipe, run.folder, run.say) if run.is_main else 0)
     left = [
-        (stage, folder)
+        (stage, stage_folder(run.folder, index, stage))
         for index, stage in enumerate(recipe.stages)
-        if not ((folder := stage_folder(run.folder, index, stage)) / "model").exists()
+        if index >= count
     ]
     _check_settings(run, [stage for stage, _ in left])
     start = _start(run)
@@ -213,7 +226,7 @@ def _run_stages(run: Run) -> Any:
         use_template(run.processor, recipe.prompt_template)
     _load_teacher(run)
     run.note(student={"path": str(recipe.student), "weights_sha256": weights_digest(start)})
-    run.done = [stage.name for stage in recipe.stages[: len(recipe.stages) - len(left)]]
+    run.done = [stage.name for stage in recipe.stages[:count]]
     if run.done:
         last = len(run.done) - 1
         start = stage_folder(run.folder, last, recipe.stages[last]) / "model"
@@ -358,11 +371,11 @@ def _run_stage(run: Run, stage: Stage, folder: Path, student: Any) -> Any:
             checkpoint_activations(teacher, frozen=True)
     trainer = _trainer(run, stage, folder, distiller, order, seed)
     _check_processes(trainer)
+    checkpoint = processes.broadcast(last_checkpoint(folder, run.say) if run.is_main else None)
     with explained("The first batch does not go through student and teacher", TOGETHER):
         pictured = trainer.pictured_batch()
         if pictured is not None:
             distiller.freeze_unreached(pictured)
-        checkpoint = last_checkpoint(folder)
         _announce(run, stage, trainer, checkpoint)
     with contextlib.closing(trainer.report):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -481,6 +494,7 @@ def _trainer(
         stage=stage.name,
         vision_tower_learning_rate=stage.vision_tower_learning_rate,
         report=report,
+        lineage=run.folder / "lineage.json",
         callbacks=[log],
     )
 

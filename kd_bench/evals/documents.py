@@ -7,16 +7,18 @@ Text columns are held in memory; pictures are read row group by row group when t
 
 import hashlib
 import json
-from collections import OrderedDict
+import re
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kd_bench.distill.images import Unreadable, open_image
-from kd_bench.errors import UsageError, closest
+from kd_bench.errors import UsageError, closest, one_line
 from kd_bench.registry import TaskSpec
 
 if TYPE_CHECKING:
@@ -190,13 +192,26 @@ def load_documents(spec: TaskSpec, folder: Path, profile: str | None = None) -> 
     schema = _check_columns(spec.id, files, required, kinds)
     media = [name for name in schema.names if kinds.get(name) == "image"]
     plain = [name for name in schema.names if name not in media]
-    table = pa.concat_tables([pq.read_table(file, columns=plain) for file in files])
+    _check_shards(spec.id, files)
+    tables = [_read_rows(spec.id, file, plain) for file in files]
+    wanted = {name: kind for name, kind in required.items() if name not in spec.nullable}
+    for file, rows in zip(files, tables, strict=True):
+        _check_values(spec, file, rows, wanted)
+    table = pa.concat_tables(tables)
     pa.default_memory_pool().release_unused()
     if table.num_rows == 0:
         raise UsageError(f"{spec.id}: {files[0]} holds no rows.", "Fetch or build the data again.")
     pictures = {name: _Pictures(files, name) for name in media}
     if spec.dataset.images and "image" not in pictures:
         pictures["image"] = _joined(spec, folder, split, table)
+    expected = variant.documents or spec.documents
+    _check_duplicates(spec, files, table, pictures, whole=table.num_rows == expected)
+    if table.num_rows > expected:
+        raise UsageError(
+            f"{spec.id}: {folder / spec.id} holds {table.num_rows:,} documents, the benchmark has "
+            f"{expected:,}.",
+            "Is a file there that does not belong? `kd-bench tasks verify` tells.",
+        )
     return Documents(table, pictures)
 
 
@@ -211,6 +226,163 @@ def data_files(spec: TaskSpec, folder: Path, profile: str | None = None) -> list
     if spec.dataset.images:
         files += sorted((folder / f"{spec.id}_images").glob(f"{split}-*.parquet"))
     return files
+
+
+# --- what rows hold ------------------------------------------------------------------------------
+
+
+def _read_rows(task: str, file: Path, columns: list[str]) -> pa.Table:
+    try:
+        return pq.read_table(file, columns=columns, partitioning=None)
+    except (OSError, pa.ArrowException) as error:
+        raise UsageError(
+            f"{task}: {file} cannot be read: {one_line(error)[:200]}.", "Fetch it again."
+        ) from None
+
+
+def _check_shards(task: str, files: list[Path]) -> None:
+    """Files `split-00000-of-00003.parquet` must be all of one set, each once.
+
+    Raises:
+        UsageError: one is missing, or two sets lie side by side.
+    """
+    found = [re.search(r"-(\d+)-of-(\d+)\.parquet$", file.name) for file in files]
+    numbers = [(int(match[1]), int(match[2])) for match in found if match]
+    totals = sorted({total for _, total in numbers})
+    if len(totals) > 1:
+        raise UsageError(
+            f"{task}: {files[0].parent} holds files of two sets, of {totals[0]} and of "
+            f"{totals[-1]}.",
+            "Remove the set that does not belong.",
+        )
+    missing = set(range(totals[0] if totals else 0)) - {number for number, _ in numbers}
+    if missing:
+        raise UsageError(
+            f"{task}: {files[0].parent} lacks file {min(missing):05d} of {totals[0]}.",
+            "Fetch the data again.",
+        )
+
+
+def _check_values(spec: TaskSpec, file: Path, rows: pa.Table, wanted: dict[str, Any]) -> None:
+    """Every row must say what is asked and what is right.
+
+    Raises:
+        UsageError: naming file, column and rows.
+    """
+    for column, kind in wanted.items():
+        if kind == "image":
+            bad, problem = _rows_without_picture(file, column), "is missing"
+        else:
+            bad, problem = _rows_without_value(rows[column], kind), "is missing"
+            if not bad and spec.answer == "yes_no" and column == "answer" and kind == "text":
+                said = pc.utf8_lower(pc.utf8_trim_whitespace(rows[column]))
+                known = pc.is_in(said, value_set=pa.array(["yes", "no"]))
+                bad, problem = _true_rows(pc.invert(known)), "is neither yes nor no"
+        if bad:
+            shown = ", ".join(map(str, bad[:5]))
+            more = f" and {len(bad) - 5:,} more" if len(bad) > 5 else ""
+            raise UsageError(
+                f"{spec.id}: {file}: {column!r} {problem} in row{'s' * (len(bad) > 1)} "
+                f"{shown}{more} (counted from 0).",
+                "It would be scored as if it were an answer: mend or fetch the data again.",
+            )
+
+
+def _rows_without_value(column: pa.ChunkedArray, kind: str) -> list[int]:
+    """Rows that are null, blank text, or a list that is empty or holds a null."""
+    if pa.types.is_null(column.type):
+        return list(range(len(column)))
+    bad = set(_true_rows(pc.is_null(column)))
+    if kind == "text":
+        bad |= set(_true_rows(pc.equal(pc.utf8_trim_whitespace(column), "")))
+    if kind in ("texts", "answers"):
+        values = column.combine_chunks()
+        bad |= set(_true_rows(pc.equal(pc.list_value_length(values), 0)))
+        inner = pc.list_flatten(values)
+        if kind == "answers":
+            inner = pc.struct_field(inner, "answer")
+        bad |= set(pc.list_parent_indices(values).filter(pc.is_null(inner)).to_pylist())
+    return sorted(bad)
+
+
+def _true_rows(mask: Any) -> list[int]:
+    found: list[int] = pc.indices_nonzero(pc.fill_null(mask, False)).to_pylist()
+    return found
+
+
+def _rows_without_picture(file: Path, column: str) -> list[int]:
+    """Rows whose picture is null; only row groups whose statistics admit one are read."""
+    bad: list[int] = []
+    first = 0
+    with pq.ParquetFile(file) as opened:
+        for number in range(opened.num_row_groups):
+            group = opened.metadata.row_group(number)
+            leaves = [group.column(i) for i in range(group.num_columns)]
+            # A picture is bytes alone, or bytes beside a path that may be null.
+            own = [c for c in leaves if c.path_in_schema in (column, f"{column}.bytes")]
+            told = [c.statistics for c in own if c.is_stats_set]
+            if any(s is None or not s.has_null_count or s.null_count for s in told):
+                for row, value in enumerate(
+                    opened.read_row_group(number, columns=[column]).column(0).to_pylist()
+                ):
+                    data = value.get("bytes") if isinstance(value, dict) else value
+                    bad += [] if data else [first + row]
+            first += group.num_rows
+    return bad
+
+
+def _check_duplicates(
+    spec: TaskSpec,
+    files: list[Path],
+    table: pa.Table,
+    pictures: "dict[str, _Pictures]",
+    *,
+    whole: bool,
+) -> None:
+    """A question that is asked twice counts twice, and makes intervals too short.
+
+    The same document is one with the same id, question and pictures; without ids, one that is the
+    same in every column. A whole data set without ids may hold such rows of its own.
+
+    Raises:
+        UsageError: naming the files and rows of one of them.
+    """
+    ids = [column for column in spec.id_columns if column in table.column_names]
+    if whole and not ids:
+        return
+    asked = [*ids, *(["question"] if "question" in table.column_names else [])]
+    columns = asked if ids else table.column_names
+    first: dict[tuple[Any, ...], int] = {}
+    duplicates: list[tuple[int, int]] = []
+    digested = sorted(pictures)
+    texts = [table[column].to_pylist() for column in columns]
+    keys = [repr(key) for key in zip(*texts, strict=True)]
+    repeated = {key for key, count in Counter(keys).items() if count > 1}
+    for row, key in enumerate(keys):
+        if key not in repeated:
+            continue
+        seen = (key, *(pictures[column].digest(row) for column in digested))
+        if seen in first:
+            duplicates.append((first[seen], row))
+        else:
+            first[seen] = row
+    if duplicates:
+        one, other = (_place(files, row) for row in duplicates[0])
+        raise UsageError(
+            f"{spec.id}: {len(duplicates):,} documents are there twice, the first in {one} and "
+            f"{other}.",
+            "Remove the file or the rows that do not belong.",
+        )
+
+
+def _place(files: list[Path], row: int) -> str:
+    """`file row n` of a row counted over all files."""
+    for file in files:
+        count = pq.read_metadata(file).num_rows
+        if row < count:
+            return f"{file} row {row}"
+        row -= count
+    return f"row {row}"
 
 
 def _files(folder: Path, name: str, split: str) -> list[Path]:
@@ -235,7 +407,7 @@ def _check_columns(
         try:
             schema = pq.read_schema(file)
         except (OSError, pa.ArrowException) as error:
-            problem = f"{task}: {file} cannot be read: {str(error).splitlines()[0]}"
+            problem = f"{task}: {file} cannot be read: {one_line(error)[:200]}."
             raise UsageError(problem, "Fetch it again.") from None
         for column in required:
             if column not in schema.names:

@@ -205,7 +205,7 @@ def _digest(value: Any) -> str:
 
 def _text(value: Any) -> str:
     """Text as the page keeps it: lines stay, other control characters go, length is bounded."""
-    text = "\n".join(clean(line) for line in str(value).splitlines()).strip()
+    text = "\n".join(clean(line) for line in str(value).split("\n")).strip()
     return text if len(text) <= TEXT_LIMIT else text[:TEXT_LIMIT] + " …"
 
 

@@ -31,7 +31,9 @@ def to_terminal(table: Table, console: Console | None = None, width: int = 100) 
         target.print(Text(clean(table.legend.format(second="underlined")), style="dim"))
     for number, note in enumerate(table.notes, 1):
         target.print(Text(f"({number}) {clean(note)}", style="dim"))
-    return "\n".join(line.rstrip() for line in sink.getvalue().splitlines()) + "\n"
+    return (
+        "\n".join(line.rstrip() for line in sink.getvalue().removesuffix("\n").split("\n")) + "\n"
+    )
 
 
 def _texts(table: Table, index: int) -> list[str]:

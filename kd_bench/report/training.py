@@ -54,7 +54,7 @@ def read_log(path: Path, name: str = "") -> TrainingLog | None:
         path = path / LOG_NAME
     rows: list[dict[str, Any]] = []
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError:
         return None
     for line in lines:

@@ -1,0 +1,107 @@
+"""The teacher cache gives back what was stored, or nothing."""
+
+import os
+
+import pytest
+import torch
+
+from kd_bench.distill.teacher_cache import TeacherCache, cache_folder
+from kd_bench.errors import UsageError
+
+WIDTH = 8
+COUNTS = (3, 1, 4)
+
+
+def states(seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(sum(COUNTS), WIDTH, generator=generator).to(dtype)
+
+
+def opened(folder, dtype=torch.float32):
+    return TeacherCache(folder, WIDTH, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_was_stored_comes_back(tmp_path, dtype):
+    kept = states(dtype=dtype)
+    first = opened(tmp_path, dtype)
+    first.put((5, 6, 7), COUNTS, kept)
+    for cache in (first, opened(tmp_path, dtype)):
+        assert torch.equal(cache.get((5, 6, 7), COUNTS), kept)
+        assert torch.equal(cache.get((7, 5), (4, 3)), torch.cat([kept[4:], kept[:3]]))
+        assert cache.get((5, 8), (3, 1)) is None
+        assert cache.get((5,), (2,)) is None  # another length is another entry
+
+
+def test_a_sample_of_two_lengths_is_kept_twice(tmp_path):
+    kept = states()
+    cache = opened(tmp_path)
+    cache.put((5,), (3,), kept[:3])
+    cache.put((5,), (4,), kept[3:7])
+    assert torch.equal(opened(tmp_path).get((5, 5), (3, 4)), kept[:7])
+
+
+def test_a_sample_without_answers_needs_no_entry(tmp_path):
+    cache = opened(tmp_path)
+    cache.put((5, 6), (0, 3), states()[:3])
+    assert torch.equal(opened(tmp_path).get((5, 6), (0, 3)), states()[:3])
+
+
+def test_two_writers_and_a_process_id_given_away_again_do_not_mix(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "getpid", lambda: 1)  # as in every container
+    one, two = opened(tmp_path), opened(tmp_path)
+    one.put((1,), (3,), torch.full((3, WIDTH), 2.0))
+    two.put((2,), (3,), torch.full((3, WIDTH), 1.0))
+    one.put((3,), (3,), torch.full((3, WIDTH), 3.0))
+    again = opened(tmp_path)
+    again.put((4,), (3,), torch.full((3, WIDTH), 4.0))
+    found = opened(tmp_path).get((1, 2, 3, 4), (3, 3, 3, 3))
+    assert found[:, 0].tolist() == [2.0] * 3 + [1.0] * 3 + [3.0] * 3 + [4.0] * 3
+
+
+@pytest.mark.parametrize("name", ["values", "samples"])
+def test_no_flipped_bit_is_believed_and_what_is_wrong_is_written_again(tmp_path, name):
+    kept = states()
+    opened(tmp_path).put((5, 6, 7), COUNTS, kept)
+    (file,) = tmp_path.glob(f"{name}-*.bin")
+    sound = file.read_bytes()
+    for bit in range(0, 8 * len(sound), 7):
+        damaged = bytearray(sound)
+        damaged[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(damaged)
+        cache = opened(tmp_path)
+        for sample, count, part in zip((5, 6, 7), COUNTS, kept.split(COUNTS), strict=True):
+            found = cache.get((sample,), (count,))
+            assert found is None or torch.equal(found, part)
+        assert cache.get((5, 6, 7), COUNTS) is None
+        if bit < 14:
+            cache.put((5, 6, 7), COUNTS, kept)
+            assert torch.equal(cache.get((5, 6, 7), COUNTS), kept)
+            cache._values.unlink()
+            cache._records.unlink()
+
+
+@pytest.mark.parametrize("name", ["values", "samples", "layout"])
+def test_torn_files_are_passed_over(tmp_path, name):
+    kept = states()
+    opened(tmp_path).put((5, 6, 7), COUNTS, kept)
+    (file,) = tmp_path.glob(f"{name}*.*")
+    file.write_bytes(file.read_bytes()[:-9])
+    cache = opened(tmp_path)
+    assert cache.get((7,), (4,)) is None or name == "layout"
+    assert torch.equal(cache.get((5,), (3,)), kept[:3])
+    cache.put((5, 6, 7), COUNTS, kept)
+    assert torch.equal(opened(tmp_path).get((5, 6, 7), COUNTS), kept)
+
+
+def test_another_teacher_data_or_length_has_another_folder(tmp_path):
+    same = {"teacher": "a", "data": "b", "max_length": 512}
+    folders = {cache_folder(tmp_path, **{**same, key: "other"}) for key in same}
+    folders |= {cache_folder(tmp_path, **same), cache_folder(tmp_path, **same)}
+    assert len(folders) == 4
+
+
+def test_another_form_is_refused(tmp_path):
+    opened(tmp_path)
+    with pytest.raises(UsageError, match="another form"):
+        opened(tmp_path, torch.bfloat16)
