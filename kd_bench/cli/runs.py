@@ -60,6 +60,10 @@ def import_runs(
     method: Annotated[str, typer.Option(help="Training method.")] = "",
     seed: Annotated[int | None, typer.Option(help="Training seed.")] = None,
     data: Data = None,
+    trust_samples: Annotated[
+        bool,
+        typer.Option("--trust-samples", help="Take the samples' score where results.json differs."),
+    ] = False,
     results: Results = RESULTS,
 ) -> None:
     """Turn results of lmms-eval into runs; made with --log_samples.
@@ -83,6 +87,7 @@ def import_runs(
         method=method,
         seed=seed,
         data=data,
+        trust_samples=trust_samples,
     )
     for run in imported:
         typer.echo(f"Run: {run.path} ({', '.join(run.manifest.tasks)})")

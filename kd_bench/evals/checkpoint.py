@@ -4,6 +4,7 @@ Three kinds: a checkpoint; a hybrid (the student's eyes before the teacher's pro
 model); a stock model of lmms-eval, known by its name and arguments.
 """
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ __all__ = [
     "inspect_checkpoint",
     "inspect_hybrid",
     "inspect_stock",
+    "trained_name",
     "with_role",
 ]
 
@@ -165,7 +167,7 @@ def inspect_stock(
     place = Path(given.get("pretrained", ""))
     local = place.is_dir() and any(place.glob("*.safetensors"))
     reference = ModelRef(
-        name=name or given.get("pretrained", "").rstrip("/").split("/")[-1] or model,
+        name=name or trained_name(given.get("pretrained", "")) or model,
         role=_role(role or "baseline"),
         path=f"lmms-eval {model} {arguments}".strip(),
         weights_digest=weights_digest(place) if local else digest_text(model, arguments),
@@ -223,9 +225,16 @@ def _name(given: str | Path, path: Path) -> str:
     """A model's name in tables: of its folder, or what the hub calls it."""
     if not Path(given).expanduser().exists() and not str(given).startswith("embedded:"):
         return str(given).partition("@")[0].rpartition("/")[2]
-    resolved = path.resolve()
-    generic = resolved.name in ("final", "checkpoint", "model")
-    return resolved.parent.name if generic else resolved.name
+    return trained_name(str(path.resolve()))
+
+
+def trained_name(path: str) -> str:
+    """Of a path, also one of another machine, the part that names the training."""
+    parts = [part for part in re.split(r"[/\\]", path) if part not in ("", ".", "..")] or [path]
+    generic = r"final|checkpoint|model|checkpoint-\d+"
+    while len(parts) > 1 and re.fullmatch(generic, parts[-1]):
+        parts.pop()
+    return parts[-1]
 
 
 def _architecture(path: Path) -> str:

@@ -5,23 +5,30 @@
 The log holds no pictures and no rows of the data set. With the data folder beside it, units,
 questions and categories are those of a run of our own; without it, a picture's questions count as
 independent documents, and the note says so.
+
+A log is believed as far as it can be checked: every document once, scores between 0 and 1, and
+samples that give the score which lmms-eval wrote beside them. All that is done before a run exists.
 """
 
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd_bench.aggregators import aggregate
-from kd_bench.errors import IncompleteRunError, UsageError
+from kd_bench.aggregators import MME_PERCEPTION, aggregate
+from kd_bench.errors import IncompleteRunError, KdBenchError, UsageError, one_line
+from kd_bench.evals.checkpoint import trained_name
 from kd_bench.evals.scoring import rates
 from kd_bench.files import digest_files, digest_text, read_json
 from kd_bench.provenance import collect
 from kd_bench.records import SAMPLE_COLUMNS, ModelRef, Protocol, Role, TaskResult
 from kd_bench.registry import TaskSpec, load_tasks
 from kd_bench.stats import score_interval
-from kd_bench.store import Run, open_run
+from kd_bench.store import Run, catalogue, held_run, wanted_run
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,6 +36,24 @@ if TYPE_CHECKING:
 __all__ = ["import_results"]
 
 Entry = dict[str, Any]
+
+# Far beyond what lmms-eval writes; a file of nothing must not fill the memory.
+RESULTS_BYTES = 64 << 20
+LINE_BYTES = 16 << 20
+BLANK_BYTES = 1 << 20
+ROUNDING = 0.01
+"""Points between upstream's score and that of the samples: MMMU's is rounded to five digits."""
+JUDGED = ("mmbench_en_dev", "mmbench_cn_dev")
+"""Upstream asks a judge, or draws a letter, where an answer names none: that is not in the log."""
+
+
+@dataclass(frozen=True)
+class _Log:
+    """One benchmark of a results file, checked and scored, not stored yet."""
+
+    spec: TaskSpec
+    result: TaskResult
+    samples: "pd.DataFrame"
 
 
 def import_results(
@@ -40,15 +65,21 @@ def import_results(
     method: str = "",
     seed: int | None = None,
     data: Path | None = None,
+    trust_samples: bool = False,
 ) -> list[Run]:
-    """Import every `*_results.json` at or below `path`; one run each.
+    """Import every `*_results.json` at or below `path`; one run each, or none at all.
 
     Args:
+        name: in tables; by default that of the training folder or hub repository. A name that
+            another import of the same benchmarks has is refused, or made another one.
+        method, seed: of the training; unknown where not given.
         data: folder of the documents, for units and questions.
+        trust_samples: take the samples' score where results.json says another; it is noted.
 
     Raises:
         UsageError: nothing there, or no sample log of a known benchmark beside it.
-        IncompleteRunError: a file is damaged, or samples and aggregate disagree.
+        IncompleteRunError: a file is damaged, documents are missing or there twice, or samples
+            and aggregate disagree.
     """
     found = [path] if path.is_file() else sorted(path.rglob("*_results.json"))
     # MMBench's own aggregation leaves a file of that name, too.
@@ -56,17 +87,16 @@ def import_results(
     if not files:
         raise UsageError(f"{path} holds no *_results.json.", "Give lmms-eval's --output_path.")
     labels: dict[str, Any] = {"name": name, "role": role, "method": method, "seed": seed}
-    return [_import_one(file, results, labels, data) for file in files]
+    checked = [_check(file, labels, data, trust_samples) for file in files]
+    return [_store(file, results, *each) for file, each in zip(files, checked, strict=True)]
 
 
-def _import_one(file: Path, results: Path, labels: dict[str, Any], data: Path | None) -> Run:
-    try:
-        outcome = read_json(file)
-        config = outcome["config"]
-        aggregates = dict(outcome["results"])
-    except (ValueError, KeyError, TypeError) as error:
-        problem = f"{file} is not lmms-eval's results: {error}."
-        raise IncompleteRunError(problem, "Give a *_results.json of lmms-eval.") from None
+def _check(
+    file: Path, labels: dict[str, Any], data: Path | None, trust_samples: bool
+) -> tuple[Entry, ModelRef, Protocol, list[_Log], bool]:
+    """Read and score everything of one results file; whether its name was asked for."""
+    outcome = _read_results(file)
+    config: Entry = outcome["config"]
     logs = _sample_logs(file)
     specs = [spec for spec in load_tasks() if spec.upstream in logs or _cn(spec) in logs]
     if not specs:
@@ -74,16 +104,56 @@ def _import_one(file: Path, results: Path, labels: dict[str, Any], data: Path | 
             f"{file} has no sample log of a known benchmark beside it.",
             "Run lmms-eval with --log_samples.",
         )
+    checked, limits = [], []
+    for spec in specs:
+        upstream = spec.upstream if spec.upstream in logs else _cn(spec)
+        entries = _entries(spec, logs[upstream], _counts(outcome, upstream))
+        limited = _limit(config, _counts(outcome, upstream), entries)
+        limits += [] if limited is None else [limited]
+        checked.append(
+            _scored(spec, upstream, entries, logs[upstream], outcome, data, trust_samples)
+        )
     model = _model(file, config, labels, list(logs.values()))
-    protocol = Protocol("imported", limit=config.get("limit"), engine="lmms-eval, imported")
-    run = open_run(results, model, protocol, [spec.id for spec in specs])
-    with run.locked():
-        for spec in specs:
-            upstream = spec.upstream if spec.upstream in logs else _cn(spec)
-            entries = sorted(_read_log(logs[upstream]), key=lambda entry: int(entry["doc_id"]))
-            samples = _samples(spec, entries, data)
-            metrics = _metrics(aggregates.get(upstream, {}))
-            run.commit(_result(spec, samples, entries, metrics, data), samples)
+    limit = max(limits, default=None)
+    protocol = Protocol("imported", limit=limit, engine="lmms-eval, imported")
+    return outcome, model, protocol, checked, labels["name"] is not None
+
+
+def _read_results(file: Path) -> Entry:
+    if file.stat().st_size > RESULTS_BYTES:
+        raise IncompleteRunError(
+            f"{file} has {file.stat().st_size >> 20:,} MiB, which no results file has.",
+            "Give a *_results.json of lmms-eval.",
+        )
+    try:
+        outcome = read_json(file)
+        for part in ("config", "results"):
+            if not isinstance(outcome[part], dict):
+                raise TypeError(f"{part!r} is {outcome[part]!r:.40}")
+    except (ValueError, KeyError, TypeError) as error:
+        told = f"{error} is missing" if isinstance(error, KeyError) else one_line(error)
+        problem = f"{file} is not lmms-eval's results: {told}."
+        raise IncompleteRunError(problem, "Give a *_results.json of lmms-eval.") from None
+    checked: Entry = outcome
+    return checked
+
+
+def _store(
+    file: Path,
+    results: Path,
+    outcome: Entry,
+    model: ModelRef,
+    protocol: Protocol,
+    logs: list[_Log],
+    name_was_asked: bool,
+) -> Run:
+    tasks = [log.spec.id for log in logs]
+    model = _own_name(results, model, tasks, name_was_asked)
+    wanted = wanted_run(model, protocol, tasks)
+    with held_run(results, wanted) as run:
+        run.begin(wanted, "running")
+        for log in logs:
+            run.commit(log.result, log.samples)
         versions = {"lmms-eval": str(outcome.get("lmms_eval_version", "unknown"))}
         run.finish(
             "complete",
@@ -91,6 +161,28 @@ def _import_one(file: Path, results: Path, labels: dict[str, Any], data: Path | 
             provenance=collect() | {"imported": {"file": file.name, "versions": versions}},
         )
     return run
+
+
+def _own_name(results: Path, model: ModelRef, tasks: list[str], asked: bool) -> ModelRef:
+    """The model under a name that no other answers to the same benchmarks have.
+
+    Raises:
+        UsageError: the name was asked for, and is taken.
+    """
+    taken = any(
+        other.model.name == model.name
+        and other.model.weights_digest != model.weights_digest
+        and set(other.tasks) & set(tasks)
+        for _, other in catalogue(results).runs
+    )
+    if not taken:
+        return model
+    if asked:
+        raise UsageError(
+            f"A run named {model.name!r} with other answers is there already.",
+            "Give this one another --name.",
+        )
+    return replace(model, name=f"{model.name}-{model.weights_digest[:6]}")
 
 
 def _cn(spec: TaskSpec) -> str:
@@ -101,38 +193,207 @@ def _cn(spec: TaskSpec) -> str:
 def _sample_logs(file: Path) -> dict[str, Path]:
     stamp = file.name.removesuffix("_results.json")
     found = {}
-    for log in sorted(file.parent.glob(f"{stamp}_samples_*.jsonl")):
-        found[log.name.removeprefix(f"{stamp}_samples_").removesuffix(".jsonl")] = log
+    for log in sorted(file.parent.glob("*_samples_*.jsonl")):
+        if log.name.startswith(f"{stamp}_samples_"):  # a stamp may hold what glob takes for more
+            found[log.name.removeprefix(f"{stamp}_samples_").removesuffix(".jsonl")] = log
     return found
 
 
 def _model(file: Path, config: Entry, labels: dict[str, Any], logs: list[Path]) -> ModelRef:
-    arguments = str(config.get("model_args") or "")
-    pretrained = re.search(r"pretrained=([^,]+)", arguments)
-    told = pretrained.group(1).rstrip("/").split("/")[-1] if pretrained else config.get("model")
+    arguments = config.get("model_args") or ""
+    if isinstance(arguments, dict):
+        arguments = ",".join(f"{key}={value}" for key, value in arguments.items())
+    pretrained = re.search(r"(?:pretrained|model|model_name|path)=([^,]+)", str(arguments))
+    told = trained_name(pretrained.group(1)) if pretrained else config.get("model")
     return ModelRef(
-        name=labels["name"] or str(told or file.parent.name),
+        name=labels["name"] or _text(told or file.parent.name),
         role=labels["role"],
-        path=f"lmms-eval {config.get('model', '')} {arguments}".strip(),
+        path=_text(f"lmms-eval {config.get('model', '')} {arguments}".strip()),
         # The weights are not known; the answers stand for them, so that two imports differ.
         weights_digest=digest_files(logs),
         method=labels["method"],
         seed=labels["seed"],
-        architecture=str(config.get("model") or ""),
+        architecture=_text(config.get("model") or ""),
     )
 
 
+# --- the log: every document once, nothing missing -----------------------------------------------
+
+
+def _counts(outcome: Entry, upstream: str) -> dict[str, int]:
+    """lmms-eval's own count of documents: `original` of the data set, `effective` asked."""
+    told = outcome.get("n-samples")
+    told = told.get(upstream) if isinstance(told, dict) else None
+    return {k: v for k, v in told.items() if type(v) is int} if isinstance(told, dict) else {}
+
+
+def _limit(config: Entry, counts: dict[str, int], entries: list[Entry]) -> int | None:
+    """Documents that a limited evaluation asked; None for a whole one."""
+    limited = config.get("limit") not in (None, -1, 0) or (
+        counts.get("effective", 0) < counts.get("original", 0)
+    )
+    return len(entries) if limited else None
+
+
+def _entries(spec: TaskSpec, log: Path, counts: dict[str, int]) -> list[Entry]:
+    """The log's samples in the order of their documents.
+
+    Raises:
+        IncompleteRunError: a document is there twice or missing.
+    """
+    entries = sorted(_read_log(log), key=lambda entry: entry["doc_id"])
+    again = "Evaluate it again into an empty folder: lmms-eval appends to a log that is there."
+    if not entries:
+        raise IncompleteRunError(f"{log} holds no sample.", again)
+    seen = Counter(entry["doc_id"] for entry in entries)
+    twice = [key for key, count in seen.items() if count > 1]
+    if twice:
+        raise IncompleteRunError(
+            f"{log}: {len(twice):,} documents are there more than once, the first is doc_id "
+            f"{twice[0]}.",
+            again,
+        )
+    expected = counts.get("effective", entries[-1]["doc_id"] + 1)
+    missing = sorted(set(range(min(expected, entries[-1]["doc_id"] + 1))) - seen.keys())
+    if missing or len(entries) != expected:
+        first = f", the first is doc_id {missing[0]}" if missing else ""
+        raise IncompleteRunError(
+            f"{log} has {len(entries):,} of {expected:,} documents{first}.",
+            "Was the log cut short?",
+        )
+    if len(entries) > spec.documents:
+        raise IncompleteRunError(
+            f"{log} has {len(entries):,} documents, {spec.id} has {spec.documents:,}.", again
+        )
+    return entries
+
+
 def _read_log(path: Path) -> Iterator[Entry]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            entry["doc_id"]
-        except (ValueError, KeyError, TypeError):
-            problem = f"{path} line {number} is not a logged sample."
-            raise IncompleteRunError(problem, "Was the log cut short?") from None
-        yield entry
+    """Samples line by line: a line ends at `\\n` alone, whatever Unicode has besides."""
+    blank = 0
+    with path.open("rb") as stream:
+        for number in range(1, 1 << 62):
+            line = stream.readline(LINE_BYTES)
+            if not line:
+                return
+            if not line.strip(b" \t\r\n\0"):
+                blank += len(line)
+                if blank > BLANK_BYTES:
+                    problem = f"{path} holds nothing but blanks from line {number} on."
+                    raise IncompleteRunError(problem, "Was the disk full?")
+                continue
+            yield _sample(path, number, line)
+
+
+def _sample(path: Path, number: int, line: bytes) -> Entry:
+    """One sample without what is not used of it: the document and the prompt's settings."""
+    try:
+        entry = json.loads(line.decode("utf-8", "surrogatepass"))
+        if type(entry["doc_id"]) is not int or entry["doc_id"] < 0:
+            raise TypeError(f"doc_id is {entry['doc_id']!r:.40}, not a number")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        why = f": {one_line(error)[:120]}" if isinstance(error, TypeError) else ""
+        problem = f"{path} line {number} is not a logged sample{why}."
+        raise IncompleteRunError(problem, "Was the log cut short?") from None
+    return {key: value for key, value in entry.items() if key not in ("doc", "arguments")}
+
+
+# --- samples and score ---------------------------------------------------------------------------
+
+
+def _scored(
+    spec: TaskSpec,
+    upstream: str,
+    entries: list[Entry],
+    log: Path,
+    outcome: Entry,
+    data: Path | None,
+    trust_samples: bool,
+) -> _Log:
+    """Samples and result of one benchmark, compared with what lmms-eval made of them."""
+    told = outcome["results"].get(upstream)
+    metrics = _metrics(told if isinstance(told, dict) else {})
+    try:
+        samples = _samples(spec, entries, data)
+    except KdBenchError:
+        raise
+    except Exception as error:  # the log's values run through upstream's own functions
+        problem = f"{log} cannot be read as {spec.id}: {type(error).__name__}: {one_line(error)}"
+        raise IncompleteRunError(f"{problem[:300]}.", "Give the log as it was written.") from None
+    wrong = samples.loc[~samples["score"].between(0, 1), ["document_id", "score"]]
+    if len(wrong):
+        name, score = wrong.iloc[0]
+        raise IncompleteRunError(
+            f"{log}: the score {score:g} of document {name} is not between 0 and 1.",
+            "Give the log as it was written.",
+        )
+    samples, replaced = _without_surrogates(samples)
+    notes = _agreement(spec, upstream, samples, metrics, log, trust_samples)
+    if replaced:
+        notes.append(f"{replaced} samples hold half a character, which is shown as \ufffd")
+    if len(samples) < spec.documents:
+        notes.append(f"{len(samples):,} of the benchmark's {spec.documents:,} documents")
+    finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+    return _Log(spec, _result(spec, samples, entries, finite, data, notes), samples)
+
+
+def _agreement(
+    spec: TaskSpec,
+    upstream: str,
+    samples: "pd.DataFrame",
+    metrics: dict[str, float],
+    log: Path,
+    trust_samples: bool,
+) -> list[str]:
+    """What to note about the samples' score beside upstream's.
+
+    Raises:
+        IncompleteRunError: they differ by more than rounding, or than a judge can explain.
+    """
+    if spec.metric not in metrics:
+        return ["results.json holds no score to compare with"]
+    theirs = metrics[spec.metric] * spec.scale
+    if spec.aggregator == "mme":
+        # Upstream sums the present categories; the papers' scale is that of ten.
+        present = samples["category"][samples["category"].isin(MME_PERCEPTION)].nunique()
+        theirs *= len(MME_PERCEPTION) / max(1, present)
+    ours = aggregate(spec.aggregator, samples)
+    allowed = ROUNDING
+    if upstream in JUDGED:
+        unread = samples.loc[samples["parsed"] == "", "unit_id"].nunique()
+        allowed += 100 * unread / max(1, samples["unit_id"].nunique())
+    if abs(ours - theirs) <= ROUNDING:
+        return []
+    difference = f"results.json says {theirs:.2f}, the samples give {ours:.2f}"
+    if trust_samples or abs(ours - theirs) <= allowed:
+        return [difference]
+    raise IncompleteRunError(
+        f"{log}: {difference}.",
+        "Give results and log of one evaluation, or --trust-samples for the samples' score.",
+    )
+
+
+def _text(value: Any) -> str:
+    """Text with every unpaired surrogate, which no file can hold, replaced."""
+    text = str(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _without_surrogates(samples: "pd.DataFrame") -> tuple["pd.DataFrame", int]:
+    """Samples as they can be stored, and how many rows had to be changed."""
+    changed = set()
+    fixed = samples.copy()
+    for column in fixed.columns:
+        values = fixed[column].tolist()
+        kept = [_text(value) if isinstance(value, str) else value for value in values]
+        changed |= {row for row, pair in enumerate(zip(values, kept, strict=True))
+                    if isinstance(pair[0], str) and pair[0] != pair[1]}  # fmt: skip
+        fixed[column] = kept
+    return fixed, len(changed)
 
 
 def _answer(entry: Entry) -> str:
@@ -279,8 +540,9 @@ def _result(
     entries: list[Entry],
     metrics: dict[str, float],
     data: Path | None,
+    told: list[str],
 ) -> TaskResult:
-    notes = ["imported"]
+    notes = ["imported", *told]
     if data is None and spec.unit == "picture":
         notes.append("a picture's questions are counted as independent: the interval is too short")
     prompts = [str(entry.get("input", "")) for entry in entries]
