@@ -1,0 +1,297 @@
+"""One function loads a model and says what did not load: damaged, foreign, adapted, quantized."""
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kd_bench.distill.build import build_student
+from kd_bench.distill.checkpoints import locate, stored_dtype, weights_digest
+from kd_bench.distill.models import load_model, load_processor, parameter_counts
+from kd_bench.distill.recipe import StudentParts
+from kd_bench.errors import MissingExtraError, UsageError
+from tests import tiny
+from tests.tiny_families import FAMILIES, make
+
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save(tmp_path_factory.mktemp("checkpoints") / "student", layers=2)
+
+
+@pytest.fixture
+def copy(checkpoint: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+
+
+def with_tensors(folder: Path, change: Callable[[Tensors], Tensors]) -> Path:
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+    return folder
+
+
+def set_config(folder: Path, **changes: Any) -> Path:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return folder
+
+
+def refusal(folder: Path, **options: Any) -> str:
+    with pytest.raises(UsageError) as caught:
+        load_model(folder, **options)
+    line = str(caught.value)
+    assert "\n" not in line
+    assert len(line) < 900
+    return line
+
+
+# --- what did not load -------------------------------------------------------------------------
+
+
+def test_a_checkpoint_without_its_projector_is_refused_and_a_new_one_is_asked_for(
+    copy: Path,
+) -> None:
+    with_tensors(copy, lambda t: {k: v for k, v in t.items() if "projector" not in k})
+    line = refusal(copy)
+    assert "4 tensors are missing (model.multi_modal_projector.linear_1.bias, " in line
+    assert "new_projector=true" in line
+    first, again, other = (load_model(copy, projector_seed=seed) for seed in (1, 1, 2))
+    names = [name for name in first.state_dict() if "projector" in name and "weight" in name]
+    for name in names:
+        assert torch.equal(first.state_dict()[name], again.state_dict()[name])
+        assert not torch.equal(first.state_dict()[name], other.state_dict()[name])
+    whole = load_file(copy / "model.safetensors")
+    assert torch.equal(
+        first.model.language_model.norm.weight, whole["language_model.model.norm.weight"]
+    )
+
+
+def test_a_new_projector_replaces_none_that_is_there(checkpoint: Path, copy: Path) -> None:
+    assert "has a projector" in refusal(checkpoint, projector_seed=0)
+    with_tensors(copy, lambda t: {k: v for k, v in t.items() if "linear_1.weight" not in k})
+    assert "1 tensor is missing" in refusal(copy, projector_seed=0)
+
+
+def test_five_names_and_the_wrapper_of_prefixed_weights(copy: Path) -> None:
+    with_tensors(copy, lambda t: {f"module.{k}": v for k, v in t.items()})
+    line = refusal(copy)
+    assert "All its names begin with 'module'" in line
+    shown = line.partition("not known to its class (")[2].partition(")")[0]
+    assert len([name for name in shown.split(", ") if name != "..."]) == 5
+
+
+def test_a_head_that_is_neither_there_nor_tied(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    config["text_config"]["tie_word_embeddings"] = False
+    set_config(copy, **config | {"tie_word_embeddings": False})
+    line = refusal(copy)
+    assert "1 tensor is missing (lm_head.weight)" in line
+    assert "tie_word_embeddings" in line
+
+
+def test_surplus_reshaped_and_broken_weights_are_named(copy: Path) -> None:
+    name = "multi_modal_projector.linear_1.weight"
+    saved = load_file(copy / "model.safetensors")
+    with_tensors(copy, lambda t: {**t, "resampler.weight": torch.zeros(3)})
+    assert "1 tensor is not known to its class (resampler.weight)" in refusal(copy)
+    with_tensors(copy, lambda _: {**saved, name: torch.zeros(3, 3)})
+    assert f"1 tensor is of another shape (model.{name})" in refusal(copy)
+    for value in (float("nan"), float("inf")):
+        broken = saved[name].clone()
+        broken[0, 0] = value
+        with_tensors(copy, lambda _, broken=broken: {**saved, name: broken})  # type: ignore[misc]
+        assert f"NaN or infinite values in 1 of its tensors: model.{name}" in refusal(copy)
+    with_tensors(copy, lambda _: {**saved, name: (saved[name] * 50).to(torch.int8)})
+    assert f"{name} (I8)" in refusal(copy)
+
+
+def test_shards_must_be_whole(checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "sharded"
+    load_model(checkpoint).save_pretrained(folder, max_shard_size="20KB")
+    shards = sorted(folder.glob("*.safetensors"))
+    assert len(shards) > 2
+    load_model(folder)
+    index = folder / "model.safetensors.index.json"
+    whole = index.read_text()
+    places = json.loads(whole)
+    name = next(iter(places["weight_map"]))
+    del places["weight_map"][name]
+    index.write_text(json.dumps(places))
+    assert f"leaves out tensors: {name}" in refusal(folder)
+    index.write_text("[]")
+    assert "is not a JSON object" in refusal(folder)
+    index.unlink()
+    assert "neither model.safetensors nor" in refusal(folder)
+    index.write_text(whole)
+    shards[1].unlink()
+    assert f"lacks 1 of its {len(shards)} shards: {shards[1].name}" in refusal(folder)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_loads_whole_and_misses_what_is_taken(family: str, tmp_path: Path) -> None:
+    model = make(family)
+    model.save_pretrained(tmp_path)
+    again = load_model(tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    names = sorted(load_file(tmp_path / "model.safetensors"))
+    taken = random.Random(family).choice([name for name in names if "embed_tokens" not in name])
+    with_tensors(tmp_path, lambda t: {k: v for k, v in t.items() if k != taken})
+    line = refusal(tmp_path)
+    assert "is missing (" in line or "are missing (" in line
+
+
+def test_parts_of_a_student_must_be_whole_too(tmp_path: Path) -> None:
+    from transformers import Qwen2ForCausalLM
+
+    whole = tiny.model(seed=4)
+    whole.model.vision_tower.save_pretrained(tmp_path / "tower")
+    tiny.processor().image_processor.save_pretrained(tmp_path / "tower")
+    Qwen2ForCausalLM(whole.config.text_config).save_pretrained(tmp_path / "words")
+    tiny.processor().tokenizer.save_pretrained(tmp_path / "words")
+    with_tensors(tmp_path / "tower", lambda t: dict(list(t.items())[1:]))
+    parts = StudentParts(
+        vision_tower=str(tmp_path / "tower"),
+        language_model=str(tmp_path / "words"),
+        vision_feature_layer=-1,
+    )
+    with pytest.raises(UsageError, match="1 tensor is missing"):
+        build_student(parts, tmp_path / "student")
+
+
+# --- where it lies -----------------------------------------------------------------------------
+
+
+def in_hub_cache(folder: Path, cache: Path, name: str) -> None:
+    """Lay a checkpoint as the hub's client keeps downloads."""
+    place = cache / f"models--{name.replace('/', '--')}"
+    shutil.copytree(folder, place / "snapshots" / ("a" * 40))
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("a" * 40)
+
+
+def test_a_hub_name_is_read_from_the_local_cache(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    in_hub_cache(checkpoint, tmp_path, "some-org/small")
+    folder = locate("some-org/small")
+    assert weights_digest(folder) == weights_digest(checkpoint)
+    assert load_processor("some-org/small").image_token == "<image>"
+    load_model("some-org/small")
+    with pytest.raises(UsageError, match=r"no folder some-org/other.*HF_HUB_OFFLINE is set"):
+        locate("some-org/other")
+    with pytest.raises(UsageError, match="There is no checkpoint at"):
+        locate("three/deep/folders")
+
+
+# --- adapters ----------------------------------------------------------------------------------
+
+
+def adapted(base: Path, folder: Path, rank: int = 2) -> Any:
+    """Save an adapter of random values on a base; the model that it makes."""
+    from peft import LoraConfig, get_peft_model
+
+    model = load_model(base)
+    torch.manual_seed(5)
+    names = r".*language_model.*\.(q_proj|down_proj)"
+    wrapped = get_peft_model(
+        model, LoraConfig(r=rank, target_modules=names, init_lora_weights=False)
+    )
+    wrapped.peft_config["default"].base_model_name_or_path = str(base)
+    wrapped.save_pretrained(folder)
+    return wrapped.merge_and_unload()
+
+
+def test_an_adapter_folder_is_read_with_its_base(checkpoint: Path, tmp_path: Path) -> None:
+    merged = adapted(checkpoint, tmp_path / "adapter")
+    found = load_model(tmp_path / "adapter")
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], tensor)
+    assert not torch.equal(
+        found.state_dict()["model.language_model.layers.0.self_attn.q_proj.weight"],
+        load_model(checkpoint).state_dict()[
+            "model.language_model.layers.0.self_attn.q_proj.weight"
+        ],
+    )
+    assert load_processor(tmp_path / "adapter").chat_template == tiny.TEMPLATE
+    assert weights_digest(tmp_path / "adapter") != weights_digest(checkpoint)
+
+
+def test_an_adapter_that_cannot_be_read_says_how_to_merge(
+    checkpoint: Path, copy: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapter"
+    adapted(checkpoint, folder)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+
+    def based_on(base: Any) -> str:
+        changed = settings | {"base_model_name_or_path": base}
+        (folder / "adapter_config.json").write_text(json.dumps(changed))
+        return refusal(folder)
+
+    assert "merge_and_unload" in based_on(str(tmp_path / "gone"))
+    assert "merge_and_unload" in based_on(None)
+    assert "merge_and_unload" in based_on("some-org/gone")
+    other = tiny.save(tmp_path / "other", width=48)
+    assert "could not be read as an adapter" in based_on(str(other))
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file(dict(list(weights.items())[1:]), folder / "adapter_model.safetensors")
+    assert "is no adapter of its base: 1 tensor is missing" in refusal(folder)
+    shutil.copy(copy / "model.safetensors", folder)
+    assert "both a whole checkpoint and an adapter" in refusal(folder)
+
+
+# --- quantized ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantized_checkpoint_loads_and_counts_its_weights(
+    kind: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    plain, rounded = load_model(checkpoint), load_model(checkpoint, quantize=kind)
+    rounded.save_pretrained(tmp_path / kind)
+    tiny.processor().save_pretrained(tmp_path / kind)
+    again = load_model(tmp_path / kind)
+    assert parameter_counts(again)["total"] == parameter_counts(plain)["total"]
+    processor = tiny.processor()
+    inputs = processor(
+        text="user : <image> what colour ?", images=tiny.picture("red"), return_tensors="pt"
+    )
+    with torch.no_grad():
+        expected, first, second = (m(**inputs).logits for m in (plain, rounded, again))
+    torch.testing.assert_close(first, second)
+    assert 0 < (first - expected).abs().mean() < 0.3
+    assert "is quantized already" in refusal(tmp_path / kind, quantize="int8")
+
+
+def test_without_bitsandbytes_the_line_says_what_to_install(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
+    with pytest.raises(MissingExtraError, match=r'pip install "kd-bench\[quantize\]"'):
+        load_model(checkpoint, quantize="nf4")
+    with pytest.raises(UsageError, match="no quantization 'fp3'"):
+        load_model(checkpoint, quantize="fp3")
+
+
+def test_the_stored_type_is_the_configs_else_the_weights_own(copy: Path) -> None:
+    assert stored_dtype(copy) == "float32"
+    with_tensors(copy, lambda t: {k: v.to(torch.bfloat16) for k, v in t.items()})
+    set_config(copy, dtype=None)
+    assert stored_dtype(copy) == "bfloat16"
+    set_config(copy, torch_dtype="float16")
+    assert stored_dtype(copy) == "float16"
