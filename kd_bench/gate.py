@@ -1,30 +1,47 @@
-"""The gate: a policy and two runs -> verdicts and one exit code.
+"""The gate: a policy and two models (or methods, over their seeds) -> verdicts and one exit code.
 
-A benchmark is *equal within margin* when a drop as large as its margin can be ruled out,
-*improved* or *regressed* when the difference is real, *inconclusive* otherwise. Every claim is
-corrected over the benchmarks and their average after Holm.
+A benchmark is *not worse than the margin* when a drop as large as its margin can be ruled out,
+*improved* or *regressed* when the difference is real, *inconclusive* otherwise.
+
+    pass        the average is not worse than its margin, and no benchmark is shown worse
+    regression  a benchmark or the average is regressed, or a further rule failed
+    cannot tell the rest
+
+With `every: true` in the policy each benchmark must be shown not worse, not only the average.
 """
 
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kd_bench.compare.align import align, common_tasks, label, numeric_notes
 from kd_bench.compare.differences import (
     Difference,
     Resampled,
     average_difference,
+    evidence_of,
     resample,
+    seeds_difference,
     task_difference,
     with_holm,
 )
+from kd_bench.compare.estimates import Estimate, Evidence
+from kd_bench.compare.methods import seeds_of_one_method, training_noise
 from kd_bench.errors import ExitCode, IncompleteRunError
 from kd_bench.policy import CostLimits, Margins, Policy, Retention
-from kd_bench.records import AVERAGE
-from kd_bench.stats import NonInferiority, non_inferiority, ratio_interval
+from kd_bench.records import AVERAGE, Interval
+from kd_bench.stats import (
+    NonInferiority,
+    holm_levels,
+    non_inferiority,
+    percentile_interval,
+    unchanged_draws,
+)
 from kd_bench.store import Run, find_run
 
 __all__ = ["GateReport", "RuleOutcome", "Verdict", "check", "judge"]
@@ -32,7 +49,8 @@ __all__ = ["GateReport", "RuleOutcome", "Verdict", "check", "judge"]
 # Stored samples must give the stored score back, up to upstream's rounding (points).
 ROUNDING = 0.05
 
-VerdictName = Literal["improved", "equal within margin", "regressed", "inconclusive"]
+NOT_WORSE = "not worse than the margin"
+VerdictName = Literal["improved", "not worse than the margin", "regressed", "inconclusive"]
 RuleState = Literal["passed", "failed", "inconclusive", "not checked"]
 
 
@@ -41,10 +59,14 @@ class Verdict:
     """What the gate says about one benchmark, or about their `average`.
 
     Attributes:
-        difference: candidate minus baseline, with its two-sided interval and p.
+        difference: candidate minus baseline, with its two-sided 95 % interval and p.
         non_inferiority: its one-sided test against the margin.
-        real_drop: the drop is significant; with "equal within margin" it is a small one.
+        real_drop: the drop is significant; with "not worse than the margin" it is a small one.
         advisory: shown, decides nothing.
+        corrected: the two-sided interval at the level that Holm gave the test of the difference;
+            it excludes zero when the difference is real.
+        units: what was resampled: pictures, pairs, groups or documents.
+        same: both gave the same answer to every document of every benchmark.
     """
 
     name: str
@@ -56,6 +78,24 @@ class Verdict:
     documents: int
     real_drop: bool
     advisory: bool = False
+    corrected: Interval | None = None
+    units: int = 0
+    same: bool = False
+
+    @property
+    def decided_by(self) -> str:
+        """The interval or bound that the verdict rests on, with its level."""
+        test = self.non_inferiority
+        if self.same:
+            return "the same answers"
+        if self.difference.interval is None:
+            return self.difference.span
+        if self.verdict == NOT_WORSE:
+            return f"above {test.bound:+.1f} ({_percent(1 - test.level)}, one-sided)"
+        if self.corrected is None:
+            return self.difference.span
+        low, high = self.corrected.low, self.corrected.high
+        return f"{low:+.1f} to {high:+.1f} ({_percent(self.corrected.level)})"
 
     @property
     def sentence(self) -> str:
@@ -63,14 +103,33 @@ class Verdict:
         test, change = self.non_inferiority, self.difference
         text = (
             f"{self.name} {self.verdict}: {self.baseline:.1f} -> {self.candidate:.1f} "
-            f"({change.value:+.2f}, {change.span}); "
-            f"margin {test.margin:g}, bound {test.bound:+.2f}"
+            f"({change.value:+.2f}; {self.decided_by}; p {_probability(change.p_holm)} after "
+            f"Holm); margin {test.margin:g}, bound {test.bound:+.2f} "
+            f"({_percent(1 - test.level)}, one-sided); {self.units:,} units"
         )
-        if self.verdict == "inconclusive":
-            text += f"; this test set finds differences of {change.detectable:.1f} points"
-        elif self.real_drop and self.verdict == "equal within margin":
+        if self.verdict == "inconclusive" and change.interval is not None:
+            text += (
+                f"; four times in five these units find a drop of {change.detectable:.1f} points "
+                f"after Holm, and show an equal model not worse than {self.resolves:.1f}"
+            )
+        elif self.real_drop and self.verdict == NOT_WORSE:
             text += "; a real drop, smaller than the margin"
         return text + "."
+
+    @property
+    def resolves(self) -> float:
+        """The margin that an equal model is shown to keep four times in five, in points."""
+        z = NormalDist().inv_cdf
+        error = self.difference.standard_error
+        return (z(1 - self.non_inferiority.level) + z(0.8)) * error
+
+
+def _percent(level: float) -> str:
+    return f"{100 * level:.3g} %"
+
+
+def _probability(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"= {p:.3f}"
 
 
 @dataclass(frozen=True)
@@ -84,7 +143,14 @@ class RuleOutcome:
 
 @dataclass(frozen=True)
 class GateReport:
-    """Everything that the table, the JUnit file, the job summary and the exit code say."""
+    """Everything that the table, the JUnit file, the job summary and the exit code say.
+
+    Attributes:
+        every: the policy wants every benchmark shown not worse.
+        about: `these weights`, or `this recipe` where both sides have several seeds.
+        policy, policy_digest: which policy judged.
+        warnings: what a reader must know before believing the verdict.
+    """
 
     candidate: str
     baseline: str
@@ -93,15 +159,22 @@ class GateReport:
     verdicts: list[Verdict]
     rules: list[RuleOutcome]
     notes: list[str]
+    every: bool = False
+    about: str = "these weights"
+    policy: str = ""
+    policy_digest: str = ""
+    warnings: tuple[str, ...] = ()
 
     @property
     def exit_code(self) -> ExitCode:
-        """Any regression or failed rule: 1; else anything undecided: 3; else 0."""
-        deciding = [each.verdict for each in self.verdicts if not each.advisory]
+        """Any regression or failed rule: 1; else anything undecided that decides: 3; else 0."""
+        deciding = [each for each in self.verdicts if not each.advisory]
         states = [each.state for each in self.rules]
-        if "regressed" in deciding or "failed" in states:
+        if "regressed" in (each.verdict for each in deciding) or "failed" in states:
             return ExitCode.REGRESSION
-        if "inconclusive" in deciding or "inconclusive" in states:
+        averages = [each for each in deciding if each.name == AVERAGE]
+        must = averages if averages and not self.every else deciding
+        if "inconclusive" in (each.verdict for each in must) or "inconclusive" in states:
             return ExitCode.INCONCLUSIVE
         return ExitCode.PASS
 
@@ -114,88 +187,205 @@ class GateReport:
             ExitCode.INCONCLUSIVE: "cannot tell",
         }[self.exit_code]
 
+    @property
+    def statement(self) -> str:
+        """What the outcome says, about what, and under which policy."""
+        by = {
+            name: [each.name for each in self.verdicts if each.verdict == name]
+            for name in ("regressed", "inconclusive")
+        }
+        rule = (
+            "every benchmark and the average must be shown not worse than the margin"
+            if self.every
+            else "the average must be shown not worse than its margin, and no benchmark worse"
+        )
+        text = f"{self.outcome}, about {self.about}: {rule} (error rate {self.alpha:g}, Holm)."
+        if by["regressed"]:
+            text += f" Shown worse: {', '.join(by['regressed'])}."
+        if by["inconclusive"]:
+            text += f" Cannot tell: {', '.join(by['inconclusive'])}."
+        return text
+
+    @property
+    def policy_line(self) -> str:
+        """Name and digest of the policy."""
+        return f"Policy: {self.policy or 'given in code'}, digest {self.policy_digest[:12]}."
+
     def to_json(self) -> str:
         """JSON text with a format version."""
-        body = {"format": 1, "outcome": self.outcome, "exit_code": int(self.exit_code)}
+        body = {
+            "format": 1,
+            "outcome": self.outcome,
+            "exit_code": int(self.exit_code),
+            "statement": self.statement,
+        }
         return json.dumps({**body, **asdict(self)}, indent=2, ensure_ascii=False)
 
 
-def check(candidate: Run, baseline: Run, policy: Policy) -> GateReport:
+def check(
+    candidate: Run | Sequence[Run], baseline: Run | Sequence[Run], policy: Policy
+) -> GateReport:
     """Has the candidate regressed against the baseline?
+
+    Several runs on a side are the training seeds of one method: the verdict is then about the
+    method, over seeds and documents.
 
     Raises:
         NotComparableError: the runs measured different things.
         IncompleteRunError: a run is partial or unhealthy, or lacks a benchmark of the baseline.
-        UsageError: the policy does not fit the runs.
+        UsageError: the policy does not fit the runs, or seeds are not of one method.
     """
-    margins = policy.margins_for(candidate.manifest.protocol.suite)
-    notes = _require_sound(candidate, baseline, policy)
-    tasks = common_tasks([baseline, candidate])
-    sampled = [_resample(baseline, candidate, task, policy) for task in tasks]
-    verdicts = judge(sampled, margins, policy)
+    new, old = ([side] if isinstance(side, Run) else list(side) for side in (candidate, baseline))
+    for side in (new, old):
+        seeds_of_one_method(side)
+    suite = new[0].manifest.protocol.suite
+    margins = policy.margins_for(suite)
+    notes = _require_sound(new, old, policy)
+    tasks = common_tasks([*old, *new])
+    sampled = [_resample([*old, *new], task, policy) for task in tasks]
+    verdicts = judge(sampled, margins, policy, split=len(old))
+    over_seeds = min(len(old), len(new)) > 1
     return GateReport(
-        candidate=label(candidate),
-        baseline=label(baseline),
-        suite=candidate.manifest.protocol.suite,
+        candidate=_title(new),
+        baseline=_title(old),
+        suite=suite,
         alpha=policy.alpha,
         verdicts=verdicts,
-        rules=_rules(candidate, baseline, policy, tasks, verdicts[-1]),
+        rules=_rules(new, old, policy, tasks, sampled),
         notes=notes,
+        every=policy.every,
+        about="this recipe" if over_seeds else "these weights",
+        policy=policy.source,
+        policy_digest=policy.digest,
+        warnings=tuple(training_noise(new, old)),
     )
 
 
-def judge(sampled: Sequence[Resampled], margins: Margins, policy: Policy) -> list[Verdict]:
-    """Verdicts on resampled benchmarks of (baseline, candidate) and, last, on their average."""
+def _title(runs: Sequence[Run]) -> str:
+    if len(runs) == 1:
+        return label(runs[0])
+    return f"{runs[0].manifest.model.method} ({len(runs)} seeds)"
+
+
+def judge(
+    sampled: Sequence[Resampled], margins: Margins, policy: Policy, split: int = 1
+) -> list[Verdict]:
+    """Verdicts on resampled benchmarks and, last, on their average.
+
+    The first `split` runs of each benchmark are the baseline's seeds, the others the candidate's.
+    """
     tasks = [each.aligned.task for each in sampled]
-    differences = _differences(sampled, policy.seed)
-    draws = [each.draws[1] - each.draws[0] for each in sampled]
-    draws.append(np.mean(draws, axis=0))
+    runs = len(sampled[0].scores)
+    old, new = ([str(n) for n in part] for part in (range(split), range(split, runs)))
+    evidence = evidence_of(sampled)
+    found = [evidence.difference(key, old, new) for key in [*tasks, AVERAGE]]
+    differences = _differences(sampled, evidence, policy.seed, old, new)
+    levels = holm_levels([each.p for each in differences], policy.alpha)
     allowed = [margins.tasks.get(task, margins.default) for task in tasks] + [margins.average]
-    tests = non_inferiority(draws, allowed, policy.alpha)
+    tests = _margin_tests(found, allowed, policy)
     scores = [each.scores for each in sampled]
     scores.append(np.mean(scores, axis=0))
     documents = [len(each.aligned.samples[0]) for each in sampled]
     documents.append(sum(documents))
-    return [
-        Verdict(
-            name=name,
-            verdict=_verdict(difference, test, policy.alpha),
-            baseline=float(score[0]),
-            candidate=float(score[1]),
-            difference=difference,
-            non_inferiority=test,
-            documents=count,
-            real_drop=difference.value < 0 and difference.p_holm <= policy.alpha,
-            advisory=name in policy.advisory,
+    alike = _same_answers(sampled)
+    verdicts = []
+    for number, name in enumerate([*tasks, AVERAGE]):
+        difference, one = differences[number], found[number]
+        baseline, candidate = scores[number][:split].mean(), scores[number][split:].mean()
+        # A benchmark that nobody gets right (or wrong) says nothing, the same answers or not.
+        same = alike and 0 < baseline < 100
+        verdicts.append(
+            Verdict(
+                name=name,
+                verdict=_verdict(difference, tests[number], policy.alpha, same),
+                baseline=float(baseline),
+                candidate=float(candidate),
+                difference=difference,
+                non_inferiority=tests[number],
+                documents=documents[number],
+                real_drop=difference.value < 0 and difference.p_holm <= policy.alpha,
+                advisory=name in policy.advisory,
+                corrected=None
+                if one.interval is None
+                else percentile_interval(one.distribution, 1 - levels[number]),
+                units=one.units,
+                same=same,
+            )
         )
-        for name, difference, test, score, count in zip(
-            [*tasks, AVERAGE], differences, tests, scores, documents, strict=True
-        )
-    ]
+    return verdicts
 
 
-def _verdict(difference: Difference, test: NonInferiority, alpha: float) -> VerdictName:
-    """The one rule. Two runs that answer alike everywhere are equal under any margin."""
-    real = difference.p_holm <= alpha
+def _verdict(difference: Difference, test: NonInferiority, alpha: float, same: bool) -> VerdictName:
+    """The one rule. Two models that answer alike everywhere are equal under any margin."""
+    real = difference.p_holm <= alpha and difference.interval is not None
     if real and difference.value > 0:
         return "improved"
-    same = difference.fixed == difference.broken == 0 and difference.value == 0
     if test.passed or same:
-        return "equal within margin"
+        return "not worse than the margin"
     return "regressed" if real else "inconclusive"
 
 
-def _differences(sampled: Sequence[Resampled], seed: int) -> list[Difference]:
+def _margin_tests(
+    found: Sequence[Estimate], margins: Sequence[float], policy: Policy
+) -> list[NonInferiority]:
+    """Tests of drops against margins, the average's last.
+
+    Holm over all of them. By default the average alone decides, so it is tested alone, at alpha;
+    the benchmarks' tests only word a verdict and excuse a real drop smaller than the margin.
+    """
+    draws = [_drops(each) for each in found]
+    tests = non_inferiority(draws, margins, policy.alpha)
+    if policy.every:
+        return tests
+    return [*tests[:-1], *non_inferiority(draws[-1:], margins[-1:], policy.alpha)]
+
+
+def _drops(found: Estimate) -> NDArray[np.float64]:
+    """Draws whose lower quantiles bound a drop; nothing is ruled out with too few units."""
+    count = found.distribution.size
+    if found.too_few:
+        return np.full(max(count, 1), -100.0)
+    if found.unchanged:
+        return unchanged_draws(found.units, count, exact=True)
+    return found.distribution
+
+
+def _same_answers(sampled: Sequence[Resampled]) -> bool:
+    """Whether all runs gave the same understood answer to every document of every benchmark."""
+    for one in sampled:
+        first, *others = one.aligned.samples
+        if "parsed" not in first.columns:
+            return False
+        for frame in others:
+            if not (frame["parsed"].to_numpy() == first["parsed"].to_numpy()).all():
+                return False
+            if not (frame["score"].to_numpy() == first["score"].to_numpy()).all():
+                return False
+    return True
+
+
+def _differences(
+    sampled: Sequence[Resampled],
+    evidence: Evidence,
+    seed: int,
+    old: list[str],
+    new: list[str],
+) -> list[Difference]:
     """Of every benchmark and, last, of the average; Holm over all of them."""
-    nulls = [each.null_draws(0, 1, seed) for each in sampled]
-    found = [task_difference(each, 0, 1, null) for each, null in zip(sampled, nulls, strict=True)]
-    return with_holm([*found, average_difference(list(sampled), nulls, 0, 1)])
+    if len(old) == len(new) == 1:
+        nulls = [each.null_draws(0, 1, seed) for each in sampled]
+        found = [
+            task_difference(each, 0, 1, null) for each, null in zip(sampled, nulls, strict=True)
+        ]
+        return with_holm([*found, average_difference(list(sampled), nulls, 0, 1)])
+    keys = [*(each.aligned.task for each in sampled), AVERAGE]
+    return with_holm([seeds_difference(sampled, evidence, key, old, new) for key in keys])
 
 
-def _resample(baseline: Run, candidate: Run, task: str, policy: Policy) -> Resampled:
+def _resample(runs: Sequence[Run], task: str, policy: Policy) -> Resampled:
     """Bootstrap one benchmark after its samples have given the stored scores back."""
-    sampled = resample(align([baseline, candidate], task), policy.resamples, policy.seed)
-    for run, score in zip((baseline, candidate), sampled.scores, strict=True):
+    sampled = resample(align(runs, task), policy.resamples, policy.seed)
+    for run, score in zip(runs, sampled.scores, strict=True):
         if np.isnan(score):
             raise IncompleteRunError(
                 f"{task} of {label(run)} has too few documents to score.", "Raise --limit."
@@ -213,9 +403,9 @@ def _resample(baseline: Run, candidate: Run, task: str, policy: Policy) -> Resam
 # --- before and beside the verdicts ------------------------------------------------------------
 
 
-def _require_sound(candidate: Run, baseline: Run, policy: Policy) -> list[str]:
+def _require_sound(new: Sequence[Run], old: Sequence[Run], policy: Policy) -> list[str]:
     """Refuse partial and unhealthy runs; what remains worth a note comes back."""
-    for run in (candidate, baseline):
+    for run in (*new, *old):
         status = run.manifest.status
         if status != "complete":
             why = f" ({run.manifest.notes[0]})" if run.manifest.notes else ""
@@ -223,16 +413,18 @@ def _require_sound(candidate: Run, baseline: Run, policy: Policy) -> list[str]:
                 f"{label(run)} is {'not finished' if status == 'running' else status}{why}.",
                 "Finish it with the same eval command, or look at its errors.",
             )
-    done, expected = candidate.results(), baseline.results()
-    common_tasks([baseline, candidate])
-    missing = [task for task in expected if task not in done]
-    if missing:
-        raise IncompleteRunError(
-            f"{label(candidate)} lacks {', '.join(missing)}, which the baseline has.",
-            "Evaluate it on the same benchmarks.",
-        )
-    for run, results in ((candidate, done), (baseline, expected)):
-        for task, result in results.items():
+    results = {run.path: run.results() for run in (*new, *old)}
+    common_tasks([*old, *new])
+    expected = dict.fromkeys(task for run in old for task in results[run.path])
+    for run in (*new, *old):
+        missing = [task for task in expected if task not in results[run.path]]
+        if missing:
+            raise IncompleteRunError(
+                f"{label(run)} lacks {', '.join(missing)}, which the baseline has.",
+                "Evaluate it on the same benchmarks.",
+            )
+    for run in (*new, *old):
+        for task, result in results[run.path].items():
             for kind, limit in policy.health:
                 rate = result.rates.get(kind)
                 if limit is not None and rate is not None and rate > limit:
@@ -241,55 +433,88 @@ def _require_sound(candidate: Run, baseline: Run, policy: Policy) -> list[str]:
                         f"{kind}, the policy allows {limit:.1%}.",
                         "Look at those answers, then evaluate again or raise health in the policy.",
                     )
-    notes = [
-        f"{task}: the baseline does not have it; not checked." for task in done.keys() - expected
-    ]
-    notes += numeric_notes([baseline, candidate])
-    limit = candidate.manifest.protocol.limit
+    further = {task for run in new for task in results[run.path]} - set(expected)
+    notes = [f"{task}: the baseline does not have it; not checked." for task in further]
+    notes += numeric_notes([*old, *new])
+    limit = new[0].manifest.protocol.limit
     if limit is not None:
         notes.append(f"Only the first {limit} documents of every benchmark were evaluated.")
     return sorted(notes)
 
 
 def _rules(
-    candidate: Run, baseline: Run, policy: Policy, tasks: list[str], average: Verdict
+    new: Sequence[Run],
+    old: Sequence[Run],
+    policy: Policy,
+    tasks: list[str],
+    sampled: Sequence[Resampled],
 ) -> list[RuleOutcome]:
     """The policy's further rules, in the order of the policy file."""
     rules = []
     if policy.retention is not None:
-        rules.append(_retention_rule(candidate, policy, policy.retention, tasks))
+        rules.append(_retention_rule(new, policy, policy.retention, tasks))
     if policy.broken_per_thousand is not None:
-        rate = 1000 * average.difference.broken / average.documents
-        budget = policy.broken_per_thousand
-        rules.append(
-            RuleOutcome(
-                "broken answers",
-                "failed" if rate > budget else "passed",
-                f"{average.difference.broken} of {average.documents:,} documents broke: "
-                f"{rate:.1f} in a thousand, budget {budget:g}.",
-            )
-        )
-    return rules + _cost_rules(candidate, baseline, policy.cost)
+        rules.append(_broken_rule(sampled, len(old), policy.broken_per_thousand, policy.alpha))
+    return rules + _cost_rules(new[0], old[0], policy.cost)
+
+
+def _broken_rule(
+    sampled: Sequence[Resampled], split: int, budget: float, alpha: float
+) -> RuleOutcome:
+    """Documents that broke minus those that were mended, in a thousand, with an interval.
+
+    Equal models break as many as they mend: only the net number says that something is lost. The
+    rule fails when even the interval's lower end is above the budget.
+    """
+    from scipy.stats import t
+
+    broken, fixed, documents, variance, units = 0.0, 0.0, 0, 0.0, 0
+    for one in sampled:
+        frames = one.aligned.samples
+        scores = np.stack([frame["score"].to_numpy(dtype=np.float64) for frame in frames])
+        changes = [after - before for before in scores[:split] for after in scores[split:]]
+        lost = np.mean([change < -1e-9 for change in changes], axis=0)
+        won = np.mean([change > 1e-9 for change in changes], axis=0)
+        _, unit = np.unique(frames[0]["unit_id"].to_numpy().astype(str), return_inverse=True)
+        by_unit = np.bincount(unit, weights=lost - won)
+        broken, fixed = broken + float(lost.sum()), fixed + float(won.sum())
+        documents, units = documents + len(lost), units + len(by_unit)
+        variance += float(len(by_unit) * by_unit.var(ddof=1)) if len(by_unit) > 1 else 1.0
+    net = 1000 * (broken - fixed) / documents
+    level = 1 - 2 * alpha
+    reach = 1000 * float(t.ppf(1 - alpha, max(units - 1, 1))) * variance**0.5 / documents
+    return RuleOutcome(
+        "broken answers",
+        "failed" if net - reach > budget else "passed",
+        f"{broken:.0f} of {documents:,} documents broke ({1000 * broken / documents:.1f} in a "
+        f"thousand) and {fixed:.0f} were mended: net {net:+.1f} in a thousand ({_percent(level)} "
+        f"interval {net - reach:+.1f} to {net + reach:+.1f}), budget {budget:g} net.",
+    )
 
 
 def _retention_rule(
-    candidate: Run, policy: Policy, rule: Retention, tasks: list[str]
+    new: Sequence[Run], policy: Policy, rule: Retention, tasks: list[str]
 ) -> RuleOutcome:
-    teacher = find_run(candidate.path.parents[1], rule.teacher)
-    shared = common_tasks([teacher, candidate])
+    teacher = find_run(new[0].path.parents[1], rule.teacher)
+    shared = common_tasks([teacher, *new])
     missing = [task for task in tasks if task not in shared]
     if missing:
         raise IncompleteRunError(
             f"The teacher {label(teacher)} lacks {', '.join(missing)}.",
             "Evaluate it on the same benchmarks, or drop `retention` from the policy.",
         )
-    sampled = [
-        resample(align([teacher, candidate], task), policy.resamples, policy.seed) for task in tasks
-    ]
-    scores = np.mean([each.scores for each in sampled], axis=0)
-    draws = np.mean([each.draws for each in sampled], axis=0)
-    interval = ratio_interval(draws[1], draws[0], 1 - 2 * policy.alpha)
-    low, high = (interval.low, interval.high) if interval else (-np.inf, np.inf)
+    evidence = evidence_of(
+        [resample(align([teacher, *new], task), policy.resamples, policy.seed) for task in tasks]
+    )
+    students = [str(number) for number in range(1, len(new) + 1)]
+    level = 1 - 2 * policy.alpha
+    found = evidence.retention(AVERAGE, students, ["0"], level)
+    name = teacher.manifest.model.name
+    if found is None or found.interval is None:
+        return RuleOutcome(
+            "retention", "inconclusive", f"There is no interval of the share of {name}'s average."
+        )
+    low, high = found.interval.low / 100, found.interval.high / 100
     state: RuleState = "inconclusive"
     if low >= rule.floor:
         state = "passed"
@@ -298,8 +523,8 @@ def _retention_rule(
     return RuleOutcome(
         "retention",
         state,
-        f"{scores[1] / scores[0]:.1%} of {teacher.manifest.model.name}'s average "
-        f"({low:.1%} to {high:.1%}), floor {rule.floor:.1%}.",
+        f"{found.value:.1f} % of {name}'s average ({_percent(level)} interval {100 * low:.1f} to "
+        f"{100 * high:.1f} %), floor {100 * rule.floor:.4g} %.",
     )
 
 

@@ -1,13 +1,16 @@
 """The gate's policy: margins by suite, and the further rules that a candidate must keep."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr, field_validator
 
 from kd_bench import config, registry
 from kd_bench.config import StrictModel
 from kd_bench.errors import UsageError, closest
+from kd_bench.files import digest_text
 
 __all__ = ["CostLimits", "HealthLimits", "Margins", "Policy", "Retention", "load_policy"]
 
@@ -29,10 +32,20 @@ class Margins(StrictModel):
 
 
 class Retention(StrictModel):
-    """Candidate / teacher on the average must not fall below `floor`."""
+    """Candidate / teacher on the average must not fall below `floor`, a share: 0.9 is 90 %."""
 
     teacher: str
     floor: float = Field(gt=0)
+
+    @field_validator("floor")
+    @classmethod
+    def _is_a_share(cls, floor: float) -> float:
+        if floor > 1.5:
+            raise ValueError(
+                f"{floor:g} would be {100 * floor:g} % of the teacher; "
+                f"a share is meant, {floor / 100:g} for {floor:g} %"
+            )
+        return floor
 
 
 class HealthLimits(StrictModel):
@@ -58,21 +71,36 @@ class Policy(StrictModel):
 
     Attributes:
         alpha: error rate of each kind of claim over all benchmarks together; one-sided for
-            "equal within margin", two-sided for "improved" and "regressed".
+            "not worse than the margin", two-sided for "improved" and "regressed".
+        every: each benchmark must be shown not worse than its margin, not only the average.
         margins: by suite; `default` serves every other suite.
         advisory: benchmarks whose verdict is shown and decides nothing.
-        broken_per_thousand: budget of documents that were right and are wrong now.
+        broken_per_thousand: budget of documents that broke minus those that were mended; the
+            rule fails when the interval of that net number lies above.
     """
 
     alpha: float = Field(default=0.05, gt=0, lt=0.5)
     resamples: int = Field(default=10_000, ge=1_000, le=1_000_000)
     seed: int = Field(default=0, ge=0)
+    every: bool = False
     margins: dict[str, Margins]
     advisory: list[str] = Field(default=[])
     retention: Retention | None = None
     broken_per_thousand: float | None = Field(default=None, ge=0)
     health: HealthLimits = Field(default=HealthLimits())
     cost: CostLimits = Field(default=CostLimits())
+
+    _source: str = PrivateAttr(default="")
+
+    @property
+    def source(self) -> str:
+        """Where it was read from; empty for one made in code."""
+        return self._source
+
+    @property
+    def digest(self) -> str:
+        """sha256 of what the policy says, defaults included; comments do not count."""
+        return digest_text(json.dumps(self.model_dump(), sort_keys=True))
 
     def margins_for(self, suite: str) -> Margins:
         """The margins of a suite.
@@ -89,14 +117,26 @@ class Policy(StrictModel):
         return found
 
 
-def load_policy(path: Path | None = None) -> Policy:
+def load_policy(path: Path | None = None, suites: Sequence[str] = ()) -> Policy:
     """A policy file; None is the one that comes with kd-bench.
 
+    Args:
+        suites: further names that may have margins, those of suites of one's own.
+
     Raises:
-        UsageError: unreadable, an unknown key, or a benchmark that does not exist.
+        UsageError: unreadable, an unknown key, or a suite or benchmark that does not exist.
     """
     source = path or registry.tasks_folder() / "policy.yaml"
     policy = config.load(Policy, source)
+    policy._source = "shipped" if path is None else str(path)
+    there = [*registry.suite_names(), "default", *suites]
+    for suite in policy.margins:
+        if suite not in there:
+            raise UsageError(
+                f"{source}: margins are of suites, and there is no suite {suite!r}."
+                f"{closest(suite, there)}",
+                f"Known: {', '.join(dict.fromkeys(there))}.",
+            )
     known = registry.task_names()
     named = [task for margins in policy.margins.values() for task in margins.tasks]
     for task in [*named, *policy.advisory]:

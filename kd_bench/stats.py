@@ -34,6 +34,7 @@ __all__ = [
     "exact_or_swap",
     "gap_closed",
     "holm",
+    "holm_levels",
     "mcnemar",
     "method_difference",
     "minimum_detectable_effect",
@@ -348,6 +349,23 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(value) for value in adjusted]
 
 
+def holm_levels(p_values: Sequence[float], alpha: float = 0.05) -> list[float]:
+    """The error rate that Holm's step-down gave each test, in the order given.
+
+    A step-down rejects the smallest p first: test i of them has alpha / (tests - i), and those
+    that it did not reach share the level at which it stopped. An interval at a test's own level
+    excludes the hypothesis exactly when the test rejected it.
+    """
+    p = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(p, kind="stable")[: np.sum(~np.isnan(p))]
+    count = len(order)
+    rejected = sum(value <= alpha for value in holm(p_values))
+    levels = np.full(len(p), alpha / max(count, 1))
+    for rank, index in enumerate(order):
+        levels[index] = alpha / (count - min(rank, rejected, count - 1))
+    return [float(level) for level in levels]
+
+
 def minimum_detectable_effect(
     standard_error: float, items: int, alpha: float = 0.05, power: float = 0.8
 ) -> float:
@@ -370,6 +388,7 @@ class NonInferiority:
         bound: lower one-sided bound at the level that Holm gave this test; above -margin
             exactly when the test passed.
         p, p_holm: of the hypothesis that the drop is the margin or more.
+        level: the error rate that Holm gave this test; the bound holds with 1 - level.
     """
 
     margin: float
@@ -377,6 +396,7 @@ class NonInferiority:
     p: float
     p_holm: float
     passed: bool
+    level: float = 0.05
 
 
 def non_inferiority(
@@ -394,12 +414,7 @@ def non_inferiority(
     ]
     adjusted = holm(p)
     passed = [value <= alpha for value in adjusted]
-    # A step-down passes the smallest p first: test i of them had alpha / (tests - i).
-    order = np.argsort(p, kind="stable")
-    levels = np.empty(len(p))
-    stopped = min(sum(passed), len(p) - 1)
-    for rank, index in enumerate(order):
-        levels[index] = alpha / (len(p) - min(rank, stopped))
+    levels = holm_levels(p, alpha)
     return [
         NonInferiority(
             margin=margins[i],
@@ -407,6 +422,7 @@ def non_inferiority(
             p=p[i],
             p_holm=adjusted[i],
             passed=passed[i],
+            level=levels[i],
         )
         for i in range(len(p))
     ]

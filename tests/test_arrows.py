@@ -22,7 +22,7 @@ ORDER = [
     {"damage"},
     {"evals", "compare"},
     {"policy"},
-    {"gate"},
+    {"gate", "gate_plan"},
     {"report"},
     {"doctor"},
     {"cli"},

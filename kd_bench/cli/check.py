@@ -1,25 +1,73 @@
 """`kd-bench check`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from kd_bench.cli.options import RESULTS, Results
-from kd_bench.errors import ExitCode
+from kd_bench.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
     from kd_bench.gate import GateReport
 
+__all__ = ["SeveralBaselines", "check"]
+
+
+class SeveralBaselines(TyperCommand):
+    """`check A0 A1 --against B0 B1`: every name after --against is a baseline's seed.
+
+    Only where a candidate stands before it; `check --against B A` keeps its meaning.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """The same arguments with --against before each of its names."""
+        return super().parse_args(ctx, _spread(args))
+
+
+def _spread(args: list[str]) -> list[str]:
+    spread: list[str] = []
+    candidates, inside = 0, False
+    takes_value = False
+    for word in args:
+        if word == "--against":
+            inside, takes_value = candidates > 0, True
+        elif word.startswith("-") and word != "-":
+            inside = False
+            takes_value = word in ("--policy", "--junit", "--summary", "--results")
+        elif takes_value:
+            takes_value = False
+        elif inside:
+            spread.append("--against")
+        else:
+            candidates += 1
+        spread.append(word)
+    return spread
+
 
 def check(
-    candidate: Annotated[str, typer.Argument(help="Run or model name.")],
+    candidate: Annotated[
+        list[str],
+        typer.Argument(help="Run or model name; several are training seeds of one method."),
+    ],
     against: Annotated[
-        str | None, typer.Option(help="Baseline run or model; default: the suite's baseline.")
+        list[str] | None,
+        typer.Option(
+            help="Baseline run or model, or several seeds of one method; default: the suite's "
+            "baseline.",
+            metavar="RUN...",
+        ),
     ] = None,
     policy: Annotated[
         Path | None, typer.Option(help="Policy YAML; default: the shipped one.")
     ] = None,
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan", help="Margins that BASELINE [OTHER-SEED...] can carry, and their policy."
+        ),
+    ] = False,
     junit: Annotated[Path | None, typer.Option(help="Write JUnit XML here.")] = None,
     summary: Annotated[
         Path | None,
@@ -29,19 +77,16 @@ def check(
     results: Results = RESULTS,
 ) -> None:
     """Did the candidate regress? Exit code 0 pass, 1 regression, 3 cannot tell."""
+    if plan:
+        _plan(candidate, against, policy, results, as_json)
+        return
     from rich.console import Console
 
-    from kd_bench import gate
-    from kd_bench.policy import load_policy
     from kd_bench.report.tables_terminal import to_terminal
     from kd_bench.report.verdicts import verdict_table
-    from kd_bench.store import baseline_run, find_run
 
     try:
-        new = find_run(results, candidate)
-        suite = new.manifest.protocol.suite
-        old = find_run(results, against) if against else baseline_run(results, suite)
-        report = gate.check(new, old, load_policy(policy))
+        report = _judge(candidate, against, policy, results)
     except Exception as error:  # CI shall show why there is no verdict, whatever the reason
         _publish(error, junit, summary)
         raise
@@ -51,9 +96,25 @@ def check(
         typer.echo(report.to_json())
     else:
         to_terminal(verdict_table(report), Console())
+        for warning in report.warnings:
+            Console().print(warning, style="bold yellow", markup=False, highlight=False)
     if unwritten is not None and report.exit_code == ExitCode.PASS:
         raise unwritten
     raise typer.Exit(report.exit_code)
+
+
+def _judge(
+    candidate: list[str], against: list[str] | None, policy: Path | None, results: Path
+) -> "GateReport":
+    """Look up both sides and the policy, and judge."""
+    from kd_bench import gate
+    from kd_bench.policy import load_policy
+    from kd_bench.store import baseline_run, find_run
+
+    new = [find_run(results, name) for name in candidate]
+    suite = new[0].manifest.protocol.suite
+    old = [find_run(results, name) for name in against or []] or [baseline_run(results, suite)]
+    return gate.check(new, old, load_policy(policy, suites=[suite]))
 
 
 def _publish(
@@ -77,3 +138,34 @@ def _publish(
         for line in ci.annotations(ending):
             typer.echo(line, err=True)  # beside the table or the JSON, not in it
     return unwritten
+
+
+def _plan(
+    names: list[str],
+    against: list[str] | None,
+    policy: Path | None,
+    results: Path,
+    as_json: bool,
+) -> None:
+    """Print margins and the policy file to paste."""
+    from rich.console import Console
+
+    from kd_bench.gate_plan import plan
+    from kd_bench.policy import load_policy
+    from kd_bench.report.tables_terminal import to_terminal
+    from kd_bench.report.verdicts import plan_table
+    from kd_bench.store import find_run
+
+    if against:
+        raise UsageError(
+            "--plan looks at one recipe; --against is of a check.",
+            "Name the baseline and its other seeds: check --plan BASELINE [OTHER-SEED...].",
+        )
+    runs = [find_run(results, name) for name in names]
+    suite = runs[0].manifest.protocol.suite
+    found = plan(runs[0], runs[1:], load_policy(policy, suites=[suite]))
+    if as_json:
+        typer.echo(found.to_json())
+        return
+    to_terminal(plan_table(found), Console())
+    typer.echo(f"\nPolicy file:\n\n{found.policy}", nl=False)

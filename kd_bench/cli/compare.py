@@ -1,5 +1,6 @@
 """`kd-bench compare`."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -8,11 +9,19 @@ from kd_bench.cli.options import RESULTS, Results
 
 
 def compare(
-    runs: Annotated[list[str], typer.Argument(help="Two or more runs or model names.")],
+    runs: Annotated[
+        list[str], typer.Argument(help="Two or more runs or model names; methods with --methods.")
+    ],
     results: Results = RESULTS,
     flips: Annotated[
         str | None, typer.Option(help="List the samples of this benchmark that changed.")
     ] = None,
+    methods: Annotated[
+        bool,
+        typer.Option(
+            "--methods", help="The names are methods: each against each, over all their seeds."
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON for machines.")] = False,
     allow_different: Annotated[
         bool, typer.Option("--allow-different", help="Compare across protocols, marked.")
@@ -27,6 +36,9 @@ def compare(
     from kd_bench.report.verdicts import comparison_tables, flip_table
     from kd_bench.store import find_runs
 
+    if methods:
+        _compare_methods(results, runs, as_json)
+        return
     found = find_runs(results, runs)
     if flips is not None:
         changed = list_flips(found, flips, allow_different=allow_different)
@@ -43,4 +55,21 @@ def compare(
         typer.echo(comparison.to_json())
         return
     for table in comparison_tables(comparison):
+        to_terminal(table, Console())
+    for warning in comparison.warnings:
+        Console().print(warning, style="bold yellow", markup=False, highlight=False)
+
+
+def _compare_methods(results: Path, methods: list[str], as_json: bool) -> None:
+    from rich.console import Console
+
+    from kd_bench.compare import compare_all_methods
+    from kd_bench.report.tables_terminal import to_terminal
+    from kd_bench.report.verdicts import method_tables
+
+    found = compare_all_methods(results, methods)
+    if as_json:
+        typer.echo(found.to_json())
+        return
+    for table in method_tables(found):
         to_terminal(table, Console())

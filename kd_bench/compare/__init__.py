@@ -4,7 +4,8 @@ align.py        the same documents in the same order, or a refusal
 differences.py  paired differences with interval, test and detectable effect
 agreement.py    same answers, same mistakes, flips
 comparison.py   `compare`: all of it for two or more runs
-methods.py      `compare_methods`: training seeds as a second source of error
+estimates.py    the one estimator: every score, difference and ratio with its interval
+methods.py      methods over their training seeds; what one seed does not tell
 """
 
 from kd_bench.compare.agreement import Agreement, Flip
@@ -19,20 +20,33 @@ from kd_bench.compare.comparison import (
     list_flips,
 )
 from kd_bench.compare.differences import Difference
-from kd_bench.compare.methods import MethodComparison, compare_methods
+from kd_bench.compare.estimates import Claim, Estimate, Evidence, TaskEvidence, headline
+from kd_bench.compare.methods import (
+    MethodComparison,
+    MethodsComparison,
+    compare_all_methods,
+    compare_methods,
+)
 
 __all__ = [
     "Agreement",
     "CategoryComparison",
+    "Claim",
     "Comparison",
     "Difference",
+    "Estimate",
+    "Evidence",
     "Flip",
     "Measure",
     "MethodComparison",
+    "MethodsComparison",
     "Relation",
     "RunFacts",
     "TaskComparison",
+    "TaskEvidence",
     "compare",
+    "compare_all_methods",
     "compare_methods",
+    "headline",
     "list_flips",
 ]

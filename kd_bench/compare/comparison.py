@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,13 +16,16 @@ from kd_bench.compare.differences import (
     Difference,
     Resampled,
     average_difference,
+    evidence_of,
     resample,
     task_difference,
     with_holm,
 )
+from kd_bench.compare.estimates import Estimate, Evidence
+from kd_bench.compare.methods import training_noise
 from kd_bench.errors import NotComparableError, UsageError, closest
 from kd_bench.records import AVERAGE, SAMPLE_COLUMNS, Interval
-from kd_bench.stats import RESAMPLES, gap_closed, percentile_interval, ratio_interval
+from kd_bench.stats import RESAMPLES
 from kd_bench.store import Run, cautions
 
 __all__ = [
@@ -114,7 +117,8 @@ class Relation:
 class Comparison:
     """Runs beside each other; differences are against the first one.
 
-    `average` and `average_differences` are over the benchmarks that all runs have.
+    `average` and `average_differences` are over the benchmarks that all runs have; `warnings`
+    say where one training seed stands for a method.
     """
 
     runs: list[RunFacts]
@@ -123,6 +127,7 @@ class Comparison:
     average_differences: list[Difference]
     relations: list[Relation]
     notes: list[str]
+    warnings: list[str] = field(default_factory=list)
 
     def to_json(self) -> str:
         """JSON text with a format version; a number that does not exist is null."""
@@ -160,11 +165,13 @@ def compare(
     if not sampled:
         raise NotComparableError("No benchmark has enough documents to score.", "Raise --limit.")
     columns = [_against_first(sampled, run, seed, level) for run in range(1, len(runs))]
-    mean = np.mean([task.scores for task in sampled], axis=0)
-    mean_draws = np.mean([task.draws for task in sampled], axis=0)
-    relations = _relations(AVERAGE, mean, mean_draws, facts, level)
-    for one in sampled:
-        relations += _relations(one.aligned.task, one.scores, one.draws, facts, level)
+    evidence = evidence_of(sampled)
+    relations = [
+        relation
+        for key in [AVERAGE, *(one.aligned.task for one in sampled)]
+        for relation in _relations(evidence, key, facts, level)
+    ]
+    warnings = [line for run in runs[1:] for line in training_noise([runs[0]], [run])]
     return Comparison(
         runs=facts,
         tasks=[
@@ -173,7 +180,7 @@ def compare(
                 aggregator=task.aligned.aggregator,
                 documents=len(task.aligned.samples[0]),
                 units=len(task.aligned.units),
-                scores=_measures(task.scores, task.draws, level),
+                scores=_measures(evidence, task.aligned.task, len(runs), level),
                 differences=[differences[number] for differences, _ in columns],
                 categories=_categories(task.aligned, seed, level) if categories else [],
                 agreement=_agreements(task.aligned, facts),
@@ -181,10 +188,11 @@ def compare(
             )
             for number, task in enumerate(sampled)
         ],
-        average=_measures(mean, mean_draws, level),
+        average=_measures(evidence, AVERAGE, len(runs), level),
         average_differences=[average for _, average in columns],
         relations=relations,
         notes=notes,
+        warnings=list(dict.fromkeys(warnings)),
     )
 
 
@@ -243,11 +251,9 @@ def _notes(runs: Sequence[Run], common: list[str] | None) -> list[str]:
     return list(dict.fromkeys(notes))
 
 
-def _measures(scores: Array, draws: Array, level: float) -> list[Measure]:
-    return [
-        Measure(float(score), percentile_interval(drawn, level))
-        for score, drawn in zip(scores, draws, strict=True)
-    ]
+def _measures(evidence: Evidence, key: str, runs: int, level: float) -> list[Measure]:
+    found = [evidence.score(key, [str(run)], level) for run in range(runs)]
+    return [Measure(each.value, each.interval) for each in found]
 
 
 def _categories(aligned: AlignedTask, seed: int, level: float) -> list[CategoryComparison]:
@@ -267,7 +273,7 @@ def _categories(aligned: AlignedTask, seed: int, level: float) -> list[CategoryC
             CategoryComparison(
                 category=name,
                 documents=len(subset.samples[0]),
-                scores=_measures(one.scores, one.draws, level),
+                scores=_measures(evidence_of([one]), subset.task, len(one.scores), level),
                 differences=[
                     task_difference(one, 0, other, one.null_draws(0, other, seed), level)
                     for other in others
@@ -311,40 +317,43 @@ def _first(facts: list[RunFacts], role: str) -> int | None:
 
 
 def _relations(
-    task: str, scores: Array, draws: Array, facts: list[RunFacts], level: float
+    evidence: Evidence, task: str, facts: list[RunFacts], level: float
 ) -> list[Relation]:
     """Retention, gap closed, vision and language gap wherever the roles are there."""
     teacher, floor = _first(facts, "teacher"), _first(facts, "sft")
     found: list[Relation] = []
     if teacher is None:
         return found
+    top = [str(teacher)]
 
-    def add(kind: str, run: int, value: float, interval: Interval | None, unit: str) -> None:
-        found.append(Relation(kind, facts[run].run_id, task, Measure(value, interval), unit))
+    def share(kind: str, run: int, estimate: Estimate | None) -> None:
+        """A ratio: the estimator has percent, a comparison shares."""
+        interval = estimate and estimate.interval
+        measure = Measure(
+            estimate.value / 100 if estimate else math.nan,
+            Interval(interval.low / 100, interval.high / 100, level) if interval else None,
+        )
+        found.append(Relation(kind, facts[run].run_id, task, measure, "ratio"))
 
     for run, fact in enumerate(facts):
+        own = [str(run)]
         if fact.role in ("teacher", "switch"):
             continue
-        add(
-            "retention",
-            run,
-            _ratio(scores[run], scores[teacher]),
-            ratio_interval(draws[run], draws[teacher], level),
-            "ratio",
-        )
+        share("retention", run, evidence.retention(task, own, top, level))
         if floor is not None and fact.role != "sft":
-            closed = _ratio(scores[run] - scores[floor], scores[teacher] - scores[floor])
-            interval = gap_closed(draws[run], draws[floor], draws[teacher], level)
-            add("gap closed", run, closed, interval, "ratio")
+            closed = evidence.gap_closed(task, own, [str(floor)], top, level)
+            share("gap closed", run, closed)
         hybrid = _hybrid_of(fact, facts)
         if hybrid is not None:
-            for kind, upper, lower in (
-                ("vision gap", teacher, hybrid),
-                ("language gap", hybrid, run),
+            middle = [str(hybrid)]
+            for kind, lower, upper in (
+                ("vision gap", middle, top),
+                ("language gap", own, middle),
             ):
-                interval = percentile_interval(draws[upper] - draws[lower], level)
-                add(kind, run, float(scores[upper] - scores[lower]), interval, "points")
-    return found  # fmt: skip
+                gap = evidence.difference(task, lower, upper, level)
+                measure = Measure(gap.value, gap.interval)
+                found.append(Relation(kind, fact.run_id, task, measure, "points"))
+    return found
 
 
 def _hybrid_of(student: RunFacts, facts: list[RunFacts]) -> int | None:
@@ -355,10 +364,6 @@ def _hybrid_of(student: RunFacts, facts: list[RunFacts]) -> int | None:
         if (facts[number].method, facts[number].seed) == (student.method, student.seed):
             return number
     return hybrids[0] if len(hybrids) == 1 and students == [student] else None
-
-
-def _ratio(numerator: float, denominator: float) -> float:
-    return float(numerator / denominator) if denominator > 0 else math.nan
 
 
 def _finite(value: Any) -> Any:

@@ -26,6 +26,7 @@ __all__ = [
     "average_difference",
     "evidence_of",
     "resample",
+    "seeds_difference",
     "task_difference",
     "with_holm",
 ]
@@ -132,6 +133,34 @@ def average_difference(
         "sign-flip by unit",
         (sum(fixed for fixed, _ in changes), sum(broken for _, broken in changes)),
         sum(task.aligned.items for task in tasks),
+    )
+
+
+def seeds_difference(
+    tasks: Sequence[Resampled],
+    evidence: Evidence,
+    key: str,
+    first: Sequence[str],
+    second: Sequence[str],
+    level: float = 0.95,
+) -> Difference:
+    """One method minus another over their training seeds, on a benchmark or the average.
+
+    Changed items are the mean over all pairs of seeds.
+    """
+    chosen = [task for task in tasks if key in (AVERAGE, task.aligned.task)]
+    pairs = [(int(a), int(b)) for a in first for b in second]
+    changes = np.mean(
+        [np.sum([task.aligned.changes(*pair) for task in chosen], axis=0) for pair in pairs],
+        axis=0,
+    )
+    found = evidence.difference(key, first, second, level)
+    return made_difference(
+        found,
+        found.p,
+        "Student's t over seeds and documents",
+        (round(float(changes[0])), round(float(changes[1]))),
+        sum(task.aligned.items for task in chosen),
     )
 
 

@@ -198,7 +198,7 @@ class Evidence:
         a, b = (self.scores(key, group) for group in (first, second))
         a_draws, b_draws = self.draws(key, first), self.draws(key, second)
         if key == AVERAGE:
-            b_draws = b_draws + self._unseen(first, second, b_draws.shape[1])
+            b_draws = b_draws + self._unseen(key, first, second, b_draws.shape[1])
         freedom = self._freedom(key, [first, second], lambda mean: mean[1] - mean[0])
         two = method_difference(a, b, a_draws, b_draws, freedom + 1, level)
         drawn = b_draws.mean(0) - a_draws.mean(0)
@@ -268,6 +268,8 @@ class Evidence:
         """
         means = np.array([self.scores(key, group).mean() for group in groups])
         drawn_means = np.stack([self.draws(key, group).mean(axis=0) for group in groups])
+        for other in groups[1:]:  # where no unit tells them apart, they need not be alike
+            drawn_means[0] += self._unseen(key, other, groups[0], drawn_means.shape[1])
         value = float(function(means))
         net, parts = 0.0, []
         for group, slope in zip(groups, _slopes(function, means), strict=True):
@@ -320,14 +322,15 @@ class Evidence:
         contents = self.tasks[key].contents
         return len({contents[run] for run in (*first, *second)}) == 1
 
-    def _unseen(self, first: Group, second: Group, count: int) -> Array:
-        """What benchmarks without any changed unit add to the average's difference, [count]."""
+    def _unseen(self, key: str, first: Group, second: Group, count: int) -> Array:
+        """What benchmarks without any changed unit add to the difference, [count]."""
         added = np.zeros(count)
-        for name, task in self.tasks.items():
+        tasks = self.tasks if key == AVERAGE else {key: self.tasks[key]}
+        for name, task in tasks.items():
             if self._unchanged(name, first, second):
                 generator = np.random.default_rng([task.units, len(name), *name.encode()])
                 added += generator.permutation(unchanged_draws(task.units, count))
-        return added / len(self.tasks)
+        return added / len(tasks)
 
     def _freedom(
         self, key: str, groups: Sequence[Group], function: Callable[[Array], Array]

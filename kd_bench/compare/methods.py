@@ -1,18 +1,36 @@
-"""Two training methods compared over their seeds, on the test documents that all runs share."""
+"""Training methods compared over their seeds, and what one seed alone does not tell."""
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 
-from kd_bench.compare.align import align, common_tasks
+from kd_bench.compare.align import align, common_tasks, label
 from kd_bench.compare.differences import evidence_of, resample
-from kd_bench.compare.estimates import Evidence
+from kd_bench.compare.estimates import Estimate, Evidence
+from kd_bench.errors import KdBenchError, UsageError, closest
 from kd_bench.records import AVERAGE
-from kd_bench.stats import RESAMPLES, MethodDifference, seed_variance
-from kd_bench.store import Run
+from kd_bench.stats import RESAMPLES, MethodDifference, holm, seed_variance
+from kd_bench.store import Run, list_runs
 
-__all__ = ["MethodComparison", "compare_methods"]
+__all__ = [
+    "MethodComparison",
+    "MethodPair",
+    "MethodsComparison",
+    "TrainingNoise",
+    "compare_all_methods",
+    "compare_methods",
+    "noise_of",
+    "runs_of_method",
+    "seeds_of_one_method",
+    "training_noise",
+]
+
+# Roles that carry a method and are no student of it.
+NOT_STUDENTS = ("teacher", "switch")
 
 
 @dataclass(frozen=True)
@@ -77,3 +95,225 @@ def _difference(
         error=found.error,
         freedom=found.freedom,
     )
+
+
+# --- any method against any --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MethodPair:
+    """Two methods: `second` minus `first`, by benchmark and on the `average`.
+
+    Attributes:
+        estimates: with 95 % intervals of each difference alone.
+        p_holm: on the average, corrected over all pairs of methods; of a benchmark, over all
+            pairs and benchmarks.
+    """
+
+    first: str
+    second: str
+    estimates: dict[str, Estimate]
+    p_holm: dict[str, float]
+
+
+@dataclass(frozen=True)
+class MethodsComparison:
+    """Every method against every other, over seeds and documents.
+
+    Attributes:
+        methods: number of seeds by method, in the order asked for.
+        scores: by method, then by benchmark and `average`.
+        warnings: methods with one seed.
+    """
+
+    methods: dict[str, int]
+    scores: dict[str, dict[str, Estimate]]
+    pairs: list[MethodPair]
+    warnings: list[str]
+
+    def to_json(self) -> str:
+        """JSON text with a format version."""
+        body = asdict(self)
+        found = [*(each for by_key in body["scores"].values() for each in by_key.values())]
+        found += [each for pair in body["pairs"] for each in pair["estimates"].values()]
+        for each in found:
+            del each["distribution"]
+            each["p"] = each["p"] if each["p"] == each["p"] else None
+        return json.dumps({"format": 1, **body}, indent=2, ensure_ascii=False)
+
+
+def runs_of_method(results: Path, method: str, suite: str | None = None) -> list[Run]:
+    """The newest complete run of each training seed of a method's students, ordered by seed.
+
+    Raises:
+        UsageError: no run is of that method.
+    """
+    by_seed: dict[tuple[int, str], Run] = {}
+    known = set()
+    for run in list_runs(results):
+        model, protocol = run.manifest.model, run.manifest.protocol
+        if model.role in NOT_STUDENTS or not model.method:
+            continue
+        known.add(model.method)
+        if model.method == method and suite in (None, protocol.suite):
+            name = "" if model.seed is not None else model.name
+            by_seed[model.seed or 0, name] = run
+    if not by_seed:
+        raise UsageError(
+            f"No run of a method {method!r} below {results}.{closest(method, sorted(known))}",
+            f"Methods there: {', '.join(sorted(known)) or 'none'}.",
+        )
+    return [by_seed[key] for key in sorted(by_seed)]
+
+
+def compare_all_methods(
+    results: Path, methods: Sequence[str], *, resamples: int = RESAMPLES, seed: int = 0
+) -> MethodsComparison:
+    """Every method of a store against every other, corrected over all pairs after Holm.
+
+    Raises:
+        UsageError: fewer than two methods, one twice, or one that the store does not have.
+    """
+    if len(set(methods)) < 2 or len(set(methods)) < len(methods):
+        raise UsageError("--methods needs two or more different methods.", "Name another.")
+    suite = runs_of_method(results, methods[0])[-1].manifest.protocol.suite
+    groups = {method: runs_of_method(results, method, suite) for method in methods}
+    runs = [run for group in groups.values() for run in group]
+    tasks = common_tasks(runs)
+    evidence = evidence_of([resample(align(runs, task), resamples, seed) for task in tasks])
+    names, start = {}, 0
+    for method, group in groups.items():
+        names[method] = [str(number) for number in range(start, start + len(group))]
+        start += len(group)
+    keys = [*tasks, AVERAGE]
+    pairs = [
+        (one, other, {key: evidence.difference(key, names[one], names[other]) for key in keys})
+        for one, other in combinations(methods, 2)
+    ]
+    whole = holm([found[AVERAGE].p for _, _, found in pairs])
+    single = iter(holm([found[task].p for _, _, found in pairs for task in tasks]))
+    return MethodsComparison(
+        methods={method: len(group) for method, group in groups.items()},
+        scores={
+            method: {key: evidence.score(key, names[method]) for key in keys} for method in methods
+        },
+        pairs=[
+            MethodPair(one, other, found, {**{task: next(single) for task in tasks}, AVERAGE: p})
+            for (one, other, found), p in zip(pairs, whole, strict=True)
+        ],
+        warnings=[
+            f"{method} has one training seed here: its training noise is unknown."
+            for method, group in groups.items()
+            if len(group) == 1
+        ],
+    )
+
+
+# --- one seed ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainingNoise:
+    """How far training seeds of one recipe are apart in this store.
+
+    Attributes:
+        churn: share of documents whose score changes between two seeds, mean over pairs.
+        spread: standard deviation of the average over seeds, in points.
+    """
+
+    method: str
+    seeds: int
+    churn: float
+    spread: float
+
+    @property
+    def sentence(self) -> str:
+        """What seeds of this recipe are known to do."""
+        return (
+            f"{self.seeds} seeds of {self.method} in this store change {self.churn:.1%} of the "
+            f"answers between each other, and their averages spread by {self.spread:.1f} points "
+            "(standard deviation)"
+        )
+
+
+def noise_of(run: Run, most: int = 5) -> TrainingNoise | None:
+    """The training noise of a run's recipe, as far as its store knows; None with one seed."""
+    model, protocol = run.manifest.model, run.manifest.protocol
+    if not model.method:
+        return None
+    try:
+        siblings = runs_of_method(run.path.parents[1], model.method, protocol.suite)
+        siblings = [each for each in siblings if each.manifest.model.role == model.role][:most]
+        if len(siblings) < 2:
+            return None
+        changed, documents, averages = 0.0, 0, []
+        for task in common_tasks(siblings):
+            aligned = align(siblings, task)
+            pairs = list(combinations(range(len(siblings)), 2))
+            changed += float(np.mean([sum(aligned.changes(*pair)) for pair in pairs]))
+            documents += aligned.items
+            averages.append(aligned.scores)
+    except KdBenchError:
+        return None  # a damaged or foreign sibling costs this line only
+    spread = float(np.mean(averages, axis=0).std(ddof=1))
+    return TrainingNoise(model.method, len(siblings), changed / documents, spread)
+
+
+def training_noise(first: Sequence[Run], second: Sequence[Run]) -> list[str]:
+    """What a reader must know where one seed stands for a method; empty with several each."""
+    if min(len(first), len(second)) > 1:
+        return []
+    models = [run.manifest.model for run in (*first, *second)]
+    methods = list(dict.fromkeys(model.method for model in models))
+    if not all(methods) or any(model.seed is None for model in models):
+        return []
+    seeds_apart = len({(model.seed, model.weights_digest) for model in models}) == len(models)
+    roles = {model.role for model in models}
+    if len(methods) == 1 and len(roles) == 1 and seeds_apart:
+        text = (
+            f"ONE RECIPE: these are training seeds of {methods[0]}. What differs between them is "
+            "training noise, not a method"
+        )
+    else:
+        text = (
+            f"ONE SEED of {' and of '.join(methods)}: this is about these weights, not about "
+            "the recipes; another seed may say otherwise"
+        )
+    known = [
+        noise
+        for method in methods
+        if (noise := noise_of(_run_of(method, [*first, *second]))) is not None
+    ]
+    if known:
+        return [f"{text}. {'; '.join(noise.sentence for noise in known)}."]
+    return [f"{text}. How far seeds are apart, this store does not know."]
+
+
+def _run_of(method: str, runs: Sequence[Run]) -> Run:
+    return next(run for run in runs if run.manifest.model.method == method)
+
+
+def seeds_of_one_method(runs: Sequence[Run]) -> None:
+    """Several runs on one side must be different training seeds of one method.
+
+    Raises:
+        UsageError: they are not.
+    """
+    if len(runs) < 2:
+        return
+    first = runs[0].manifest.model
+    for place, run in enumerate(runs):
+        model = run.manifest.model
+        if (model.method, model.role) != (first.method, first.role) or not model.method:
+            raise UsageError(
+                f"{label(runs[0])} and {label(run)} are not seeds of one method "
+                f"({first.method or 'none'} and {model.method or 'none'}).",
+                "Name training seeds of one recipe, or one run.",
+            )
+        for other in runs[:place]:
+            again = other.manifest.model
+            if model.weights_digest == again.weights_digest or model.seed == again.seed:
+                raise UsageError(
+                    f"{label(other)} and {label(run)} are the same training seed.",
+                    "Name each seed once.",
+                )

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from kd_bench.errors import KdBenchError, one_line
 from kd_bench.files import write_text
-from kd_bench.gate import GateReport, Verdict
+from kd_bench.gate import NOT_WORSE, GateReport, Verdict
 
 __all__ = ["annotations", "append_summary", "job_summary", "junit_xml", "write_junit"]
 
-MARKS = {"improved": "▲", "equal within margin": "=", "regressed": "▼", "inconclusive": "?"}
+MARKS = {"improved": "▲", NOT_WORSE: "=", "regressed": "▼", "inconclusive": "?"}
 NO_VERDICT = "no verdict"
-HEADERS = ("benchmark", "baseline", "candidate", "difference", "95 % interval", "bound", "margin",
-           "p (Holm)", "fixed", "broken", "verdict")  # fmt: skip
+HEADERS = ("benchmark", "baseline", "candidate", "difference", "95 % interval", "decided by",
+           "margin", "p (Holm)", "units", "fixed", "broken", "verdict")  # fmt: skip
 # XML 1.0 has no way to write these.
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
@@ -31,9 +31,10 @@ def _cells(verdict: Verdict) -> tuple[str, ...]:
         f"{verdict.candidate:.1f}",
         f"{change.value:+.2f}",
         change.span,
-        f"{test.bound:+.2f}",
+        verdict.decided_by,
         f"-{test.margin:g}",
         f"{change.p_holm:.3g}",
+        f"{verdict.units}",
         str(change.fixed),
         str(change.broken),
         f"{MARKS[verdict.verdict]} {words}" + (" (advisory)" if verdict.advisory else ""),
@@ -41,7 +42,7 @@ def _cells(verdict: Verdict) -> tuple[str, ...]:
 
 
 def _small_drop(verdict: Verdict) -> bool:
-    return verdict.real_drop and verdict.verdict == "equal within margin"
+    return verdict.real_drop and verdict.verdict == NOT_WORSE
 
 
 # --- JUnit -----------------------------------------------------------------------------------
@@ -121,10 +122,10 @@ def job_summary(report: GateReport | Exception) -> str:
     ]
     rows = [[_markdown(cell) for cell in _cells(verdict)] for verdict in report.verdicts]
     lines += [f"| {' | '.join(row)} |" for row in rows]
-    if report.rules or report.notes:
-        lines.append("")
+    lines += ["", f"- {_markdown(report.statement)}"]
+    lines += [f"- **{_markdown(warning)}**" for warning in report.warnings]
     lines += [f"- **{_markdown(r.name)}** {r.state}: {_markdown(r.sentence)}" for r in report.rules]
-    lines += [f"- {_markdown(note)}" for note in report.notes]
+    lines += [f"- {_markdown(note)}" for note in (*report.notes, report.policy_line)]
     return "\n".join(lines) + "\n"
 
 

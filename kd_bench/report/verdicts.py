@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 
-from kd_bench.compare import Comparison, Difference, Flip, Measure, Relation
+from kd_bench.compare import Comparison, Difference, Flip, Measure, MethodsComparison, Relation
 from kd_bench.gate import GateReport
+from kd_bench.gate_plan import Plan
 from kd_bench.records import AVERAGE
 from kd_bench.report.tables import Cell, Column, Row, Table
 
-__all__ = ["comparison_tables", "flip_table", "verdict_table"]
+__all__ = ["comparison_tables", "flip_table", "method_tables", "plan_table", "verdict_table"]
 
 _DIFFERENCE = (
     Column("difference", "Difference", "difference"),
@@ -15,6 +16,7 @@ _DIFFERENCE = (
     Column("broken", "Broken", "count"),
     Column("p", "p (Holm)", "text"),
     Column("detectable", "Detectable", "score"),
+    Column("units", "Units", "count"),
 )
 
 
@@ -47,10 +49,20 @@ def _against_first(comparison: Comparison, number: int) -> Table:
         f"{other.name} against {first.name}",
         columns,
         tuple(rows),
-        caption="Points on the 0-100 scale, 95 % intervals of the paired difference; detectable: "
-        "the smallest true difference that these documents find four times in five.",
-        notes=tuple(comparison.notes),
+        caption="Points on the 0-100 scale, 95 % intervals of each paired difference alone; p "
+        "after Holm over the benchmarks; detectable: the smallest true difference that this test "
+        "finds four times in five after Holm; units: pictures, pairs, groups or documents.",
+        notes=(*comparison.warnings, *comparison.notes, *_few(comparison, number)),
     )
+
+
+def _few(comparison: Comparison, number: int) -> list[str]:
+    """Benchmarks that have too few units for an interval."""
+    return [
+        f"{task.task}: {task.differences[number - 1].span}, no interval."
+        for task in comparison.tasks
+        if task.differences[number - 1].interval is None
+    ]
 
 
 def _cells(
@@ -65,6 +77,7 @@ def _cells(
         Cell(difference.broken),
         Cell(_probability(difference.p_holm)),
         Cell(difference.detectable),
+        Cell(difference.units),
     )
 
 
@@ -82,7 +95,8 @@ def _relation_table(comparison: Comparison) -> Table:
             Row(f"{each.kind} {each.run_id}", _relation(each, names[each.run_id]))
             for each in chosen
         ),
-        caption="Retention and gap closed in percent; vision and language gap in points.",
+        caption="Retention and gap closed in percent; vision and language gap in points; 95 % "
+        "intervals.",
     )
 
 
@@ -122,6 +136,106 @@ def flip_table(flips: Sequence[Flip], task: str, names: tuple[str, str]) -> Tabl
     )
 
 
+def method_tables(comparison: MethodsComparison) -> list[Table]:
+    """Every pair of methods on the average, then each pair by benchmark."""
+    counts = comparison.methods
+    columns = (
+        Column("pair", "Methods", "text"),
+        Column("seeds", "Seeds", "text"),
+        Column("difference", "Difference", "difference"),
+        Column("p", "p (Holm)", "text"),
+    )
+    whole = Table(
+        "Methods on the average",
+        columns,
+        tuple(
+            Row(
+                f"{pair.first} {pair.second}",
+                (
+                    Cell(f"{pair.second} - {pair.first}"),
+                    Cell(f"{counts[pair.second]} and {counts[pair.first]}"),
+                    Cell(pair.estimates[AVERAGE].value, interval=pair.estimates[AVERAGE].interval),
+                    Cell(_probability(pair.p_holm[AVERAGE])),
+                ),
+            )
+            for pair in comparison.pairs
+        ),
+        caption="Points on the 0-100 scale; 95 % intervals over training seeds and documents; p "
+        "after Holm over all pairs of methods.",
+        notes=tuple(comparison.warnings),
+    )
+    return [whole, *(_pair_table(comparison, number) for number in range(len(comparison.pairs)))]
+
+
+def _pair_table(comparison: MethodsComparison, number: int) -> Table:
+    pair = comparison.pairs[number]
+    columns = (
+        Column("task", "Benchmark", "text"),
+        Column("first", pair.first),
+        Column("second", pair.second),
+        Column("difference", "Difference", "difference"),
+        Column("p", "p (Holm)", "text"),
+        Column("units", "Units", "count"),
+    )
+    rows = [
+        Row(
+            key,
+            (
+                Cell(key),
+                Cell(comparison.scores[pair.first][key].value),
+                Cell(comparison.scores[pair.second][key].value),
+                Cell(found.value, interval=found.interval),
+                Cell(_probability(pair.p_holm[key])),
+                Cell(found.units),
+            ),
+            "all" if key == AVERAGE else "",
+        )
+        for key, found in pair.estimates.items()
+    ]
+    return Table(
+        f"{pair.second} against {pair.first}",
+        columns,
+        tuple(rows),
+        caption="Means over seeds; 95 % intervals over seeds and documents; p after Holm over all "
+        "pairs and benchmarks, of the average over all pairs.",
+    )
+
+
+def plan_table(plan: Plan) -> Table:
+    """What margins the stored units can carry."""
+    columns = (
+        Column("name", "Benchmark", "text"),
+        Column("units", "Units", "count"),
+        Column("churn", "Churn", "percent"),
+        Column("error", "Standard error"),
+        Column("margin", "Smallest margin"),
+        Column("found", "Drop found"),
+    )
+    rows = tuple(
+        Row(
+            each.name,
+            (
+                Cell(each.name),
+                Cell(each.units),
+                Cell(100 * each.churn),
+                Cell(each.error),
+                Cell(each.margin),
+                Cell(each.found),
+            ),
+            "all" if each.name == AVERAGE else "",
+        )
+        for each in plan.lines
+    )
+    return Table(
+        f"Margins for {plan.baseline}",
+        columns,
+        rows,
+        caption="Points on the 0-100 scale. Smallest margin: passes an equal student 95 times in "
+        "100; drop found: ends in a regression 95 times in 100 under these margins.",
+        notes=plan.notes,
+    )
+
+
 def verdict_table(report: GateReport) -> Table:
     """The gate's verdicts, one row a benchmark and one for their average."""
     columns = (
@@ -130,6 +244,9 @@ def verdict_table(report: GateReport) -> Table:
         Column("candidate", "Candidate"),
         Column("difference", "Difference", "difference"),
         Column("margin", "Margin"),
+        Column("decided", "Decided by", "text"),
+        Column("p", "p (Holm)", "text"),
+        Column("units", "Units", "text"),
         Column("verdict", "Verdict", "text"),
     )
     rows = tuple(
@@ -139,8 +256,11 @@ def verdict_table(report: GateReport) -> Table:
                 Cell(verdict.name),
                 Cell(verdict.baseline),
                 Cell(verdict.candidate),
-                Cell(verdict.difference.value, interval=verdict.difference.interval),
+                Cell(verdict.difference.value),
                 Cell(verdict.non_inferiority.margin),
+                Cell(verdict.decided_by),
+                Cell(_probability(verdict.difference.p_holm)),
+                Cell(f"{verdict.units:,}"),
                 Cell(verdict.verdict + (" (advisory)" if verdict.advisory else "")),
             ),
         )
@@ -156,6 +276,15 @@ def verdict_table(report: GateReport) -> Table:
         f"{report.candidate} against {report.baseline}: {report.outcome}",
         columns,
         rows,
-        caption="Points on the 0-100 scale, 95 % intervals of the paired difference.",
-        notes=(*explained, *rules, *report.notes),
+        caption="Points on the 0-100 scale. Decided by: the interval of the paired difference, or "
+        "its lower bound, at the level that Holm gave this test. Units: pictures, pairs, groups or "
+        "documents.",
+        notes=(
+            report.statement,
+            *report.warnings,
+            *explained,
+            *rules,
+            *report.notes,
+            report.policy_line,
+        ),
     )

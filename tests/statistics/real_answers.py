@@ -58,7 +58,7 @@ def row(title: str, report: GateReport) -> str:
     average = report.verdicts[-1]
     counts = {
         verdict: sum(each.verdict == verdict for each in report.verdicts[:-1])
-        for verdict in ("regressed", "inconclusive", "equal within margin", "improved")
+        for verdict in ("regressed", "inconclusive", "not worse than the margin", "improved")
     }
     change = average.difference
     return (

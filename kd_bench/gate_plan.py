@@ -1,0 +1,220 @@
+"""Margins that a test set can carry: `kd-bench check --plan BASELINE [OTHER-SEED...]`.
+
+An equal student passes 95 times in 100 when its margin is as large as what the test can rule out:
+(z_level + z_pass) standard errors of the paired difference, which depend on the units of the test
+set and on how many answers change between two equal students. That is measured between training
+seeds where some are given, else assumed.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import norm
+
+from kd_bench.aggregators import get_aggregator, unit_statistics
+from kd_bench.compare.align import AlignedTask, align, common_tasks, label
+from kd_bench.compare.differences import Resampled, evidence_of, resample
+from kd_bench.compare.estimates import Evidence
+from kd_bench.compare.methods import seeds_of_one_method
+from kd_bench.errors import UsageError
+from kd_bench.policy import Policy
+from kd_bench.records import AVERAGE
+from kd_bench.stats import FEWEST_UNITS, seed_variance
+from kd_bench.store import Run
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["ASSUMED_CHURN", "Plan", "PlanLine", "plan"]
+
+# Share of answers that change between equal students where no second seed tells it.
+ASSUMED_CHURN = 0.15
+PASS = 0.95
+# An equal student is called worse somewhere in up to half of alpha: what the average may lose.
+TIMES = 6
+
+
+@dataclass(frozen=True)
+class PlanLine:
+    """One benchmark, or the `average`; points on the 0-100 scale.
+
+    Attributes:
+        churn: share of items (documents or groups) that change between two equal students.
+        error: standard error of their paired difference over test documents.
+        seed_error: standard deviation of their true difference, from training noise; 0 unknown.
+        margin: the smallest that passes an equal student 95 times in 100.
+        found: the drop that ends in a regression 95 times in 100.
+    """
+
+    name: str
+    units: int
+    churn: float
+    error: float
+    seed_error: float
+    margin: float
+    found: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Margins for a suite, and the policy file that holds them."""
+
+    baseline: str
+    suite: str
+    lines: list[PlanLine]
+    notes: tuple[str, ...]
+    policy: str
+
+    def to_json(self) -> str:
+        """JSON text with a format version."""
+        return json.dumps({"format": 1, **asdict(self)}, indent=2, ensure_ascii=False)
+
+
+def plan(baseline: Run, others: Sequence[Run], policy: Policy) -> Plan:
+    """Margins that the baseline's stored units can carry.
+
+    Args:
+        others: further training seeds of the baseline's recipe; with two or more the training
+            noise of the benchmarks is allowed for as well.
+
+    Raises:
+        UsageError: no benchmark has enough units, or the runs are not seeds of one method.
+    """
+    runs = [baseline, *others]
+    seeds_of_one_method(runs)
+    tasks = common_tasks(runs) if others else list(baseline.results())
+    frames = [_pairs(runs, task, policy) for task in tasks]
+    few = [each.aligned.task for each in frames if len(each.aligned.units) < FEWEST_UNITS]
+    known = [each for each in frames if each.aligned.task not in few]
+    if not known:
+        raise UsageError(
+            f"No benchmark of {label(baseline)} has {FEWEST_UNITS} units.",
+            "Evaluate more documents.",
+        )
+    evidence = evidence_of(known)
+    keys = [*(each.aligned.task for each in known), AVERAGE]
+    lines = [_line(key, known, evidence, bool(others), policy, len(keys)) for key in keys]
+    suite = baseline.manifest.protocol.suite
+    return Plan(
+        label(baseline), suite, lines, _notes(runs, few), _policy_text(suite, lines, policy)
+    )
+
+
+def _line(
+    key: str,
+    known: Sequence[Resampled],
+    evidence: Evidence,
+    measured: bool,
+    policy: Policy,
+    tests: int,
+) -> PlanLine:
+    """Errors over all pairs of seeds, and the margin and drop that follow from them."""
+    count = len(known[0].scores)
+    pairs = list(combinations(range(count), 2)) if measured else [(0, n) for n in range(1, count)]
+    errors = [evidence.difference(key, [str(a)], [str(b)]).error for a, b in pairs]
+    error = float(np.sqrt(np.mean(np.square(errors))))
+    names = [str(number) for number in range(count)]
+    net = 0.0
+    if measured and count > 2:
+        net = seed_variance(evidence.scores(key, names), evidence.draws(key, names))[0] * count
+    seed_error = float(np.sqrt(2 * net))
+    chosen = [task for task in known if key in (AVERAGE, task.aligned.task)]
+    changed = [sum(sum(task.aligned.changes(*pair)) for task in chosen) for pair in pairs]
+    churn = float(np.mean(changed)) / sum(task.aligned.items for task in chosen)
+    # The average is tested alone at alpha; a benchmark at the first step of Holm, at worst.
+    alone = key == AVERAGE and not policy.every
+    level = policy.alpha if alone else policy.alpha / tests
+    passing = 1 - (1 - PASS) / 2 if alone else PASS
+    reach = float(np.hypot(error, seed_error))
+    margin = float(norm.ppf(1 - level)) * error + float(norm.ppf(passing)) * reach
+    # A regression is a two-sided test after Holm, and no pass of the margin's test.
+    seen = float(norm.ppf(1 - policy.alpha / 2 / tests)) * error + float(norm.ppf(PASS)) * reach
+    outside = margin - float(norm.ppf(1 - level)) * error + float(norm.ppf(PASS)) * reach
+    units = evidence.units(key)
+    return PlanLine(key, units, churn, error, seed_error, _up(margin), _up(max(seen, outside)))
+
+
+def _up(points: float) -> float:
+    """Rounded up to a tenth of a point."""
+    return float(np.ceil(round(points * 10, 6)) / 10)
+
+
+def _notes(runs: Sequence[Run], few: Sequence[str]) -> tuple[str, ...]:
+    notes = []
+    if len(runs) == 1:
+        notes.append(
+            f"No other seed was named: {ASSUMED_CHURN:.0%} of the answers are assumed to change "
+            "between equal students, each by itself. `check --plan BASELINE OTHER-SEED` measures "
+            "it."
+        )
+    elif len(runs) == 2:
+        notes.append(
+            "Churn is measured between two seeds; training noise of the scores is not allowed "
+            "for: that needs a third seed."
+        )
+    else:
+        notes.append(f"Churn and training noise are measured between {len(runs)} seeds.")
+    if few:
+        notes.append(f"Too few units for a margin: {', '.join(few)}. The default serves them.")
+    return tuple(notes)
+
+
+def _policy_text(suite: str, lines: Sequence[PlanLine], policy: Policy) -> str:
+    """The policy file to paste."""
+    *benchmarks, average = lines
+    tasks = ", ".join(f"{each.name}: {each.margin:g}" for each in benchmarks)
+    rule = "every: true\n" if policy.every else ""
+    return (
+        f"alpha: {policy.alpha:g}\n{rule}margins:\n  {suite}:\n    average: {average.margin:g}\n"
+        f"    default: {max(each.margin for each in benchmarks):g}\n    tasks: {{{tasks}}}\n"
+    )
+
+
+# --- pairs of equal students -------------------------------------------------------------------
+
+
+def _pairs(runs: Sequence[Run], task: str, policy: Policy) -> Resampled:
+    """All seeds on one benchmark; the baseline and made-up equal students where it is alone."""
+    if len(runs) > 1:
+        return resample(align(runs, task), policy.resamples, policy.seed)
+    (run,) = runs
+    alone = align([run], task)
+    rng = np.random.default_rng([policy.seed, len(alone.units)])
+    return resample(_with_equals(alone, rng), policy.resamples, policy.seed)
+
+
+def _with_equals(alone: AlignedTask, rng: np.random.Generator) -> AlignedTask:
+    """The run and students that are right as often, each with `ASSUMED_CHURN` of items changed.
+
+    A changed document (where groups are scored as a whole: a group) swaps between right and
+    wrong, as many each way on average.
+    """
+    frame = alone.samples[0]
+    whole = get_aggregator(alone.aggregator).item == "unit"
+    units = frame["unit_id"].astype(str).to_numpy()
+    item = np.unique(units, return_inverse=True)[1] if whole else np.arange(len(frame))
+    score = frame["score"].to_numpy(dtype=np.float64)
+    right = np.ones(item.max() + 1, dtype=bool)
+    np.logical_and.at(right, item, score >= (1.0 if whole else 0.5))
+    share = right.mean()
+    made = [frame]
+    for _ in range(TIMES):
+        rate = np.where(right, 0.5 / max(share, 1e-9), 0.5 / max(1 - share, 1e-9))
+        flipped = rng.random(len(right)) < np.minimum(ASSUMED_CHURN * rate, 1.0)
+        rows = flipped[item]
+        new = np.where(rows, np.where(right[item], 0.0, 1.0), score)
+        made.append(frame.assign(score=new, parsed=_swapped(frame, rows)))
+    statistics = np.stack([unit_statistics(alone.aggregator, each).values for each in made])
+    return replace(alone, samples=tuple(made), statistics=statistics)
+
+
+def _swapped(frame: "pd.DataFrame", rows: NDArray[np.bool_]) -> "pd.Series[str]":
+    """Answers after a change: yes and no change places (POPE's F1 reads them)."""
+    parsed = frame["parsed"].astype(str)
+    other = parsed.str.lower().map({"yes": "no", "no": "yes"})
+    return parsed.where(~rows | other.isna(), other)
