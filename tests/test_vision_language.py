@@ -8,6 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from kd_bench.distill import vision_language
+from kd_bench.distill.distiller import Distiller
+from kd_bench.distill.image_terms import FirstLayerProbe
+from kd_bench.distill.methods import METHODS
+from kd_bench.distill.models import checkpoint_activations
 from kd_bench.distill.vision_language import (
     VisionLanguageModel,
     answer_positions,
@@ -164,6 +168,50 @@ def test_the_tower_runs_once_where_its_output_is_kept(case: Case) -> None:
         assert len(calls) == 2 * once
     finally:
         hook.remove()
+
+
+@torch.no_grad()
+def test_the_probe_sees_the_attention_that_the_eager_model_reports(case: Case) -> None:
+    """Also where a prefix is seen in both directions (PaliGemma) or images are (Gemma 3)."""
+    family, student, _, batch = case
+    parts = VisionLanguageModel(student)
+    with FirstLayerProbe(parts) as probe:
+        parts.hidden_states(batch)
+    found = probe.weights(batch["attention_mask"])
+    eager = make(family, 32, seed=1)
+    eager.set_attn_implementation("eager")
+    expected = eager(**without_labels(batch), output_attentions=True).attentions[0]
+    for row, real in enumerate(batch["attention_mask"].bool()):
+        torch.testing.assert_close(found[row][:, real], expected[row][:, real])
+    places = batch["input_ids"] == IMAGE
+    assert torch.equal(probe.embeddings[places], parts.image_embeddings(batch)[0])
+
+
+@pytest.mark.parametrize("method", ["switch-kd", "llava-kd", "align-kd"])
+def test_every_method_runs_on_every_family_and_recomputes_to_the_same(
+    case: Case, method: str
+) -> None:
+    family, _, _, batch = case
+    results = []
+    for recompute in (False, True):
+        student, teacher = make(family, 32, seed=1), make(family, 64, seed=2)
+        distiller = Distiller(student, teacher, METHODS[method])
+        if recompute:
+            checkpoint_activations(student)
+            checkpoint_activations(teacher, frozen=True)
+        distiller.train()
+        torch.manual_seed(0)
+        if distiller.adapter is not None:
+            torch.nn.init.normal_(distiller.adapter.weight)
+        loss, values = distiller(batch, float(answer_positions(batch["labels"]).sum()))
+        loss.backward()
+        assert all(bool(value > 0) for value in values.values())
+        results.append((loss.detach(), {n: p.grad for n, p in student.named_parameters()}))
+    (loss, gradients), (again, recomputed) = results
+    torch.testing.assert_close(again, loss)
+    for name, gradient in gradients.items():
+        if gradient is not None:
+            torch.testing.assert_close(recomputed[name], gradient, rtol=1e-3, atol=1e-4)
 
 
 @torch.no_grad()

@@ -142,24 +142,35 @@ class FirstLayerProbe:
     def weights(self, attention_mask: Tensor) -> Tensor:
         """[batch, heads, length, length] for a right-padded batch's mask [batch, length]."""
         assert self.inputs is not None  # the model ran inside the `with`
-        hidden = self.inputs["hidden_states"]
-        length = hidden.shape[1]
-        allowed = (
-            attention_mask.bool()[:, None, None, :]
-            & torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
-        )
-        blocked = torch.zeros(allowed.shape, dtype=hidden.dtype, device=hidden.device)
-        blocked = blocked.masked_fill(~allowed, torch.finfo(hidden.dtype).min)
         settings = self.module.config
         before = settings._attn_implementation
         settings._attn_implementation = "eager"
         try:
             _, weights = self.module.forward(
-                hidden_states=hidden,
+                hidden_states=self.inputs["hidden_states"],
                 position_embeddings=self.inputs["position_embeddings"],
-                attention_mask=blocked,
+                attention_mask=self._blocked(attention_mask),
             )
         finally:
             settings._attn_implementation = before
         assert isinstance(weights, Tensor)
         return weights
+
+    def _blocked(self, attention_mask: Tensor) -> Tensor:
+        """What is added to attention scores, [batch or 1, 1, length, length].
+
+        The layer's own mask where it was given one (Gemma's prefix sees in both directions), else
+        causal.
+        """
+        assert self.inputs is not None
+        hidden, given = self.inputs["hidden_states"], self.inputs.get("attention_mask")
+        if isinstance(given, Tensor) and given.dim() == 4:
+            if given.is_floating_point():
+                return given
+            allowed = given.bool()
+        else:
+            length = hidden.shape[1]
+            causal = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
+            allowed = attention_mask.bool()[:, None, None, :] & causal
+        blocked = torch.zeros(allowed.shape, dtype=hidden.dtype, device=hidden.device)
+        return blocked.masked_fill(~allowed, torch.finfo(hidden.dtype).min)
