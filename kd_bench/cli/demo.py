@@ -1,22 +1,20 @@
 """`kd-bench demo`: the whole product on the embedded world, by its own commands."""
 
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from kd_bench.cli.jobs import run_jobs
 from kd_bench.cli.options import comma_separated
-from kd_bench.errors import IncompleteRunError
 
 RESULTS = Path("results/demo")
 CHECKPOINTS = Path("checkpoints/demo")
+LOGS = CHECKPOINTS / "logs"
 REPORT = Path("reports/demo")
 TEACHER = "embedded:weights/teacher"
 FLOOR = "sft"
@@ -37,6 +35,7 @@ def demo(
     from kd_bench.world.embedded import world_folder
 
     start = time.monotonic()
+    typer.echo("Train, evaluate, report. Ctrl-C stops; the same command goes on from there.")
     workers = processes or os.cpu_count() or 1
     world_folder()
     names = comma_separated(methods) or []
@@ -44,13 +43,13 @@ def demo(
         Student(method, int(seed)) for method in names for seed in comma_separated(seeds) or []
     ]
     # The slow methods first: nothing long is left over when the cores run out of work.
-    _side_by_side("train", [student.train() for student in reversed(students)], workers)
+    run_jobs("train", [student.train() for student in reversed(students)], workers, LOGS)
     teacher = _evaluate([TEACHER], "--role", "teacher", "--name", "teacher")
     checkpoints = [student.checkpoint for student in students]
     shares = [_evaluate(checkpoints[part::workers]) for part in range(min(workers, len(students)))]
     hybrids = [student.hybrid() for student in students if student.method == SWITCHED]
     # Shares first: they take longest.
-    _side_by_side("eval", [*shares, teacher, *hybrids], workers)
+    run_jobs("eval", [*shares, teacher, *hybrids], workers, LOGS)
     _report(names, time.monotonic() - start)
 
 
@@ -82,35 +81,6 @@ class Student:
 
 def _evaluate(checkpoints: Sequence[str], *options: str) -> list[str]:
     return ["eval", *checkpoints, *options, "--results", str(RESULTS)]
-
-
-def _side_by_side(title: str, commands: list[list[str]], workers: int) -> None:
-    """Run kd-bench commands in processes of one thread each; a failure shows its last lines."""
-    log = CHECKPOINTS / "logs"
-    log.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-    def run(number: int, command: list[str]) -> tuple[list[str], float, int, Path]:
-        begin = time.monotonic()
-        output = log / f"{title}-{number}.log"
-        with output.open("w", encoding="utf-8") as stream:
-            line = [sys.executable, "-m", "kd_bench", *command]
-            done = subprocess.run(line, stdout=stream, stderr=subprocess.STDOUT, env=environment)
-        return command, time.monotonic() - begin, done.returncode, output
-
-    with ThreadPoolExecutor(workers) as pool:
-        jobs = [pool.submit(run, number, command) for number, command in enumerate(commands)]
-        for count, job in enumerate(as_completed(jobs), start=1):
-            command, seconds, code, output = job.result()
-            typer.echo(f"[{count}/{len(jobs)}] {seconds:4.0f} s  kd-bench {' '.join(command)}")
-            if code:
-                pool.shutdown(cancel_futures=True)
-                tail = output.read_text(encoding="utf-8", errors="replace").splitlines()[-12:]
-                typer.echo("\n".join(tail), err=True)
-                raise IncompleteRunError(
-                    f"`kd-bench {command[0]}` ended with exit code {code}; its log is {output}.",
-                    "Mend that and run the demo again: it continues.",
-                )
 
 
 def _report(methods: list[str], seconds: float) -> None:
