@@ -25,20 +25,37 @@ def report(
         str | None,
         typer.Option(help="Row that the headline is about; default: what holds over all methods."),
     ] = None,
+    latex: Annotated[
+        str | None,
+        typer.Option(help="`paper`: also a table for a paper, with caption, in paper.tex."),
+    ] = None,
+    benchmarks: Annotated[
+        str | None, typer.Option(help="Those of the paper's table, by comma; default: all.")
+    ] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Rows of the paper's table, by comma; default: all.")
+    ] = None,
     training: Annotated[
         list[Path] | None,
         typer.Option(help="Plot this training folder instead, finished or not; may be repeated."),
     ] = None,
 ) -> None:
     """Render the leaderboard: terminal, Markdown and a self-contained page."""
-    if training and (runs or suite or compare or main):
+    if training and (runs or suite or compare or main or latex):
         raise UsageError(
             "--training plots training folders only.",
-            "Drop the runs, --suite, --compare and --main.",
+            "Drop the runs, --suite, --compare, --main and --latex.",
+        )
+    if latex not in (None, "paper"):
+        raise UsageError(f"There is no --latex {latex!r}.", "Known: paper.")
+    if (benchmarks or methods) and latex is None:
+        raise UsageError(
+            "--benchmarks and --methods choose what stands in a paper's table.",
+            "Add --latex paper.",
         )
     from rich.console import Console
 
-    from kd_bench.report import render_report, render_training
+    from kd_bench.report import Paper, render_report, render_training
 
     if training:
         page = render_training(training, to)
@@ -50,7 +67,15 @@ def report(
             suite=suite,
             compare=compare,
             main=main,
+            paper=Paper(_names(benchmarks), _names(methods)) if latex else None,
             console=Console(),
             allow_empty=False,
         )
     typer.echo(f"Report: {page}")
+    if latex:
+        typer.echo(f"Paper's table: {page.parent / 'paper.tex'}")
+
+
+def _names(text: str | None) -> list[str]:
+    """`a, b` -> [a, b]."""
+    return [name.strip() for name in (text or "").split(",") if name.strip()]

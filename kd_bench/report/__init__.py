@@ -1,6 +1,7 @@
 """Reports from stored runs: terminal, Markdown, CSV, LaTeX, JSON and a self-contained page."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from kd_bench.report.board import Board
     from kd_bench.report.tables import Table
 
-__all__ = ["print_report", "render_report", "render_training"]
+__all__ = ["Paper", "print_report", "render_report", "render_training"]
 
 
 def render_report(
@@ -24,6 +25,7 @@ def render_report(
     suite: str | None = None,
     compare: str | None = None,
     main: str | None = None,
+    paper: "Paper | None" = None,
     console: "Console | None" = None,
     allow_empty: bool = True,
 ) -> Path:
@@ -35,6 +37,7 @@ def render_report(
         suite: default: that of the newest run.
         compare: `paper` also prints the measured rows beside the Switch-KD paper's.
         main: name or method of the row that the headline is about; default: what holds over all.
+        paper: which benchmarks and rows `paper.tex` holds; None writes no such file.
         console: where the tables are printed too; None prints nothing.
         allow_empty: False refuses a page without a single run instead of writing it.
 
@@ -49,11 +52,36 @@ def render_report(
     if not board.entries and not allow_empty:
         raise _nothing_to_show(results, board.left_out)
     tables = _tables(board, compare)
-    page = render(board, destination, evidence)
+    text = None if paper is None else _paper(board, evidence, paper)
+    page = render(board, destination, evidence, paper=text)
     if console is not None:
         for table in tables:
             to_terminal(table, console)
     return page
+
+
+@dataclass(frozen=True)
+class Paper:
+    """What a paper's table shows; nothing named is everything.
+
+    Attributes:
+        benchmarks: ids or short titles.
+        methods: rows by name, method or role.
+    """
+
+    benchmarks: Sequence[str] = ()
+    methods: Sequence[str] = ()
+
+
+def _paper(board: "Board", evidence: "Evidence", paper: Paper) -> str:
+    """`paper.tex`; its ranks and its average are of what it shows."""
+    from kd_bench.compare.estimates import Evidence
+    from kd_bench.report.paper import choose, to_paper
+    from kd_bench.report.relations import relate
+
+    chosen = choose(board, paper.benchmarks, paper.methods)
+    kept = {task.id: evidence.tasks[task.id] for task in chosen.tasks if task.id in evidence.tasks}
+    return to_paper(relate(chosen, Evidence(kept)))
 
 
 def _nothing_to_show(results: Path, left_out: Sequence[str]) -> UsageError:

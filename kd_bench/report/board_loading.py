@@ -11,7 +11,7 @@ from kd_bench.records import AVERAGE, Cost, RunManifest, TaskResult
 from kd_bench.report.board import MISSING, ROLE_TITLES, Board, Entry, Score, TaskInfo, task_infos
 from kd_bench.store import Run, catalogue, cautions
 
-__all__ = ["load_board"]
+__all__ = ["average", "load_board"]
 
 # Shares of answers above which a score carries a mark; hovering tells every share.
 TOLERATED = {"error": 0.0, "unparsed": 0.05}
@@ -126,7 +126,7 @@ def _entry(members: list[Loaded], tasks: tuple[TaskInfo, ...]) -> Entry:
     several = len(members) > 1
     name = METHOD_TITLES.get(model.method, model.method) if several else model.name
     scores = {task.id: _fold_scores(manifests, results, task.id) for task in tasks}
-    scores[AVERAGE] = _average([scores[task.id] for task in tasks])
+    scores[AVERAGE] = average([scores[task.id] for task in tasks])
     extents = (manifest.extent(*found.values()) for _, manifest, found, _ in members)
     if scores[AVERAGE].known and (limited := tuple(dict.fromkeys(filter(None, extents)))):
         scores[AVERAGE] = replace(scores[AVERAGE], marks=limited)
@@ -198,7 +198,7 @@ def _spread(values: Sequence[float]) -> float | None:
     return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
 
 
-def _average(scores: list[Score]) -> Score:
+def average(scores: list[Score]) -> Score:
     """The mean over all benchmarks; missing as soon as one of them is."""
     if not scores or not all(score.known for score in scores):
         return MISSING

@@ -53,18 +53,24 @@ PLOTS: tuple[PlotSection, ...] = (
 )  # fmt: skip
 
 
-def render(board: Board, destination: Path, evidence: Evidence) -> Path:
+def render(
+    board: Board, destination: Path, evidence: Evidence, *, paper: str | None = None
+) -> Path:
     """Write the whole report of a board; returns the page's path.
 
-    Equal boards give equal bytes: nothing depends on the time or place of rendering.
+    `paper` is written to `paper.tex`. Equal boards give equal bytes: nothing depends on the time or
+    place of rendering.
     """
     plot_names = [name for *_, names in PLOTS for name in names]
-    claim_report(destination, [*TABLES, "samples.parquet"], plot_names)
+    claim_report(destination, [*TABLES, "paper.tex", "samples.parquet"], plot_names)
     logs = {entry.key: logs_of(entry) for entry in board.entries}
     plots = board_plots(board, evidence, logs)
     chosen = choose_samples(board)
     tables = {mode: leaderboard(board, mode) for mode, _ in MODES}
     downloads = _write_tables(tables, destination)
+    if paper is not None:
+        write_text(destination / "paper.tex", paper)
+        downloads.append(("paper.tex", "a paper's table, with caption"))
     _write_plots(plots, destination / "plots")
     if plots:
         downloads.append(("plots/", "every plot as SVG, in light and dark"))
@@ -266,7 +272,8 @@ def _claimed(board: Board, subject: Entry | None) -> list[str]:
         return [f"{who} {verb} on the average.", *_noise(others, floor)]
     interval = claim.difference.interval
     ends = format_interval(Cell(0.0, interval=interval), "difference")
-    over = f", true of all {claim.candidates} methods at once" if claim.candidates > 1 else ""
+    over = f", corrected for choosing among {claim.candidates} methods"
+    over *= claim.candidates > 1
     line = f"The {100 * interval.level:.3g} % interval of that difference is {ends} points{over}."
     if claim.weights_only:
         line = (

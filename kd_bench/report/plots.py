@@ -223,7 +223,7 @@ def _pareto_panel(axes: Any, board: Board, points: Sequence[Point], title: str, 
     if wide:
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # powers of ten alone are few
-    room = (high / low) ** 0.5 if wide else (high - low) * 0.38 or high * 0.3 or 1
+    room = (high / low) ** 0.5 if wide else (high - low) * 0.5 or high * 0.3 or 1
     axes.set_xlim(low / 1.15 if wide else low - room * 0.2, high * room if wide else high + room)
     heights = [p.score for p in points]
     least = 0.17 / axes.figure.get_figheight() * (1.4 if len(points) > 6 else 1)
@@ -236,12 +236,13 @@ def _pareto_panel(axes: Any, board: Board, points: Sequence[Point], title: str, 
         number = numbers[point.entry.key]
         axes.plot(point.ends, [y, y], color=series(number), linewidth=0.9, alpha=0.6)
         axes.plot(x, y, marker=marker(number), color=series(number), markersize=6, linestyle="")
-        far = abs(label - y) > 0.08 * span  # a label that had to leave its point leads back to it
-        shift = 0.14 if far else 0.06
+        far = abs(label - y) > 0.07 * span  # a label that had to leave its point leads back to it
+        shift, end = 0.14 if far else 0.05, point.ends[1]
         axes.annotate(
-            short(point.entry.name), (x, y), (x * room**shift if wide else x + room * shift, label),
+            short(point.entry.name), (end, y),
+            (end * room**shift if wide else end + room * shift, label),
             va="center", fontsize=8, color=INK,
-            arrowprops={"arrowstyle": "-", "color": GRID, "linewidth": 0.7, "shrinkA": 1,
+            arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.5, "shrinkA": 1,
                         "shrinkB": 4} if far else None,
         )  # fmt: skip
     axes.set_xlabel(title)

@@ -10,7 +10,7 @@ from itertools import groupby
 
 from kd_bench.report.tables import Column, Row, Table, clean, format_cell, note_numbers, sections
 
-__all__ = ["column_groups", "to_html", "to_latex", "to_markdown"]
+__all__ = ["column_groups", "tex", "to_html", "to_latex", "to_markdown"]
 
 Marks = dict[str, tuple[str, str]]
 """What stands before and after a text, by its emphasis."""
@@ -89,28 +89,28 @@ def to_latex(table: Table) -> str:
     lines = ["% needs \\usepackage{booktabs}", f"\\begin{{tabular}}{{{spec}}}", "\\toprule"]
     if grouped:
         lines += _latex_groups(table)
-    lines.append(" & ".join(_tex(column.heading) for column in table.columns) + r" \\")
+    lines.append(" & ".join(tex(column.heading) for column in table.columns) + r" \\")
     for section, rows in sections(table):
         lines.append("\\midrule")
         if section:
-            title = _tex(section)
+            title = tex(section)
             lines.append(f"\\multicolumn{{{len(table.columns)}}}{{l}}{{\\emph{{{title}}}}} \\\\")
         lines.extend(_latex_row(table, row) for row in rows)
     lines.append("\\bottomrule")
     below = [table.warning, table.caption, table.legend.format(second="underlined")]
     for text in filter(None, below if table.warning or table.legend else []):
         lines.append(
-            f"\\multicolumn{{{len(table.columns)}}}{{l}}{{\\footnotesize {_tex(text)}}} \\\\"
+            f"\\multicolumn{{{len(table.columns)}}}{{l}}{{\\footnotesize {tex(text)}}} \\\\"
         )
     lines.append("\\end{tabular}")
-    lines += [f"% ({number}) {_tex(note)}" for number, note in enumerate(table.notes, 1)]
+    lines += [f"% ({number}) {tex(note)}" for number, note in enumerate(table.notes, 1)]
     return "\n".join(lines) + "\n"
 
 
 def _latex_groups(table: Table) -> list[str]:
     heads, rules, start = [], [], 1
     for group, count in column_groups(table):
-        heads.append(f"\\multicolumn{{{count}}}{{c}}{{{_tex(group)}}}")
+        heads.append(f"\\multicolumn{{{count}}}{{c}}{{{tex(group)}}}")
         if group:
             rules.append(f"\\cmidrule(lr){{{start}-{start + count - 1}}}")
         start += count
@@ -118,14 +118,15 @@ def _latex_groups(table: Table) -> list[str]:
 
 
 def _latex_row(table: Table, row: Row) -> str:
-    texts = _texts(table, row, _tex, _LATEX)
+    texts = _texts(table, row, tex, _LATEX)
     for index, cell in enumerate(row.cells):
         if cell.notes:
             texts[index] += f"$^{{{','.join(str(note + 1) for note in cell.notes)}}}$"
     return " & ".join(texts) + r" \\"
 
 
-def _tex(text: str) -> str:
+def tex(text: str) -> str:
+    """Text that LaTeX shows as it is."""
     return "".join(_TEX.get(character, character) for character in clean(text))
 
 

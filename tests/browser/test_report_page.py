@@ -184,6 +184,48 @@ def test_samples_filter_by_benchmark_category_and_kind(opened: Opened) -> None:
         assert [marks.nth(i).inner_text() for i in range(2)] == ["wrong", "right"]
 
 
+def test_text_search_looks_into_questions_targets_and_answers(opened: Opened) -> None:
+    page = opened.page
+    page.locator("#pick-a").select_option(label="hostile")
+    page.locator("#pick-kind").select_option("all")
+    page.locator("#pick-text").fill("OF THE PICTURE 3")
+    assert "of the picture 3" in page.locator("#card .question").inner_text()
+    page.locator("#pick-text").fill("onerror")
+    assert page.locator("#card tr.chosen .answer").first.inner_text() == ATTACK
+    page.locator("#pick-text").fill("nobody says this")
+    assert "No stored sample fits" in page.locator("#card").inner_text()
+
+
+def test_the_address_keeps_the_filter(opened: Opened, browser: object) -> None:
+    page = opened.page
+    page.locator("#pick-a").select_option(label="hostile")
+    page.locator("#pick-task").select_option(label="MME")
+    page.locator("#pick-category").select_option("count")
+    page.locator("#pick-kind").select_option("all")
+    page.locator("#pick-text").fill("place & 1")
+    page.locator("#pick-text").fill("place")
+    page.locator("#next").click()
+    where = page.locator("#card .where").inner_text()
+    again = Opened(browser, page.url)
+    for name in ("a", "b", "task", "category", "kind", "text"):
+        mine, theirs = (p.locator(f"#pick-{name}").input_value() for p in (page, again.page))
+        assert mine == theirs, name
+    assert again.page.locator("#card .where").inner_text() == where
+    assert again.page.locator("#place").inner_text() == page.locator("#place").inner_text()
+    assert not again.page.locator("#missing").is_visible()
+    again.close()
+
+
+def test_a_link_to_a_sample_that_is_not_stored_says_so(browser: object, page_path: Path) -> None:
+    opened = Opened(browser, page_path.as_uri() + "#sample=gqa/gqa-99999")
+    missing = opened.page.locator("#missing")
+    assert "gqa/gqa-99999 is not stored on this page" in missing.inner_text()
+    assert "samples.parquet" in missing.inner_text()
+    opened.page.locator("#pick-kind").select_option("all")
+    assert not missing.is_visible()
+    opened.close()
+
+
 def test_what_a_model_says_stays_text(opened: Opened) -> None:
     page = opened.page
     page.locator("#pick-a").select_option(label="hostile")
@@ -231,6 +273,8 @@ def test_axe_finds_nothing(browser: object, page_path: Path, scheme: str, width:
     opened = Opened(
         browser, page_path.as_uri(), color_scheme=scheme, viewport={"width": width, "height": 900}
     )
+    opened.page.locator("#board .v[data-tip]").first.focus()
+    opened.page.locator("#tip").wait_for(state="visible")
     found = axe.Axe().run(opened.page)
     violations = [
         (rule["id"], [node["target"] for node in rule["nodes"][:3]])

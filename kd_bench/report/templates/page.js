@@ -139,7 +139,7 @@
   const store = $("#samples-data");
   if (!store) return;
   const data = JSON.parse(store.textContent);
-  const picks = { a: $("#pick-a"), b: $("#pick-b"), task: $("#pick-task"), category: $("#pick-category"), kind: $("#pick-kind") };
+  const picks = { a: $("#pick-a"), b: $("#pick-b"), task: $("#pick-task"), category: $("#pick-category"), kind: $("#pick-kind"), text: $("#pick-text") };
   const option = (text, value) => element("option", { textContent: text, value });
   $("#browser").hidden = false;
   data.models.forEach((model, index) => {
@@ -167,7 +167,10 @@
   const select = () => {
     const [a, b] = [+picks.a.value, +picks.b.value];
     const test = kinds[picks.kind.value];
+    const words = picks.text.value.trim().toLowerCase();
+    const says = (s) => [s.q, s.y, ...s.a].some((text) => text?.toLowerCase().includes(words));
     chosen = data.samples.filter((s) => s.s[a] !== null && s.s[b] !== null && test(s.s[a], s.s[b])
+      && (!words || says(s))
       && (picks.task.value === "" || s.t === +picks.task.value)
       && (picks.category.value === "" || s.c === picks.category.value));
     place = 0;
@@ -222,40 +225,66 @@
       element("table", {}, element("caption", { className: "hide", textContent: "Answers of every model" }), head, body)));
     const link = $("#link");
     link.hidden = false;
-    link.href = `#sample=${encodeURIComponent(data.tasks[sample.t].id)}/${encodeURIComponent(sample.d)}&a=${encodeURIComponent(data.models[a].key)}&b=${encodeURIComponent(data.models[b].key)}`;
+    link.href = address(sample);
   };
+  // The address says what is chosen: two models, the filter, the words, the sample.
+  const address = (sample) => {
+    const [a, b] = [data.models[+picks.a.value].key, data.models[+picks.b.value].key];
+    const state = { a, b, kind: picks.kind.value };
+    if (picks.task.value !== "") state.task = data.tasks[+picks.task.value].id;
+    if (picks.category.value) state.category = picks.category.value;
+    if (picks.text.value.trim()) state.text = picks.text.value.trim();
+    const start = sample ? `#sample=${encodeURIComponent(data.tasks[sample.t].id)}/${encodeURIComponent(sample.d)}` : "#samples";
+    return [start, ...Object.entries(state).map(([key, value]) => `${key}=${encodeURIComponent(value)}`)].join("&");
+  };
+  const note = () => { try { history.replaceState(null, "", address(chosen[place])); } catch { /* no history here */ } };
   const update = () => { categories(); select(); draw(); };
+  const moved = () => { $("#missing").hidden = true; update(); note(); };
   const go = (step) => {
     if (!chosen[place + step]) return;
     place += step;
     draw();
+    note();
   };
   const open = () => {
-    const match = /^#sample=([^/&]+)\/([^&]*)(?:&a=([^&]*)&b=([^&]*))?$/.exec(location.hash);
-    if (!match) return;
-    let parts;
-    try { parts = match.slice(1).map((part) => part === undefined ? undefined : decodeURIComponent(part)); } catch { return; }
-    const [task, id, a, b] = parts;
-    const sample = data.samples.find((s) => data.tasks[s.t].id === task && s.d === id);
-    if (!sample) return;
-    const find = (key) => data.models.findIndex((model) => model.key === key);
-    if (find(a) >= 0) picks.a.value = find(a);
-    if (find(b) >= 0) picks.b.value = find(b);
-    picks.task.value = sample.t;
-    picks.category.value = "";
+    const [start, ...rest] = location.hash.slice(1).split("&");
+    if (start !== "samples" && !start.startsWith("sample=")) return;
+    if (start === "samples" && !rest.length) return;
+    let named, state;
+    try {
+      named = start.startsWith("sample=") ? start.slice(7).split("/").map(decodeURIComponent) : null;
+      state = Object.fromEntries(rest.map((part) => [part.slice(0, part.indexOf("=")), decodeURIComponent(part.slice(part.indexOf("=") + 1))]));
+    } catch { return; }
+    const model = (key) => data.models.findIndex((each) => each.key === key);
+    if (model(state.a) >= 0) picks.a.value = model(state.a);
+    if (model(state.b) >= 0) picks.b.value = model(state.b);
+    const task = data.tasks.findIndex((each) => each.id === (state.task ?? (state.kind ? "" : named?.[0])));
+    picks.task.value = task < 0 ? "" : task;
     categories();
-    picks.kind.value = "changed";
+    picks.category.value = [...picks.category.options].some((each) => each.value === state.category) ? state.category : "";
+    picks.kind.value = Object.hasOwn(kinds, state.kind) ? state.kind : "changed";
+    picks.text.value = state.text ?? "";
     select();
-    if (!chosen.includes(sample)) { picks.kind.value = "all"; select(); }
+    const sample = named && data.samples.find((s) => data.tasks[s.t].id === named[0] && s.d === named[1]);
+    if (sample && !chosen.includes(sample)) { // the filter has it not: show it all the same
+      Object.assign(picks.kind, { value: "all" });
+      picks.text.value = picks.category.value = "";
+      picks.task.value = sample.t;
+      categories();
+      select();
+    }
     place = Math.max(0, chosen.indexOf(sample));
+    const missing = $("#missing");
+    missing.hidden = !named || Boolean(sample);
+    if (!missing.hidden) missing.textContent = `The sample ${named.join("/")} is not stored on this page, which keeps ${data.samples.length} of all samples; samples.parquet beside the page has every one. Shown instead: the first that fits.`;
     draw();
     $("#samples").scrollIntoView();
   };
-  Object.values(picks).forEach((pick) => pick.addEventListener("change", update));
+  Object.values(picks).forEach((pick) => pick.addEventListener(pick === picks.text ? "input" : "change", moved));
   $("#previous").addEventListener("click", () => go(-1));
   $("#next").addEventListener("click", () => go(1));
   $("#browser").addEventListener("keydown", (event) => {
-    if (event.target.tagName === "SELECT") return;
+    if (["SELECT", "INPUT"].includes(event.target.tagName)) return;
     if (event.key === "ArrowLeft") { go(-1); event.preventDefault(); }
     if (event.key === "ArrowRight") { go(1); event.preventDefault(); }
   });
