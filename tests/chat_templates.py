@@ -131,10 +131,11 @@ INTERNVL = (
     + _CHATML_PROMPT
 )
 GEMMA3 = (  # writes the begin token, trims, roles must alternate
-    "{{ bos_token }}{% for m in messages %}"
-    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ bos_token }}{% set first = 1 if messages[0]['role'] == 'system' else 0 %}"
+    "{% for m in messages[first:] %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Conversation roles must alternate user/assistant') }}{% endif %}"
     "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' }}"
+    "{% if first and loop.first %}{{ messages[0]['content'][0]['text'] + '\n\n' }}{% endif %}"
     + _IN_PLACE.replace("@IMAGE@", "{{ '<start_of_image>' }}").replace(
         "c['text'] }}", "c['text'] | trim }}"
     )

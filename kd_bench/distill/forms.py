@@ -1,0 +1,443 @@
+"""Forms that training rows have in the wild: one adapter each, row -> `Conversation`.
+
+Null is absent everywhere. Every part of a row is used, or the row is `Unreadable` with the reason:
+what would be dropped without a word (a video, an image under an unknown key) would be learnt blind.
+"""
+
+import base64
+import binascii
+import posixpath
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from kd_bench.distill.images import Unreadable
+from kd_bench.errors import UsageError
+
+__all__ = ["FORMS", "IMAGE_MARK", "Conversation", "Turn", "conversation_of", "form_of"]
+
+IMAGE_MARK = "<image>"
+ROLES: dict[str, Literal["user", "assistant", "system"]] = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "system": "system",
+}
+IMAGE_KEYS = ("image", "images")
+NOT_SUPPORTED = ("video", "videos", "audio", "audios", "tools")  # keys of rows
+TEXT_KEYS = (
+    "conversations",
+    "messages",
+    "texts",
+    "prompt",
+    "completion",
+    "query",
+    "response",
+    "instruction",
+    "input",
+    "output",
+    "system",
+    "system_prompt",
+    "history",
+)
+NOT_LEARNT = ("weight", "train", "loss")  # keys of turns that some trainers leave out where 0
+IMAGE_NAME = re.compile(r"\.(png|jpe?g|webp|gif|bmp|tiff?|avif)$", re.IGNORECASE)
+IN_PART = ("image", "image_url", "url", "path", "bytes", "base64")  # where a part has its image
+SHOWN_KEYS = 8
+
+Source: TypeAlias = Path | bytes
+Row: TypeAlias = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message: text pieces and image places in order; None is an image."""
+
+    role: Literal["system", "user", "assistant"]
+    pieces: tuple[str | None, ...]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns, and the images for their places in order (file paths, or encoded bytes).
+
+    Attributes:
+        number: its row in its file, from 0.
+    """
+
+    id: str
+    turns: tuple[Turn, ...]
+    images: tuple[Source, ...] = field(repr=False)
+    number: int | None = field(default=None, compare=False)
+
+    @property
+    def label(self) -> str:
+        """How messages call it."""
+        named = self.number is None or self.id == str(self.number)
+        return self.id if named else f"{self.id} (row {self.number})"
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """What a chat template takes."""
+        return [
+            {
+                "role": turn.role,
+                "content": [
+                    {"type": "image"} if piece is None else {"type": "text", "text": piece}
+                    for piece in turn.pieces
+                ],
+            }
+            for turn in self.turns
+        ]
+
+
+@dataclass(frozen=True)
+class _Image:
+    """An image that stands inside a turn."""
+
+    entry: Any
+
+
+@dataclass(frozen=True)
+class _Said:
+    """One message before its images have found their places."""
+
+    role: Literal["system", "user", "assistant"]
+    pieces: tuple[str | _Image | None, ...]
+
+
+def conversation_of(row: Any, number: int, folder: Path) -> Conversation:
+    """The conversation of one row, whatever its form.
+
+    Args:
+        folder: image names are relative to it.
+
+    Raises:
+        Unreadable: the row cannot be used.
+        UsageError: an image's name leaves the folder.
+    """
+    if not isinstance(row, Mapping):
+        raise Unreadable("not a mapping")
+    row = _without_nulls(row)
+    identifier = identifier_of(row, number)
+    form = form_of(row)
+    for key in NOT_SUPPORTED:
+        if row.get(key):
+            raise Unreadable(f"{key.removesuffix('s')} is not supported")
+    said = FORMS[form](row)
+    if not said:
+        raise Unreadable("no conversations")
+    listed = [entry for key in IMAGE_KEYS for entry in _listed(row.get(key))]
+    turns, entries = _placed(said, listed)
+    if not entries:
+        _refuse_hidden_images(row)
+    if not any(turn.role == "assistant" for turn in turns):
+        raise Unreadable("no answer to learn from")
+    images = tuple(_source(entry, identifier, folder) for entry in entries)
+    return Conversation(identifier, turns, images, number)
+
+
+def identifier_of(row: Any, number: int) -> str:
+    """A row's own id, else its number."""
+    found = row.get("id") if isinstance(row, Mapping) else None
+    text = str(number if found is None else found)[:200]
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def form_of(row: Row) -> str:
+    """The name of the form that a row without nulls has.
+
+    Raises:
+        Unreadable: none of `FORMS`.
+    """
+    if "conversations" in row or "messages" in row:
+        return "conversations"
+    if "texts" in row:
+        return "texts"
+    if "prompt" in row and "completion" in row:
+        return "prompt and completion"
+    if "query" in row and "response" in row:
+        return "query and response"
+    if "instruction" in row and "output" in row:
+        return "instruction and output"
+    keys = ", ".join(str(key) for key in list(row)[:SHOWN_KEYS]) or "none"
+    raise Unreadable(f"its form is not known (keys: {keys}); known are: {', '.join(FORMS)}")
+
+
+# Forms
+
+
+def _conversations(row: Row) -> list[_Said]:
+    """LLaVA's and ShareGPT's `conversations` (from, value), OpenAI's `messages` (role, content)."""
+    said = row.get("conversations", row.get("messages"))
+    if not isinstance(said, list | tuple):
+        raise Unreadable("no conversations")
+    return [*_system(row), *map(_message, said)]
+
+
+def _texts(row: Row) -> list[_Said]:
+    """The Cauldron's `images` and `texts` (user, assistant)."""
+    said: list[_Said] = []
+    for pair in row["texts"] if isinstance(row["texts"], list | tuple) else [None]:
+        if not isinstance(pair, Mapping) or not {"user", "assistant"} <= set(pair):
+            raise Unreadable("a text is not a pair of user and assistant")
+        said += [_spoken("user", pair["user"]), _spoken("assistant", pair["assistant"])]
+    return said
+
+
+def _prompt_and_completion(row: Row) -> list[_Said]:
+    """TRL's: each a text or a list of messages."""
+    said = _system(row)
+    for key, role in (("prompt", "user"), ("completion", "assistant")):
+        value = row[key]
+        if isinstance(value, list | tuple):
+            said += map(_message, value)
+        else:
+            said.append(_spoken(role, value))
+    return said
+
+
+def _query_and_response(row: Row) -> list[_Said]:
+    """ms-swift's: `query`, `response`, earlier turns in `history`, `system`."""
+    return [
+        *_system(row),
+        *_history(row),
+        _spoken("user", row["query"]),
+        _spoken("assistant", row["response"]),
+    ]
+
+
+def _instruction_and_output(row: Row) -> list[_Said]:
+    """Alpaca's: `instruction`, an optional `input` on the lines behind it, `output`."""
+    asked = row["instruction"]
+    if isinstance(asked, str) and isinstance(row.get("input"), str) and row["input"]:
+        asked = f"{asked}\n{row['input']}"
+    elif row.get("input") not in (None, ""):
+        raise Unreadable("its input is no text")
+    return [
+        *_system(row),
+        *_history(row),
+        _spoken("user", asked),
+        _spoken("assistant", row["output"]),
+    ]
+
+
+FORMS: dict[str, Callable[[Row], list[_Said]]] = {
+    "conversations": _conversations,
+    "texts": _texts,
+    "prompt and completion": _prompt_and_completion,
+    "query and response": _query_and_response,
+    "instruction and output": _instruction_and_output,
+}
+"""How each form's rows are read, by the form's name."""
+
+
+def _system(row: Row) -> list[_Said]:
+    """A system message that stands in a key of its own."""
+    text = row.get("system", row.get("system_prompt"))
+    if text in (None, ""):
+        return []
+    return [_spoken("system", text)]
+
+
+def _history(row: Row) -> list[_Said]:
+    said: list[_Said] = []
+    for pair in _listed(row.get("history")):
+        if isinstance(pair, Mapping):
+            said.append(_message(pair))
+        elif isinstance(pair, list | tuple) and len(pair) == 2:
+            said += [_spoken("user", pair[0]), _spoken("assistant", pair[1])]
+        else:
+            raise Unreadable("its history is not made of questions with answers")
+    return said
+
+
+# Messages and their parts
+
+
+def _message(message: Any) -> _Said:
+    if not isinstance(message, Mapping):
+        raise Unreadable("a turn is not a mapping")
+    role = message.get("from", message.get("role"))
+    if not isinstance(role, str) or role.lower() not in ROLES:
+        raise Unreadable(f"unknown speaker {_short(role)}")
+    if message.get("tool_calls"):
+        raise Unreadable("tool calls are not supported")
+    for key in NOT_LEARNT:
+        if key in message and not message[key]:
+            raise Unreadable(f"a turn with {key}={message[key]!r} is not supported")
+    return _spoken(role.lower(), message.get("value", message.get("content")))
+
+
+def _spoken(role: str, content: Any) -> _Said:
+    if isinstance(content, str):
+        pieces: tuple[str | _Image | None, ...] = _pieces(_text(content))
+    elif isinstance(content, list | tuple):
+        pieces = tuple(map(_part, content))
+    else:
+        raise Unreadable("a turn has no text")
+    if role in ("assistant", "gpt", "model") and not all(isinstance(p, str) for p in pieces):
+        raise Unreadable(f"an answer holds {IMAGE_MARK}")
+    return _Said(ROLES[role], pieces)
+
+
+def _pieces(text: str) -> tuple[str | None, ...]:
+    """Split at `<image>` marks; the line break that LLaVA writes beside a mark belongs to it."""
+    if IMAGE_MARK not in text:
+        return (text,)
+    pieces: list[str | None] = []
+    for part in re.split(rf"(\n?{IMAGE_MARK}\n?)", text):
+        if part.strip("\n") == IMAGE_MARK:
+            pieces.append(None)
+        elif part:
+            pieces.append(part)
+    return tuple(pieces)
+
+
+def _part(part: Any) -> str | _Image | None:
+    """One part of a message: OpenAI's, Qwen's or TRL's way to write text and images."""
+    if not isinstance(part, Mapping):
+        raise Unreadable(f"a part of a turn is {_short(part)}, not a mapping")
+    kind = part.get("type", next((key for key in ("text", "image") if key in part), None))
+    if kind in ("text", "input_text"):
+        text = part.get("text", "" if set(part) <= {"type"} else None)  # null is absent
+        if not isinstance(text, str) or any(part.get(key) for key in IN_PART):
+            raise Unreadable("a text part of a turn is not text alone")
+        return _text(text)
+    if kind not in ("image", "image_url", "input_image"):
+        raise Unreadable(f"{_short(kind)} is not supported")
+    if part.get("text"):
+        raise Unreadable("an image part of a turn holds text")
+    for key in IN_PART:
+        entry = part.get(key)
+        if entry is not None:
+            return _Image(entry if key not in ("bytes", "base64") else {key: entry})
+    return None
+
+
+def _text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise Unreadable("its text is not valid Unicode (a lone surrogate)") from None
+    return text
+
+
+# Images
+
+
+def _placed(said: list[_Said], listed: list[Any]) -> tuple[tuple[Turn, ...], list[Any]]:
+    """Turns with places, and the entry of each place: its own, else the next of the row's list."""
+    places = [piece for turn in said for piece in turn.pieces if not isinstance(piece, str)]
+    waiting = sum(place is None for place in places)
+    entries: list[Any] = []
+    if listed and not places:  # images without a mark come first, as LLaVA's own data does
+        first = next((i for i, turn in enumerate(said) if turn.role == "user"), 0)
+        opened = _Said(said[first].role, (None,) * len(listed) + said[first].pieces)
+        said = [*said[:first], opened, *said[first + 1 :]]
+        entries = listed
+    elif waiting != len(listed):
+        raise Unreadable(f"{waiting} {IMAGE_MARK} marks for {len(listed)} pictures")
+    else:
+        rest = iter(listed)
+        entries = [next(rest) if place is None else place.entry for place in places]
+    turns = tuple(
+        Turn(turn.role, tuple(p if isinstance(p, str) else None for p in turn.pieces))
+        for turn in said
+    )
+    return turns, entries
+
+
+def _source(entry: Any, identifier: str, folder: Path) -> Source:
+    """An image's file, or its encoded bytes.
+
+    Raises:
+        Unreadable: it is neither.
+        UsageError: the file lies outside the folder.
+    """
+    if isinstance(entry, bytes | bytearray):
+        return bytes(entry)
+    if isinstance(entry, Mapping):
+        if entry.get("bytes"):
+            return _bytes(entry["bytes"])
+        if entry.get("base64"):
+            return _decoded(entry["base64"])
+        entry = entry.get("path", entry.get("url", entry.get("image")))
+    if not isinstance(entry, str) or not entry:
+        raise Unreadable("a picture has no name")
+    if entry.startswith("data:"):
+        return _decoded(entry.partition(",")[2])
+    if re.match(r"https?://", entry):
+        raise Unreadable(f"the picture {_short(entry)} is on the web; download it first")
+    plain = posixpath.normpath(_text(entry).removeprefix("file://").replace("\\", "/"))
+    if "\0" in plain or any(len(part.encode()) > 255 for part in plain.split("/")):
+        raise Unreadable("a picture's name is no file name")
+    if entry.startswith("file://") and plain.startswith(f"{folder}/"):
+        return Path(plain)
+    if plain.startswith(("/", "../")) or plain == ".." or re.match(r"[A-Za-z]:", plain):
+        raise UsageError(
+            f"Sample {identifier} names the picture {entry!r}, outside of {folder}.",
+            "Picture names must stay below data.images.",
+        )
+    return folder / plain
+
+
+def _bytes(value: Any) -> bytes:
+    try:
+        if isinstance(value, str):
+            raise TypeError
+        return bytes(value)
+    except (TypeError, ValueError):
+        raise Unreadable("a picture's bytes are not bytes") from None
+
+
+def _decoded(text: Any) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (TypeError, ValueError, binascii.Error):
+        raise Unreadable("a picture is not valid base64") from None
+
+
+# Nothing is dropped
+
+
+def _refuse_hidden_images(row: Row) -> None:
+    """Refuse rows without an image that seem to have one under another key."""
+    for key, value in row.items():
+        if key not in ("id", *TEXT_KEYS) and any(map(_looks_like_image, _listed(value))):
+            raise Unreadable(
+                f"its key {_short(key)} looks like an image; images are read from "
+                f"{' and '.join(IMAGE_KEYS)}"
+            )
+
+
+def _looks_like_image(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return "bytes" in value and set(value) <= {"bytes", "path"}
+    return isinstance(value, bytes) or (
+        isinstance(value, str) and len(value) < 500 and bool(IMAGE_NAME.search(value))
+    )
+
+
+def _listed(value: Any) -> list[Any]:
+    """A value that may stand alone or in a list; empty texts are absent."""
+    values: Iterable[Any] = value if isinstance(value, list | tuple) else [value]
+    return [each for each in values if each is not None and each != ""]
+
+
+def _without_nulls(value: Any) -> Any:
+    """Mappings without the keys that are null: Arrow writes one for every key that others have."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    if isinstance(value, list | tuple):
+        return [_without_nulls(each) for each in value]
+    return value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
