@@ -43,6 +43,8 @@ LINE_BYTES = 16 << 20
 BLANK_BYTES = 1 << 20
 ROUNDING = 0.01
 """Points between upstream's score and that of the samples: MMMU's is rounded to five digits."""
+REPLACED = "kd_bench: replaced"
+"""Key of a read sample: whether half a character, which no file can hold, was replaced in it."""
 JUDGED = ("mmbench_en_dev", "mmbench_cn_dev")
 """Upstream asks a judge, or draws a letter, where an answer names none: that is not in the log."""
 
@@ -295,7 +297,11 @@ def _sample(path: Path, number: int, line: bytes) -> Entry:
         why = f": {one_line(error)[:120]}" if isinstance(error, TypeError) else ""
         problem = f"{path} line {number} is not a logged sample{why}."
         raise IncompleteRunError(problem, "Was the log cut short?") from None
-    return {key: value for key, value in entry.items() if key not in ("doc", "arguments")}
+    kept = {key: value for key, value in entry.items() if key not in ("doc", "arguments")}
+    if b"\\ud" not in line.lower() and b"\xed" not in line:  # no surrogate, escaped or encoded
+        return kept
+    whole: Entry = _whole(kept)
+    return whole | {REPLACED: whole != kept}
 
 
 # --- samples and score ---------------------------------------------------------------------------
@@ -327,7 +333,7 @@ def _scored(
             f"{log}: the score {score:g} of document {name} is not between 0 and 1.",
             "Give the log as it was written.",
         )
-    samples, replaced = _without_surrogates(samples)
+    replaced = sum(entry.get(REPLACED, False) for entry in entries)
     notes = _agreement(spec, upstream, samples, metrics, log, trust_samples)
     if replaced:
         notes.append(f"{replaced} samples hold half a character, which is shown as \ufffd")
@@ -383,17 +389,15 @@ def _text(value: Any) -> str:
     return text
 
 
-def _without_surrogates(samples: "pd.DataFrame") -> tuple["pd.DataFrame", int]:
-    """Samples as they can be stored, and how many rows had to be changed."""
-    changed = set()
-    fixed = samples.copy()
-    for column in fixed.columns:
-        values = fixed[column].tolist()
-        kept = [_text(value) if isinstance(value, str) else value for value in values]
-        changed |= {row for row, pair in enumerate(zip(values, kept, strict=True))
-                    if isinstance(pair[0], str) and pair[0] != pair[1]}  # fmt: skip
-        fixed[column] = kept
-    return fixed, len(changed)
+def _whole(value: Any) -> Any:
+    """A JSON value with `_text` for every text in it."""
+    if isinstance(value, str):
+        return _text(value)
+    if isinstance(value, list):
+        return [_whole(each) for each in value]
+    if isinstance(value, dict):
+        return {_text(key): _whole(each) for key, each in value.items()}
+    return value
 
 
 def _answer(entry: Entry) -> str:

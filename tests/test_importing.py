@@ -1,0 +1,200 @@
+"""What `runs import` takes from another harness, and what it refuses by name."""
+
+import json
+import resource
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kd_bench.errors import KdBenchError, UsageError
+from kd_bench.evals.checkpoint import trained_name
+from kd_bench.evals.importing import import_results
+from kd_bench.store import catalogue, find_run
+
+ANSWERS = ("a", "b", "a", "a")
+
+
+def entries(answers: tuple[Any, ...] = ANSWERS) -> list[dict[str, Any]]:
+    return [
+        {"doc_id": key, "input": f"q{key}", "target": "a", "filtered_resps": [said],
+         "exact_match": float(said == "a")} for key, said in enumerate(answers)
+    ]  # fmt: skip
+
+
+def written(folder: Path, lines: list[Any] | bytes | None = None, **changes: Any) -> Path:
+    """Results and log of a TextVQA evaluation as lmms-eval writes them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    outcome = {
+        "results": {"textvqa_val": {"exact_match,none": 0.75}},
+        "config": {"model": "llava_hf", "model_args": "pretrained=/far/away/kl-seed0/final"},
+        "n-samples": {"textvqa_val": {"original": 4, "effective": 4}},
+        **changes,
+    }
+    (folder / "t_results.json").write_text(json.dumps(outcome), encoding="utf-8")
+    log = folder / "t_samples_textvqa_val.jsonl"
+    if isinstance(lines, bytes):
+        log.write_bytes(lines)
+    else:
+        text = "".join(json.dumps(entry) + "\n" for entry in (lines or entries()))
+        log.write_text(text, encoding="utf-8")
+    return folder
+
+
+def refused(folder: Path, tmp_path: Path, **options: Any) -> str:
+    """The refusal of an import, after it has been seen to leave nothing behind."""
+    with pytest.raises(KdBenchError) as error:
+        import_results(folder, tmp_path / "results", **options)
+    assert not (tmp_path / "results").exists()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_sound_log_is_imported(tmp_path: Path) -> None:
+    (run,) = import_results(written(tmp_path / "log"), tmp_path / "results")
+    manifest = run.manifest
+    assert run.result("textvqa").score == 75.0
+    assert (manifest.model.name, manifest.model.seed, manifest.model.method) == (
+        "kl-seed0",
+        None,
+        "",
+    )
+    assert manifest.protocol.limit is None
+    assert run.samples("textvqa")["answer"].tolist() == list(ANSWERS)
+
+
+def test_another_score_than_the_samples_give_is_refused_or_noted(tmp_path: Path) -> None:
+    folder = written(tmp_path / "log", results={"textvqa_val": {"exact_match,none": 0.2}})
+    told = refused(folder, tmp_path)
+    assert "results.json says 20.00, the samples give 75.00" in told
+    assert "--trust-samples" in told
+    (run,) = import_results(folder, tmp_path / "results", trust_samples=True)
+    assert run.result("textvqa").score == 75.0
+    assert "results.json says 20.00" in " ".join(run.result("textvqa").notes)
+
+
+@pytest.mark.parametrize(
+    "lines, told",
+    [
+        ([*entries(), *entries()], "4 documents are there more than once, the first is doc_id 0"),
+        ([*entries(), {**entries()[1], "exact_match": 1.0}], "doc_id 1"),
+        (entries()[:2], "has 2 of 4 documents"),
+        ([entries()[0], *entries()[2:]], "has 3 of 4 documents, the first is doc_id 1"),
+        ([{**entry, "exact_match": 7} for entry in entries()], "the score 7 of document 0"),
+        ([{**entry, "exact_match": float("nan")} for entry in entries()], "the score nan"),
+        ([{**entry, "exact_match": None} for entry in entries()], "cannot be read as textvqa"),
+        ([{**entry, "doc_id": "x"} for entry in entries()], "doc_id is 'x', not a number"),
+        ([{**entry, "doc_id": True} for entry in entries()], "doc_id is True, not a number"),
+        ([[1, 2]], "is not a logged sample"),
+        ([{"doc_id": 0}], "documents"),
+        (b"", "holds no sample"),
+        (b"\n\n", "holds no sample"),
+        (b"[" * 100_000, "is not a logged sample"),
+        (b'\xff\xfe{"doc_id": 0}\n', "is not a logged sample"),
+    ],
+)
+def test_what_is_wrong_with_a_log_is_named(tmp_path: Path, lines: Any, told: str) -> None:
+    folder = written(tmp_path / "log", lines)
+    if isinstance(lines, bytes) and not lines:
+        (folder / "t_samples_textvqa_val.jsonl").write_bytes(b"")
+    message = refused(folder, tmp_path)
+    assert told in message
+    assert "t_samples_textvqa_val.jsonl" in message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"config": None}, {"results": None}, {"results": []}, {"config": "x"}],
+    ids=str,
+)
+def test_a_results_file_without_its_parts_is_refused(tmp_path: Path, changes: Any) -> None:
+    assert "is not lmms-eval's results" in refused(written(tmp_path / "log", **changes), tmp_path)
+
+
+@pytest.mark.parametrize("score", [7, float("nan"), float("inf")])
+def test_a_score_that_cannot_be_is_refused(tmp_path: Path, score: float) -> None:
+    results = {"textvqa_val": {"exact_match,none": score}}
+    assert "results.json says" in refused(written(tmp_path / "log", results=results), tmp_path)
+
+
+def test_a_limited_log_is_a_limited_run(tmp_path: Path) -> None:
+    for number, changes in enumerate(
+        (
+            {"n-samples": {"textvqa_val": {"original": 5000, "effective": 4}}},
+            {"config": {"model": "m", "limit": 4}, "n-samples": None},
+        )
+    ):
+        folder = written(tmp_path / f"log{number}", **changes)
+        (run,) = import_results(folder, tmp_path / f"results{number}")
+        assert run.manifest.protocol.limit == 4
+
+
+def test_lines_end_at_a_line_feed_alone(tmp_path: Path) -> None:
+    said = entries(("a\u2028\u0085", "b\x1c\x0b", "a", "a"))
+    for entry in said:
+        entry["input"] += "\u2029\x85"
+        entry["exact_match"] = float(entry["filtered_resps"][0].startswith("a"))
+    log = "".join(json.dumps(entry, ensure_ascii=False) + "\r\n" for entry in said).encode()
+    (run,) = import_results(written(tmp_path / "log", log), tmp_path / "results")
+    assert run.samples("textvqa")["answer"].tolist()[0] == "a\u2028\u0085"
+
+
+@pytest.mark.parametrize("escaped", [True, False])
+def test_half_a_character_is_replaced_and_counted(tmp_path: Path, escaped: bool) -> None:
+    said = entries(("a", "b \ud83d", "a", "a"))
+    said[3]["input"] += "\udc00"
+    text = "".join(json.dumps(entry, ensure_ascii=escaped) + "\n" for entry in said)
+    folder = written(tmp_path / "log", text.encode("utf-8", "surrogatepass"))
+    (run,) = import_results(folder, tmp_path / "results")
+    assert run.samples("textvqa")["answer"].tolist()[1] == "b \ufffd"
+    assert "2 samples hold half a character" in " ".join(run.result("textvqa").notes)
+
+
+@pytest.mark.parametrize("name", ["t_results.json", "t_samples_textvqa_val.jsonl"])
+@pytest.mark.parametrize("filling", [b"\0", b"\n", b" "])
+def test_a_gigabyte_of_nothing_is_refused_within_bounds(
+    tmp_path: Path, name: str, filling: bytes
+) -> None:
+    folder = written(tmp_path / "log")
+    with (folder / name).open("wb") as stream:
+        if filling == b"\0":
+            stream.truncate(1 << 30)  # a sparse file
+        else:
+            for _ in range(96):
+                stream.write(filling * (1 << 20))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert name in refused(folder, tmp_path)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 300 << 10  # KiB
+
+
+def test_two_imports_do_not_replace_each_other(tmp_path: Path) -> None:
+    one = written(tmp_path / "one")
+    wrong = {"textvqa_val": {"exact_match,none": 0.0}}
+    two = written(tmp_path / "two", entries(("b", "c", "d", "e")), results=wrong)
+    results = tmp_path / "results"
+    (first,) = import_results(one, results)
+    (second,) = import_results(two, results)
+    assert first.manifest.model.name == "kl-seed0"
+    assert second.manifest.model.name.startswith("kl-seed0-")
+    assert find_run(results, "kl-seed0").result("textvqa").score == 75.0
+    with pytest.raises(UsageError, match="with other answers is there already"):
+        import_results(two, results, name="kl-seed0")
+    assert import_results(one, results) == [first]  # the same again is the same
+    shown, left_out = catalogue(results).board("imported")
+    assert len(shown) == 2
+    assert left_out == []
+
+
+@pytest.mark.parametrize(
+    "path, name",
+    [
+        ("/a/switch-kd-seed0/final", "switch-kd-seed0"),
+        ("runs/kl/checkpoint-400/", "kl"),
+        ("C:\\models\\kl\\final", "kl"),
+        ("org/llava-0.5b", "llava-0.5b"),
+        ("final", "final"),
+    ],
+)
+def test_a_checkpoint_is_named_after_its_training(path: str, name: str) -> None:
+    assert trained_name(path) == name
