@@ -273,6 +273,43 @@ def test_terminal(results: Path) -> None:
             say(row[heading], truth[name][key], where, whole=key not in TASKS)
 
 
+def test_categories(results: Path, report: Path) -> None:
+    """Each subset by its own samples: accuracy, F1 for POPE, accuracy plus accuracy+ for MME."""
+    import pandas as pd
+
+    tables = json.loads((report / "categories.json").read_text(encoding="utf-8"))["tables"]
+    titles = {table["title"]: table for table in tables}
+    assert len(titles) == 3  # MME, MMMU, POPE
+    rows = {row.label: row for row in truths(results)}
+    seen = 0
+    for table in tables:
+        task = next(t for t in TASKS if load_task(t).title in table["title"])
+        names = {c["key"]: name_of(c["title"]) for c in table["columns"][2:]}
+        for line in table["rows"]:
+            category = line["cells"]["category"]["value"]
+            for key, name in names.items():
+                scores = []
+                for path in rows[name].runs:
+                    frame = pd.read_parquet(path / "tasks" / f"{task}.samples.parquet")
+                    part = frame[frame["category"] == category]
+                    assert line["cells"]["n"]["value"] == len(part)
+                    scores.append(_subset_score(task, part))
+                where = f"{task}, {category}, {name}"
+                assert line["cells"][key]["value"] == pytest.approx(np.mean(scores)), where
+                seen += 1
+    assert seen == (4 + 2 + 3) * len(rows)
+
+
+def _subset_score(task: str, part: Any) -> float:
+    if task == "pope":
+        said, true = part["parsed"] == "yes", part["target"] == "yes"
+        return 200 * float((said & true).sum()) / float(said.sum() + true.sum())
+    if task == "mme":
+        both = part.groupby("unit_id")["score"].min().mean()
+        return 100 * float(part["score"].mean() + both) / 2
+    return 100 * float(part["score"].mean())
+
+
 # --- plots -------------------------------------------------------------------------------------
 
 

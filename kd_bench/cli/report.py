@@ -35,17 +35,22 @@ def report(
     methods: Annotated[
         str | None, typer.Option(help="Rows of the paper's table, by comma; default: all.")
     ] = None,
+    trend: Annotated[
+        bool, typer.Option("--trend", help="Runs by date and the baseline's moves instead.")
+    ] = False,
     training: Annotated[
         list[Path] | None,
         typer.Option(help="Plot this training folder instead, finished or not; may be repeated."),
     ] = None,
 ) -> None:
     """Render the leaderboard: terminal, Markdown and a self-contained page."""
-    if training and (runs or suite or compare or main or latex):
+    if training and (runs or suite or compare or main or latex or trend):
         raise UsageError(
             "--training plots training folders only.",
-            "Drop the runs, --suite, --compare, --main and --latex.",
+            "Drop the runs, --suite, --compare, --main, --latex and --trend.",
         )
+    if trend and (compare or main or latex):
+        raise UsageError("--trend shows runs by date only.", "Drop --compare, --main and --latex.")
     if latex not in (None, "paper"):
         raise UsageError(f"There is no --latex {latex!r}.", "Known: paper.")
     if (benchmarks or methods) and latex is None:
@@ -55,10 +60,12 @@ def report(
         )
     from rich.console import Console
 
-    from kd_bench.report import Paper, render_report, render_training
+    from kd_bench.report import Paper, render_report, render_training, render_trend
 
     if training:
         page = render_training(training, to)
+    elif trend:
+        page = render_trend(results, to, runs, suite=suite)
     else:
         page = render_report(
             results,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from kd_bench.report.board import Board
     from kd_bench.report.tables import Table
 
-__all__ = ["Paper", "print_report", "render_report", "render_training"]
+__all__ = ["Paper", "print_report", "render_report", "render_training", "render_trend"]
 
 
 def render_report(
@@ -147,3 +147,20 @@ def render_training(trainings: Sequence[Path], destination: Path) -> Path:
     from kd_bench.report.training_page import render_training as render
 
     return render(trainings, destination)
+
+
+def render_trend(
+    results: Path,
+    destination: Path,
+    names: Sequence[str] | None = None,
+    *,
+    suite: str | None = None,
+) -> Path:
+    """The averages of a suite's runs by date and the baseline's moves; returns `index.html`.
+
+    Raises:
+        UsageError: there is no finished run of that suite.
+    """
+    from kd_bench.report.trend import render_trend as render
+
+    return render(results, destination, names, suite=suite)

@@ -33,9 +33,16 @@ Loaded = tuple[Run, RunManifest, dict[str, TaskResult], str]
 
 
 def load_board(
-    results: Path, names: Sequence[str] | None = None, suite: str | None = None
+    results: Path,
+    names: Sequence[str] | None = None,
+    suite: str | None = None,
+    *,
+    every: bool = False,
 ) -> Board:
     """The board of the named runs, or of all runs of one suite (default: the newest run's).
+
+    Args:
+        every: also the runs that a newer one of the same model has taken the place of.
 
     Raises:
         UsageError: a name fits no run, or no run is of that suite.
@@ -60,7 +67,7 @@ def load_board(
             f"No run of the suite {suite!r}.{closest(suite, known)}",
             f"There are runs of: {', '.join(known)}.",
         )
-    if names:
+    if names or every:
         chosen = [pair for pair in listed if pair not in others]
     else:
         chosen, passed = there.board(suite)

@@ -10,6 +10,7 @@ from kd_bench.compare.estimates import Evidence
 from kd_bench.files import write_text
 from kd_bench.records import AVERAGE
 from kd_bench.report.board import Board, Entry, Score
+from kd_bench.report.categories import category_tables
 from kd_bench.report.facts import paper_table, published_tables, run_facts
 from kd_bench.report.leaderboard import MODES, Mode, interval_text, leaderboard, status_of
 from kd_bench.report.plots import board_plots
@@ -62,12 +63,18 @@ def render(
     place of rendering.
     """
     plot_names = [name for *_, names in PLOTS for name in names]
-    claim_report(destination, [*TABLES, "paper.tex", "samples.parquet"], plot_names)
+    claim_report(
+        destination, [*TABLES, "categories.json", "paper.tex", "samples.parquet"], plot_names
+    )
     logs = {entry.key: logs_of(entry) for entry in board.entries}
     plots = board_plots(board, evidence, logs)
     chosen = choose_samples(board)
     tables = {mode: leaderboard(board, mode) for mode, _ in MODES}
+    categories = category_tables(board)
     downloads = _write_tables(tables, destination)
+    if categories:
+        write_text(destination / "categories.json", to_json_text(categories))
+        downloads.append(("categories.json", "scores by category for machines"))
     if paper is not None:
         write_text(destination / "paper.tex", paper)
         downloads.append(("paper.tex", "a paper's table, with caption"))
@@ -78,7 +85,9 @@ def render(
         rows = write_samples(board, destination / "samples.parquet")
         downloads.append(("samples.parquet", f"all {rows:,} samples of every model"))
     page = destination / "index.html"
-    write_page(page, _context(board, tables, plots, chosen, downloads))
+    context = _context(board, tables, plots, chosen, downloads)
+    context["categories"] = [_embedded(table, folded=True) for table in categories]
+    write_page(page, context)
     return page
 
 
@@ -368,13 +377,13 @@ def _published(board: Board) -> dict[str, Any] | None:
             " The scores above are of the embedded mini world and cannot be compared with these."
         )
     beside = paper_table(board)
-    tables = [_published_table(table, folded=False) for table in (beside, main) if table]
+    tables = [_embedded(table, folded=False) for table in (beside, main) if table]
     if rest is not None:
-        tables.append(_published_table(rest, folded=True))
+        tables.append(_embedded(rest, folded=True))
     return {"intro": intro, "tables": tables}
 
 
-def _published_table(table: Table, folded: bool) -> dict[str, Any]:
+def _embedded(table: Table, folded: bool) -> dict[str, Any]:
     return {"html": Markup(to_html(table)), "folded": folded, "summary": table.title}
 
 

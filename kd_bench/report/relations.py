@@ -18,7 +18,7 @@ from kd_bench.report.board import MISSING, Board, Entry, Score, TaskInfo
 from kd_bench.stats import RESAMPLES
 from kd_bench.store import Run
 
-__all__ = ["Gap", "hybrid_gaps", "read_evidence", "relate"]
+__all__ = ["Gap", "hybrid_gaps", "profile_of", "read_evidence", "relate"]
 
 SCORED = ("document_id", "unit_id", "category", "target", "parsed", "score")
 # Stored samples that miss the stored score by more than this (points) are not resampled.
@@ -34,7 +34,7 @@ def read_evidence(board: Board, resamples: int = RESAMPLES) -> Evidence:
 def _task_evidence(board: Board, info: TaskInfo, resamples: int) -> TaskEvidence | None:
     """Evidence by run folder name; runs over other units than the first one's are left out."""
     task = info.id
-    aggregator = get_aggregator(info.aggregator(_profile(board, task)))
+    aggregator = get_aggregator(info.aggregator(profile_of(board, task)))
     by_run: dict[str, NDArray[np.float64]] = {}
     units: NDArray[np.object_] | None = None
     for entry in board.entries:
@@ -64,7 +64,8 @@ def _statistics(run: Run, task: str, aggregator: str) -> UnitStatistics | None:
         return None  # a damaged file costs the interval, not the report
 
 
-def _profile(board: Board, task: str) -> str:
+def profile_of(board: Board, task: str) -> str:
+    """The protocol profile that the first run with this benchmark has."""
     for entry in board.entries:
         for results in entry.results:
             if task in results:

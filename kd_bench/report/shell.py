@@ -31,8 +31,8 @@ CHROME_DARK = {
 }  # fmt: skip
 EMPTY: dict[str, Any] = {
     "mini": False, "title": "", "eyebrow": "", "lead": [], "figures": [], "warnings": [],
-    "rows": False, "plot_sections": [], "samples_json": None, "published": None, "runs": [],
-    "left_out": [], "downloads": [],
+    "rows": False, "categories": [], "plot_sections": [], "samples_json": None,
+    "published": None, "runs": [], "trend": None, "left_out": [], "downloads": [],
 }  # fmt: skip
 
 PlotSection = tuple[str, str, str, tuple[str, ...]]
@@ -107,7 +107,9 @@ def _css() -> str:
 
 
 def _navigation(context: dict[str, Any]) -> list[tuple[str, str]]:
-    links = [("leaderboard", "Leaderboard")] if context["rows"] else []
+    links = [("trend", "Trend")] if context["trend"] else []
+    links += [("leaderboard", "Leaderboard")] if context["rows"] else []
+    links += [("categories", "Categories")] if context["categories"] else []
     links += [(section["id"], section["title"]) for section in context["plot_sections"]]
     links += [("samples", "Samples")] if context["samples_json"] else []
     links += [("published", "Published")] if context["published"] else []

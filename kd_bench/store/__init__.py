@@ -3,6 +3,7 @@
 from kd_bench.store.catalogue import (
     Baseline,
     Catalogue,
+    baseline_moves,
     baseline_run,
     baselines,
     catalogue,
@@ -22,6 +23,7 @@ __all__ = [
     "Baseline",
     "Catalogue",
     "Run",
+    "baseline_moves",
     "baseline_run",
     "baselines",
     "catalogue",

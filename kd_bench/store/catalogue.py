@@ -5,11 +5,13 @@ unfinished or unhealthy one never stands for it. What is passed over is said, wi
 A damaged run may hide the one that was meant: it is named, and nothing older takes its place.
 """
 
+import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from kd_bench import registry
@@ -22,6 +24,7 @@ __all__ = [
     "Baseline",
     "Catalogue",
     "Listed",
+    "baseline_moves",
     "baseline_run",
     "baselines",
     "catalogue",
@@ -36,6 +39,7 @@ __all__ = [
 ]
 
 Listed = tuple[Run, RunManifest]
+MOVES = "baseline_moves.jsonl"  # when a baseline was set to which run; only grows
 
 
 @dataclass(frozen=True)
@@ -360,6 +364,30 @@ def set_baseline(
     named = _read_baselines(results)
     named[name] = {**entry, "allowed": allowed} if allowed else entry
     write_text(results / "baselines.yaml", dump_yaml(dict(sorted(named.items()))))
+    move = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "name": name,
+        "run": entry["run"],
+    }
+    with (results / MOVES).open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(move, ensure_ascii=False) + "\n")
+
+
+def baseline_moves(results: Path) -> list[tuple[datetime, str, str]]:
+    """(when, baseline, run folder) of every time that a baseline was set, oldest first.
+
+    Stores from before moves were written down have none; a torn line is passed over.
+    """
+    path = results / MOVES
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    found = []
+    for line in lines:
+        with suppress(ValueError, KeyError, TypeError):
+            move = json.loads(line)
+            when = datetime.fromisoformat(move["time"])
+            when = when if when.tzinfo else when.replace(tzinfo=UTC)
+            found.append((when, str(move["name"]), str(move["run"])))
+    return sorted(found, key=lambda each: each[0])
 
 
 def baseline_run(results: Path, name: str) -> Run:
