@@ -109,11 +109,11 @@ def _judge(
     """Look up both sides and the policy, and judge."""
     from kd_bench import gate
     from kd_bench.policy import load_policy
-    from kd_bench.store import baseline_run, find_run
+    from kd_bench.store import baseline_run, find_runs
 
-    new = [find_run(results, name) for name in candidate]
+    new = find_runs(results, candidate)
     suite = new[0].manifest.protocol.suite
-    old = [find_run(results, name) for name in against or []] or [baseline_run(results, suite)]
+    old = find_runs(results, against, new[0]) if against else [baseline_run(results, suite)]
     return gate.check(new, old, load_policy(policy, suites=[suite]))
 
 
@@ -154,14 +154,14 @@ def _plan(
     from kd_bench.policy import load_policy
     from kd_bench.report.tables_terminal import to_terminal
     from kd_bench.report.verdicts import plan_table
-    from kd_bench.store import find_run
+    from kd_bench.store import find_runs
 
     if against:
         raise UsageError(
             "--plan looks at one recipe; --against is of a check.",
             "Name the baseline and its other seeds: check --plan BASELINE [OTHER-SEED...].",
         )
-    runs = [find_run(results, name) for name in names]
+    runs = find_runs(results, names)
     suite = runs[0].manifest.protocol.suite
     found = plan(runs[0], runs[1:], load_policy(policy, suites=[suite]))
     if as_json:
