@@ -6,7 +6,7 @@ from tests.faults import FAULTS, Fault
 from tests.faults.catalogue import load
 
 load()
-SAMPLED = 12
+SAMPLED = 3
 
 
 def cases(slow: bool) -> list[object]:

@@ -60,14 +60,17 @@ class Catalogue:
 
         Args:
             like: where a model has several runs, those of this one's protocol come first; else
-                those of a protocol that most of the names have.
+                those of the protocol that most models of the store have.
 
         Raises:
             UsageError: a name fits none.
             IncompleteRunError: only damaged runs fit, or one may be the run that was meant.
         """
         found = [self._exact(name) or self._candidates(name) for name in names]
-        common = _common([each for each in found if isinstance(each, list)])
+        models: dict[str, list[Listed]] = {}
+        for listed in self.runs:
+            models.setdefault(listed[1].model.name, []).append(listed)
+        common = _common(models.values())
         return [
             each if isinstance(each, Run) else self._best(name, each, common, like)
             for name, each in zip(names, found, strict=True)
@@ -165,15 +168,16 @@ class Catalogue:
 
 
 def catalogue(results: Path) -> Catalogue:
-    """Read every manifest below `results`."""
+    """Read every manifest below `results`; what was evaluated and has lost its own is damaged."""
     runs: list[Listed] = []
     damaged: list[tuple[Run, KdBenchError]] = []
-    for path in sorted((results / "runs").glob("*/manifest.json")):
-        run = Run(path.parent)
+    for folder in sorted((results / "runs").glob("*/")):
+        run = Run(folder)
         try:
             runs.append((run, run.manifest))
         except KdBenchError as error:
-            if path.exists():  # else it was removed while we looked
+            # Without a manifest it is a run only if something was committed.
+            if (folder / "manifest.json").exists() or any((folder / "tasks").glob("*.json")):
                 damaged.append((run, error))
     runs.sort(key=lambda each: (each[1].created, each[0].path.name))
     return Catalogue(results, tuple(runs), tuple(damaged))
