@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from kd_bench.distill.build import build_student
 from kd_bench.distill.checkpoints import locate, stored_dtype, weights_digest
 from kd_bench.distill.models import load_model, load_processor, parameter_counts
 from kd_bench.distill.recipe import StudentParts
-from kd_bench.errors import MissingExtraError, UsageError
+from kd_bench.errors import ExitCode, KdBenchError, MissingExtraError, UsageError
 from tests import tiny
 from tests.tiny_families import FAMILIES, make
 
@@ -295,3 +296,182 @@ def test_the_stored_type_is_the_configs_else_the_weights_own(copy: Path) -> None
     assert stored_dtype(copy) == "bfloat16"
     set_config(copy, torch_dtype="float16")
     assert stored_dtype(copy) == "float16"
+
+
+# --- mutated at random -------------------------------------------------------------------------
+
+
+def _paths(value: Any, at: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Every key of nested objects."""
+    if not isinstance(value, dict):
+        return []
+    return [path for key in value for path in ((*at, key), *_paths(value[key], (*at, key)))]
+
+
+def _change_json(file: Path, dice: random.Random) -> str:
+    """Drop a key, or give it a value of another kind or size."""
+    content = json.loads(file.read_text())
+    path = dice.choice(_paths(content))
+    inner = content
+    for key in path[:-1]:
+        inner = inner[key]
+    old = inner[path[-1]]
+    choices: list[Any] = [None, "", "strange", -1, 0, 3, [], {}, True, 1e9, [old], {"a": old}]
+    if dice.random() < 0.5:
+        del inner[path[-1]]
+        what = "dropped"
+    else:
+        inner[path[-1]] = new = dice.choice(choices)
+        what = f"= {new!r}"
+    file.write_text(json.dumps(content))
+    return f"{file.name}: {'.'.join(path)} {what}"
+
+
+def _change_tensor(folder: Path, dice: random.Random) -> str:
+    tensors = load_file(folder / "model.safetensors")
+    name = dice.choice(sorted(tensors))
+    tensor = tensors[name]
+    kind = dice.choice(["removed", "renamed", "nan", "int8", "half", "cut", "transposed", "moved"])
+    if kind == "removed":
+        del tensors[name]
+    elif kind == "renamed":
+        tensors["model." + name] = tensors.pop(name)
+    elif kind == "nan":
+        tensors[name] = torch.full_like(tensor, float("nan"))
+    elif kind == "int8":
+        tensors[name] = (tensor * 10).to(torch.int8)
+    elif kind == "half":
+        tensors[name] = tensor.to(torch.float16)
+    elif kind == "cut":
+        tensors[name] = tensor[: len(tensor) // 2].clone()
+    elif kind == "transposed":
+        tensors[name] = tensor.T.contiguous() if tensor.dim() == 2 else tensor[None].contiguous()
+    else:  # into a second file that no index names
+        save_file({name: tensors.pop(name)}, folder / "other.safetensors")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return f"{name} {kind}"
+
+
+def _change_file(folder: Path, dice: random.Random) -> str:
+    file = dice.choice(sorted(folder.iterdir()))
+    content = file.read_bytes()
+    kind = dice.choice(["gone", "empty", "cut", "flipped", "garbage"])
+    if kind == "gone":
+        file.unlink()
+    elif kind == "flipped":
+        place = dice.randrange(len(content))
+        file.write_bytes(content[:place] + bytes([content[place] ^ 64]) + content[place + 1 :])
+    else:
+        cut = {"empty": b"", "cut": content[: dice.randrange(len(content))], "garbage": b"\xff\x00"}
+        file.write_bytes(cut[kind])
+    return f"{file.name} {kind}"
+
+
+def _change_template(folder: Path, dice: random.Random) -> str:
+    file = folder / "chat_template.jinja"
+    text = file.read_text()
+    first, last = sorted(dice.sample(range(len(text)), 2))
+    file.write_text(text[:first] + text[last:])
+    return f"template without {first}:{last}"
+
+
+def _change_shards(folder: Path, dice: random.Random) -> str:
+    load_model(folder).save_pretrained(folder, max_shard_size="20KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    shards = sorted(folder.glob("model-*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    kind = dice.choice(["missing", "no index", "swapped", "entry", "whole"])
+    if kind == "missing":
+        dice.choice(shards).unlink()
+    elif kind == "no index":
+        index.unlink()
+    elif kind == "swapped":
+        one, two = dice.sample(shards, 2)
+        one.rename(folder / "x")
+        two.rename(one)
+        (folder / "x").rename(two)
+    elif kind == "entry":
+        return _change_json(index, dice)
+    return f"shards {kind}"
+
+
+def mutate(folder: Path, seed: int) -> str:
+    """Damage a checkpoint in one of many ways; what was done."""
+    dice = random.Random(seed)
+    way = seed % 8
+    if way < 2:
+        return _change_json(folder / "config.json", dice)
+    if way < 4:
+        return _change_tensor(folder, dice)
+    if way == 4:
+        return _change_file(folder, dice)
+    if way == 5:
+        return _change_template(folder, dice)
+    if way == 6:
+        return _change_shards(folder, dice)
+    names = ["processor_config.json", "tokenizer_config.json", "generation_config.json"]
+    return _change_json(folder / dice.choice(names), dice)
+
+
+def load_as_eval(folder: Path) -> Any:
+    """All that `eval` does before its first question."""
+    from kd_bench.evals.checkpoint import chosen_dtype, inspect_checkpoint
+    from kd_bench.evals.worker import Plan, _load
+    from kd_bench.records import Protocol
+
+    known = inspect_checkpoint(str(folder))
+    protocol = Protocol("mini", dtype=chosen_dtype(known, "auto"))
+    return _load(Plan(known, [], Path(), protocol, {}, debug=True)).engine.model
+
+
+def load_as_train(folder: Path, data: Path, output: Path, role: str) -> None:
+    from rich.console import Console
+
+    from kd_bench.distill.recipe import Recipe
+    from kd_bench.distill.trainer import train
+
+    whole = str(data.parent / "whole")
+    models = {"student": whole, "teacher": whole, role: str(folder)}
+    stage = {"method": "kl", "steps": 1, "batch_size": 2}
+    recipe = {"name": "m", "data": {"path": str(data), "limit": 4}, "stages": [stage], **models}
+    train(Recipe(**recipe, output=str(output)), console=Console(quiet=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", range(0, 152, 19))
+def test_mutated_checkpoints_load_rightly_or_are_one_line(
+    start: int, checkpoint: Path, tmp_path: Path
+) -> None:
+    data = tiny.write_data(tmp_path / "data", 8)
+    shutil.copytree(checkpoint, tmp_path / "data" / "whole")
+    data = Path(shutil.copy(data, tmp_path / "data" / "rows.json"))
+    expected = load_model(checkpoint).state_dict()
+    for seed in range(start, start + 19):
+        folder = Path(shutil.copytree(checkpoint, tmp_path / f"mutated{seed}"))
+        what = f"{seed}: {mutate(folder, seed)}"
+        problem = problem_of(what, partial(loads_rightly, folder, expected, what))
+        if problem:
+            assert problem.exit_code == ExitCode.USAGE, f"{what}: {problem}"
+        role, output = ("student", "teacher")[seed // 8 % 2], tmp_path / f"out{seed}"
+        problem = problem_of(what, partial(load_as_train, folder, data, output, role))
+        if problem:
+            assert problem.exit_code == ExitCode.USAGE, f"{what}: {problem}"
+
+
+def problem_of(what: str, work: Callable[[], None]) -> KdBenchError | None:
+    """The refusal of one line that a piece of work ends in; nothing else may be raised."""
+    try:
+        work()
+    except KdBenchError as error:
+        assert "\n" not in str(error), what  # noqa: PT017 - it may also work
+        return error
+    except Exception as error:
+        raise AssertionError(f"{what}: ends in {error!r}") from error
+    return None
+
+
+def loads_rightly(folder: Path, expected: Tensors, what: str) -> None:
+    found = load_as_eval(folder).state_dict()
+    for name, tensor in expected.items():
+        close = torch.allclose(found[name], tensor, rtol=1e-3, atol=1e-6)
+        assert close or "flipped" in what, f"{what}: {name} was loaded with other values"
