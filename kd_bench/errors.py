@@ -104,7 +104,8 @@ def explained(problem: str, way_out: str) -> Iterator[None]:
         raise
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        said = one_line(Exception(lines[0] if lines else ""))[:300].removesuffix(".")
+        first = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
+        said = one_line(Exception(first))[:300].rstrip(".:")
         kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
         raise UsageError(f"{problem}: {kind}{said}.", way_out) from error
 

@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from kd_bench.compare.align import numeric_notes
 from kd_bench.errors import UsageError
 from kd_bench.evals.runner import evaluate
 from kd_bench.files import Journal, read_json, write_json
@@ -299,6 +300,56 @@ def test_unreadable_pictures_make_a_run_unhealthy_and_are_tried_again(
     assert again.path == run.path
     assert again.result("pope").computed == 3
     assert again.manifest.status == "unhealthy"
+
+
+def test_answers_that_never_end_make_a_run_unhealthy(data: Path, tmp_path: Path) -> None:
+    endless = save_talker(tmp_path / "endless", end=0.0)
+    options: dict[str, Any] = {"tasks": ["pope"], "limit": 8}
+    run = go(endless, data, tmp_path / "r", **options, truncated_limit=0.5)
+    assert run.result("pope").rates["truncated"] == 1.0
+    assert run.manifest.status == "unhealthy"
+    assert run.manifest.notes == [
+        "pope: 100.0% of the answers never ended: they were cut off at the token limit"
+    ]
+    again = go(endless, data, tmp_path / "r", **options, truncated_limit=1.0)
+    assert (again.path, again.manifest.status) == (run.path, "complete")
+
+
+def test_scores_that_are_not_finite_are_failed_answers_with_their_reason(
+    checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "loud"))
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    (head,) = [name for name in weights if name.endswith("lm_head.weight")]
+    weights[head] = weights[head].sign() * 3e38  # finite, and their sums are not
+    save_file(weights, file, metadata={"format": "pt"})
+    run = go(folder, data, tmp_path / "r", tasks=["pope"], limit=8)
+    assert run.manifest.status == "unhealthy"
+    assert run.manifest.notes == [
+        "pope: 100.0% of the answers failed",
+        "pope: commonest failure: FloatingPointError: the model's logits are not finite",
+    ]
+
+
+def test_the_quantized_model_is_a_run_beside_the_float_one(
+    checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    plain = go(checkpoint, data, tmp_path, tasks=["pope"])
+    for kind in ("nf4", "int8"):
+        run = go(checkpoint, data, tmp_path, tasks=["pope"], quantize=kind)
+        assert run.path != plain.path
+        assert run.manifest.status == "complete", run.manifest.notes
+        assert run.manifest.protocol.quantize == kind
+        assert run.manifest.model.name == f"{plain.manifest.model.name}-{kind}"
+        assert run.manifest.cost.parameters == plain.manifest.cost.parameters
+        assert run.manifest.cost.weight_bytes < plain.manifest.cost.weight_bytes  # type: ignore[operator]
+        assert run.result("pope").fingerprint == plain.result("pope").fingerprint
+        [note] = numeric_notes([plain, run])
+        assert note.endswith(f"differ in quantization: none, {kind}.")
 
 
 def test_one_task_that_cannot_be_scored_does_not_cost_the_others(

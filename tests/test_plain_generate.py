@@ -1,6 +1,7 @@
 """A stored answer is what plain transformers gives: own processor, own template, `generate`."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from PIL import Image
 from kd_bench.distill.models import load_model
 from kd_bench.evals.adapter import KdBench
 from kd_bench.evals.constraints import end_ids
+from kd_bench.evals.engine import Engine
 from kd_bench.evals.questions import Question, Settings
 from tests.public_families import MODELS, save
 
@@ -64,10 +66,15 @@ def plain_answers(folder: Path, asked: list[tuple[str, int]]) -> list[str]:
 
 
 def stored_answers(folder: Path, asked: list[tuple[str, int]], batch_size: int) -> list[str]:
-    """What the engine of `eval` stores."""
-    engine = KdBench(pretrained=str(folder), batch_size=batch_size, device="cpu").engine
+    """What `eval` stores."""
+    return answers_of(
+        KdBench(pretrained=str(folder), batch_size=batch_size, device="cpu").engine, asked
+    )
+
+
+def answers_of(engine: Engine, asked: list[tuple[str, int]]) -> list[str]:
     questions = [
-        Question(number, text, lambda n=number, c=count: images(n, c), Settings(NEW_TOKENS))
+        Question(number, text, partial(images, number, count), Settings(NEW_TOKENS))
         for number, (text, count) in enumerate(asked)
     ]
     answers = {answer.index: answer for batch in engine.answers(questions) for answer in batch}
@@ -104,3 +111,23 @@ def test_a_stored_answer_is_what_generate_gives(family: str, tmp_path: Path) -> 
         assert any(expected)
         seen.append(expected)
     assert seen[0] != seen[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(MODELS))
+def test_every_family_answers_when_it_is_quantized(family: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    base = save(tmp_path / "base", family)
+    for kind in ("nf4", "int8"):
+        model = KdBench(pretrained=str(base), device="cpu", quantize=kind)
+        model.check(family)
+        inner = model.engine.model
+        inner.save_pretrained(tmp_path / kind)
+        model.engine._processor.save_pretrained(tmp_path / kind)
+        rounded = [
+            name for name, weight in inner.named_parameters() if not weight.is_floating_point()
+        ]
+        assert len(rounded) > 10
+        again = KdBench(pretrained=str(tmp_path / kind), device="cpu")
+        asked = [(WORDS[0], 1), (WORDS[1], 2)]
+        assert answers_of(model.engine, asked) == answers_of(again.engine, asked)

@@ -93,8 +93,30 @@ def convert_tinyllava(source: str | Path, destination: str | Path) -> Path:
         strategy=llava.vision_feature_select_strategy,
         template=tinyllava_template(),
     ).save_pretrained(staging)
+    _check_whole(source, staging)
     staging.rename(destination)
     return destination
+
+
+def _check_whole(source: Path, staging: Path) -> None:
+    """Load what was converted: a tensor that the source lacks would be drawn at random later.
+
+    Raises:
+        UsageError: weights are missing, surplus, of another shape or not finite.
+    """
+    import torch
+
+    from kd_bench.distill.checkpoints import stored_dtype
+    from kd_bench.distill.models import load_model
+
+    try:
+        load_model(staging, dtype=getattr(torch, stored_dtype(staging)))
+    except UsageError as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        problem = error.problem.replace(str(staging), "what came of it")
+        raise UsageError(
+            f"{source} is no whole TinyLLaVA checkpoint: {problem}", "Download or save it again."
+        ) from None
 
 
 def to_tinyllava(source: str | Path, destination: str | Path) -> Path:

@@ -208,6 +208,7 @@ def run_facts(manifest: RunManifest) -> list[tuple[str, str]]:
         ("Suite", protocol.suite + ("" if protocol.limit is None else f", first {protocol.limit}")),
         ("Profiles", ", ".join(f"{k}: {v}" for k, v in sorted(protocol.profiles.items()))),
         ("Number type", protocol.dtype),
+        ("Quantized to", protocol.quantize),
         ("Batch size", "" if protocol.batch_size is None else str(protocol.batch_size)),
         ("Engine", protocol.engine),
         ("Evaluated", manifest.finished or manifest.created),
