@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from kd_bench.distill.batches import Collator
 from kd_bench.distill.compatibility import check_pair, image_difference
@@ -17,7 +18,7 @@ from kd_bench.distill.recipe import DataSource, load_recipe
 from kd_bench.distill.trainer import train
 from kd_bench.distill.vision_language import answer_positions
 from kd_bench.errors import UsageError
-from tests import tiny
+from tests import public_families, tiny
 
 SIDE = 32  # 16 image tokens where the student has 4
 
@@ -152,3 +153,46 @@ def test_a_pair_with_unequal_processors_trains_by_kl_and_is_refused_by_switch_kd
         logs.append([json.loads(line)["terms"] for line in lines])
     assert logs[0] == logs[1] == logs[2]
     assert logs[0][-1]["ce"] < logs[0][0]["ce"]
+
+
+UNEQUAL = {
+    "llava-next": ("image_grid_pinpoints", [[28, 56], [56, 28], [56, 56], [84, 28]]),
+    "llava-onevision": ("image_grid_pinpoints", [[28, 56], [56, 28], [84, 28]]),
+    "qwen2.5-vl": ("size", {"longest_edge": 4704, "shortest_edge": 3136}),
+    "smolvlm": ("size", {"longest_edge": 128}),
+    "internvl": ("max_patches", 2),
+    "gemma3": ("do_normalize", False),
+}
+
+
+def set_in(file, setting, value, under=None):
+    content = json.loads(file.read_text())
+    (content[under] if under else content)[setting] = value
+    file.write_text(json.dumps(content))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", UNEQUAL)
+def test_tiles_and_pixel_limits_may_differ_in_every_family(family, tmp_path):
+    setting, value = UNEQUAL[family]
+    public_families.save(tmp_path / "student", family)
+    teacher = public_families.save(tmp_path / "teacher", family, seed=1)
+    set_in(teacher / "processor_config.json", setting, value, under="image_processor")
+    if setting == "image_grid_pinpoints":
+        set_in(teacher / "config.json", setting, value)
+    recipe = tiny.write_recipe(
+        tmp_path / "rest", student=str(tmp_path / "student"), teacher=str(teacher)
+    )
+    for image in (tmp_path / "rest" / "data").glob("*.png"):
+        with Image.open(image) as opened:
+            opened.resize((300, 110)).save(image)
+    questions = tmp_path / "rest" / "data" / "conversations.json"
+    rows = [row for row in json.loads(questions.read_text()) if "image" in row]
+    questions.write_text(json.dumps(rows))
+    with pytest.raises(UsageError, match=rf"{setting}.*The term 'switch' needs"):
+        train(load_recipe(recipe))
+    final = train(load_recipe(recipe, ["method=kl", "steps=2", f"output={tmp_path / 'kl'}"]))
+    lines = (final.parent / "train_log.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["terms"]["kl"] > 0
+    lineage = json.loads((final / "lineage.json").read_text())
+    assert lineage["stages"]["train"]["unreadable"] == []

@@ -121,6 +121,7 @@ def image_difference(
         mine, other = left.get(name), right.get(name)
         only_one_crops = name in UNUSED_WITHOUT and None in (mine, other)
         if mine != other and not only_one_crops:
+            mine, other = ("off" if value is None else value for value in (mine, other))
             return f"The image processors differ in {name}: student {mine}, teacher {other}."
     return ""
 

@@ -225,7 +225,9 @@ class PairEncoder(Encoder):
     def __init__(self, processor: Any, teacher_processor: Any, *given: Any, **options: Any) -> None:
         super().__init__(processor, *given, **options)
         teacher_processor = copy.copy(teacher_processor)
-        teacher_processor.chat_template = self.chat.template
+        mark = str(getattr(teacher_processor, "image_token", None) or self.chat.image_token)
+        template = self.chat.template
+        teacher_processor.chat_template = template and template.replace(self.chat.image_token, mark)
         self.teacher = Encoder(teacher_processor, NO_LIMIT, max_pixels=self.max_pixels)
 
     def encode_many(
