@@ -32,7 +32,7 @@ from kd_bench.compare.differences import (
 )
 from kd_bench.compare.estimates import Estimate, Evidence
 from kd_bench.compare.methods import seeds_of_one_method, training_noise
-from kd_bench.errors import ExitCode, IncompleteRunError
+from kd_bench.errors import ExitCode, IncompleteRunError, NotComparableError
 from kd_bench.policy import CostLimits, Margins, Policy, Retention
 from kd_bench.records import AVERAGE, Interval
 from kd_bench.stats import (
@@ -42,7 +42,7 @@ from kd_bench.stats import (
     percentile_interval,
     unchanged_draws,
 )
-from kd_bench.store import Run, find_run
+from kd_bench.store import Run, cautions, find_run, suite_tasks
 
 __all__ = ["GateReport", "RuleOutcome", "Verdict", "check", "judge"]
 
@@ -194,8 +194,10 @@ class GateReport:
             name: [each.name for each in self.verdicts if each.verdict == name]
             for name in ("regressed", "inconclusive")
         }
+        averaged = any(each.name == AVERAGE for each in self.verdicts)
         rule = (
-            "every benchmark and the average must be shown not worse than the margin"
+            f"every benchmark{' and the average' * averaged} must be shown not worse than the "
+            "margin"
             if self.every
             else "the average must be shown not worse than its margin, and no benchmark worse"
         )
@@ -231,7 +233,8 @@ def check(
     method, over seeds and documents.
 
     Raises:
-        NotComparableError: the runs measured different things.
+        NotComparableError: the runs measured different things, or a part of the suite that the
+            policy does not name.
         IncompleteRunError: a run is partial or unhealthy, or lacks a benchmark of the baseline.
         UsageError: the policy does not fit the runs, or seeds are not of one method.
     """
@@ -241,9 +244,12 @@ def check(
     suite = new[0].manifest.protocol.suite
     margins = policy.margins_for(suite)
     notes = _require_sound(new, old, policy)
-    tasks = common_tasks([*old, *new])
+    tasks, whole = _counted(new, old, policy)
+    if not whole:  # an average of fewer benchmarks is none: each of them must hold
+        policy = policy.model_copy(update={"every": True})
     sampled = [_resample([*old, *new], task, policy) for task in tasks]
     verdicts = judge(sampled, margins, policy, split=len(old))
+    verdicts = [verdict for verdict in verdicts if whole or verdict.name != AVERAGE]
     over_seeds = min(len(old), len(new)) > 1
     return GateReport(
         candidate=_title(new),
@@ -416,11 +422,14 @@ def _require_sound(new: Sequence[Run], old: Sequence[Run], policy: Policy) -> li
     results = {run.path: run.results() for run in (*new, *old)}
     common_tasks([*old, *new])
     expected = dict.fromkeys(task for run in old for task in results[run.path])
+    if policy.benchmarks is not None:
+        expected = dict.fromkeys(policy.benchmarks)
     for run in (*new, *old):
         missing = [task for task in expected if task not in results[run.path]]
         if missing:
             raise IncompleteRunError(
-                f"{label(run)} lacks {', '.join(missing)}, which the baseline has.",
+                f"{label(run)} lacks {', '.join(missing)}, which "
+                f"{'the baseline has' if policy.benchmarks is None else 'the policy counts'}.",
                 "Evaluate it on the same benchmarks.",
             )
     for run in (*new, *old):
@@ -433,13 +442,36 @@ def _require_sound(new: Sequence[Run], old: Sequence[Run], policy: Policy) -> li
                         f"{kind}, the policy allows {limit:.1%}.",
                         "Look at those answers, then evaluate again or raise health in the policy.",
                     )
-    further = {task for run in new for task in results[run.path]} - set(expected)
-    notes = [f"{task}: the baseline does not have it; not checked." for task in further]
-    notes += numeric_notes([*old, *new])
-    limit = new[0].manifest.protocol.limit
-    if limit is not None:
-        notes.append(f"Only the first {limit} documents of every benchmark were evaluated.")
-    return sorted(notes)
+    notes = [
+        *numeric_notes([*old, *new]),
+        *(line for run in (*new, *old) for line in cautions(run)),
+    ]
+    return sorted(dict.fromkeys(notes))
+
+
+def _counted(new: Sequence[Run], old: Sequence[Run], policy: Policy) -> tuple[list[str], bool]:
+    """The benchmarks that are judged, and whether they are the whole suite.
+
+    Raises:
+        NotComparableError: some are missing on a side, and the policy does not name those that
+            count.
+    """
+    runs = [*old, *new]
+    common = common_tasks(runs)
+    suite = dict.fromkeys(task for run in runs for task in suite_tasks(run.manifest))
+    suite |= dict.fromkeys(task for run in runs for task in run.done_tasks())
+    if policy.benchmarks is not None:
+        counted = [task for task in common if task in policy.benchmarks]
+        return counted, len(counted) == len(suite)
+    if len(common) < len(suite):
+        fewest = min(runs, key=lambda run: len(run.done_tasks()))
+        raise NotComparableError(
+            f"{label(fewest)} has {len(fewest.done_tasks())} of {len(suite)} benchmarks; a verdict "
+            "is about the whole suite.",
+            "Evaluate the others too, or name those that count in the policy: "
+            f"benchmarks: [{', '.join(common)}].",
+        )
+    return common, True
 
 
 def _rules(

@@ -74,6 +74,8 @@ class Policy(StrictModel):
             "not worse than the margin", two-sided for "improved" and "regressed".
         every: each benchmark must be shown not worse than its margin, not only the average.
         margins: by suite; `default` serves every other suite.
+        benchmarks: those that count, where it is not the whole suite: each must be shown not
+            worse, and there is no average.
         advisory: benchmarks whose verdict is shown and decides nothing.
         broken_per_thousand: budget of documents that broke minus those that were mended; the
             rule fails when the interval of that net number lies above.
@@ -84,6 +86,7 @@ class Policy(StrictModel):
     seed: int = Field(default=0, ge=0)
     every: bool = False
     margins: dict[str, Margins]
+    benchmarks: list[str] | None = Field(default=None, min_length=1)
     advisory: list[str] = Field(default=[])
     retention: Retention | None = None
     broken_per_thousand: float | None = Field(default=None, ge=0)
@@ -139,7 +142,7 @@ def load_policy(path: Path | None = None, suites: Sequence[str] = ()) -> Policy:
             )
     known = registry.task_names()
     named = [task for margins in policy.margins.values() for task in margins.tasks]
-    for task in [*named, *policy.advisory]:
+    for task in [*named, *policy.advisory, *(policy.benchmarks or [])]:
         if task not in known:
             raise UsageError(
                 f"{source}: there is no benchmark {task!r}.{closest(task, known)}",

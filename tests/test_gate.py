@@ -258,7 +258,25 @@ def test_a_candidate_that_lacks_a_benchmark(tmp_path: Path) -> None:
     new = write_run(tmp_path, "new", {"mmmu": both["mmmu"]})
     with pytest.raises(IncompleteRunError, match="lacks gqa"):
         check(new, old, POLICY)
-    assert check(old, new, POLICY).notes == ["gqa: the baseline does not have it; not checked."]
+    with pytest.raises(NotComparableError, match="has 1 of 2 benchmarks"):
+        check(old, new, POLICY)
+    report = check(old, new, policy(benchmarks=["mmmu"]))
+    assert [verdict.name for verdict in report.verdicts] == ["mmmu"], "no average of fewer"
+    assert "and the average" not in report.statement
+    with pytest.raises(IncompleteRunError, match="lacks pope, which the policy counts"):
+        check(old, new, policy(benchmarks=["mmmu", "pope"]))
+
+
+def test_runs_of_a_part_of_their_suite(tmp_path: Path) -> None:
+    """One benchmark of ten on both sides is no verdict either, unless the policy says so."""
+    runs = [with_scores(tmp_path, name, [1.0, 0.0] * 8) for name in ("old", "new")]
+    for run in runs:
+        run.write_manifest(replace(run.manifest, suite_tasks=["mmmu", "gqa", "pope"]))
+    with pytest.raises(NotComparableError, match=r"1 of 3 benchmarks.*benchmarks: \[mmmu\]"):
+        check(runs[1], runs[0], POLICY)
+    report = check(runs[1], runs[0], policy(benchmarks=["mmmu"]))
+    assert [verdict.name for verdict in report.verdicts] == ["mmmu"]
+    assert report.exit_code == ExitCode.PASS
 
 
 def test_an_empty_candidate(tmp_path: Path) -> None:
@@ -300,7 +318,9 @@ def test_a_limited_run_says_so(tmp_path: Path) -> None:
         protocol = replace(run.manifest.protocol, limit=2)
         run.write_manifest(replace(run.manifest, protocol=protocol))
     report = check(runs[1], runs[0], POLICY)
-    assert report.notes == ["Only the first 2 documents of every benchmark were evaluated."]
+    assert [note.split(") ")[1] for note in report.notes] == [
+        "is limited to 2 documents a benchmark: n = 2, limited."
+    ] * 2
 
 
 def test_a_policy_without_margins_for_the_suite(tmp_path: Path) -> None:

@@ -114,6 +114,7 @@ def _judge(
     new = find_runs(results, candidate)
     suite = new[0].manifest.protocol.suite
     old = find_runs(results, against, new[0]) if against else [baseline_run(results, suite)]
+    new = find_runs(results, candidate, old[0])
     return gate.check(new, old, load_policy(policy, suites=[suite]))
 
 
