@@ -87,7 +87,7 @@ class ConversationDataset(Dataset[EncodedSample | Lost]):
             made = self.encoder.encode_many(group)
             for conversation, sample in zip(group, made, strict=True):
                 if isinstance(sample, Unreadable):
-                    lost.append((conversation.label, str(sample)))
+                    lost.append(conversation.given_up(sample))
                 else:
                     sample["sample_index"] = torch.tensor(len(kept))
                     kept.append(sample)
@@ -104,7 +104,7 @@ class ConversationDataset(Dataset[EncodedSample | Lost]):
         Raises:
             TrainingError: more of them than the recipe allows.
         """
-        entry = (self.conversations[index].label, reason)
+        entry = self.conversations[index].given_up(reason)
         if entry not in self.unreadable:
             self.unreadable.append(entry)
             self.check_limit()

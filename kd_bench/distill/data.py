@@ -39,8 +39,7 @@ def read_conversations(source: DataSource) -> tuple[list[Conversation], list[tup
                 raise row
             sound.append(conversation_of(row, number, folder))
         except Unreadable as error:
-            name = Conversation(identifier, (), (), number).label
-            broken.append((name, str(error)))
+            broken.append(Conversation(identifier, (), (), number).given_up(error))
     if not sound and not broken:
         raise UsageError(f"{source.path} holds no conversations.", "Check data.path.")
     return sound, broken

@@ -74,11 +74,10 @@ class Conversation:
     images: tuple[Source, ...] = field(repr=False)
     number: int | None = field(default=None, compare=False)
 
-    @property
-    def label(self) -> str:
-        """How messages call it."""
-        named = self.number is None or self.id == str(self.number)
-        return self.id if named else f"{self.id} (row {self.number})"
+    def given_up(self, reason: object) -> tuple[str, str]:
+        """Its id, and why it cannot be used, with its row where the id does not tell."""
+        told = self.number is None or self.id == str(self.number)
+        return self.id, str(reason) if told else f"{reason} (row {self.number})"
 
     @property
     def messages(self) -> list[dict[str, Any]]:
