@@ -17,6 +17,7 @@ from kd_bench.cli import (
     check,
     compare,
     convert,
+    data,
     demo,
     doctor,
     evaluate,
@@ -76,6 +77,7 @@ app.command(cls=check.SeveralBaselines)(check.check)
 app.command()(convert.convert)
 app.command()(doctor.doctor)
 app.add_typer(recipes.app, name="recipes")
+app.add_typer(data.app, name="data")
 app.add_typer(tasks.app, name="tasks")
 app.add_typer(runs.app, name="runs")
 
@@ -93,7 +95,7 @@ _OPTIONAL = {
     "lmms_eval",
     "decord",
 }
-_TRAIN_IS_ENOUGH = ("train", "convert", "tasks fetch")
+_TRAIN_IS_ENOUGH = ("train", "convert", "data show", "tasks fetch")
 
 
 # typer's own wrong-command-line error: of click, or of the copy that newer releases carry.
@@ -178,7 +180,7 @@ def _explain(error: BaseException, arguments: list[str]) -> int:
             _complain(f"Internal error: {one_line(error)}")
             return ExitCode.INTERNAL
     if missing is not None:  # only here it is known what the user typed
-        command = " ".join(arguments[: 2 if arguments[0] in ("tasks", "runs") else 1])
+        command = " ".join(arguments[: 2 if arguments[0] in ("data", "tasks", "runs") else 1])
         extra = extra or ("train" if command in _TRAIN_IS_ENOUGH else "eval")
         error = MissingExtraError(command, extra, missing.partition(".")[0])
     if isinstance(error, KdBenchError):

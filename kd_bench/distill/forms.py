@@ -67,12 +67,14 @@ class Conversation:
 
     Attributes:
         number: its row in its file, from 0.
+        form: of its row, a name of `FORMS`.
     """
 
     id: str
     turns: tuple[Turn, ...]
     images: tuple[Source, ...] = field(repr=False)
     number: int | None = field(default=None, compare=False)
+    form: str = field(default="", compare=False)
 
     def given_up(self, reason: object) -> tuple[str, str]:
         """Its id, and why it cannot be used, with its row where the id does not tell."""
@@ -137,7 +139,7 @@ def conversation_of(row: Any, number: int, folder: Path) -> Conversation:
     if not any(turn.role == "assistant" for turn in turns):
         raise Unreadable("no answer to learn from")
     images = tuple(_source(entry, identifier, folder) for entry in entries)
-    return Conversation(identifier, turns, images, number)
+    return Conversation(identifier, turns, images, number, form)
 
 
 def identifier_of(row: Any, number: int) -> str:

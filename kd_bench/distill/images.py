@@ -2,6 +2,7 @@
 
 import io
 import threading
+import warnings
 from pathlib import Path
 
 from PIL import Image, ImageFile
@@ -47,7 +48,9 @@ def open_image(source: Path | bytes, max_pixels: int = MAX_PIXELS) -> Image.Imag
             # lmms-eval switches the second one on: half an image would come back grey.
             Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = None, False
             try:
-                return _decoded(source, max_pixels)
+                with warnings.catch_warnings():  # about tags that nobody here reads
+                    warnings.simplefilter("ignore")
+                    return _decoded(source, max_pixels)
             finally:
                 Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = kept
     except Unreadable as error:
