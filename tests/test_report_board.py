@@ -164,3 +164,27 @@ def test_benchmarks_stand_in_groups() -> None:
     groups = [info.group for info in infos]
     assert len(dict.fromkeys(groups)) == 6
     assert groups == sorted(groups, key=list(dict.fromkeys(groups)).index)
+
+
+def test_training_cost_is_shown_where_the_lineage_has_it(tmp_path: Path) -> None:
+    """Mean over seeds of the sum over stages; a seed that does not say it makes it unknown."""
+    from kd_bench.report.leaderboard import leaderboard
+
+    def told(tokens: int, seconds: float) -> dict[str, object]:
+        stage = {"tokens": tokens, "device_seconds": seconds, "device": "cuda"}
+        return {"stages": {"one": stage, "two": {**stage, "tokens": 10}}}
+
+    for seed, tokens in ((0, 990), (1, 1990)):
+        add_run(tmp_path, Model(f"m{seed}", "kd", "kl", 0.1, seed), tasks=("gqa",), units=4,
+                training=told(tokens, 5400.0))  # fmt: skip
+    add_run(tmp_path, Model("old", "sft", "sft", 0.1, 0), tasks=("gqa",), units=4)
+    board = load_board(tmp_path)
+    table = leaderboard(board)
+    shown = {
+        c.title: [row.cells[i].value for row in table.rows] for i, c in enumerate(table.columns)
+    }
+    assert shown["Tokens"] == [1500.0, None]
+    assert shown["GPU-hours"] == [3.0, None]
+    older = [run.path.name for run in board.entries[1].runs]
+    titles = [column.title for column in leaderboard(load_board(tmp_path, older)).columns]
+    assert "Tokens" not in titles

@@ -254,7 +254,7 @@ def test_a_run_that_is_not_sound_is_marked_on_its_row(tmp_path: Path) -> None:
 
 def test_plots_of_an_older_report_do_not_stay(tmp_path: Path) -> None:
     add_run(tmp_path, Model("alone", "student", "", 0.5), tasks=("gqa",), units=4)
-    (tmp_path / "out" / "plots").mkdir(parents=True)
+    render_report(tmp_path, tmp_path / "out")
     (tmp_path / "out" / "plots" / "gaps.svg").write_text("older")
     (tmp_path / "out" / "plots" / "mine.svg").write_text("of the user")
     render_report(tmp_path, tmp_path / "out")

@@ -98,6 +98,10 @@ def test_a_training_leaves_a_checkpoint_log_recipe_and_lineage(place, whole):
     assert lineage["status"] == "complete"
     assert lineage["teacher"]["weights_sha256"] == weights_digest(place / "teacher")
     assert lineage["stages"]["train"]["data"]["conversations"] == 24
+    seconds = sum(entry["seconds"] for entry in log)
+    assert lineage["stages"]["train"]["device_seconds"] == pytest.approx(seconds, abs=0.01)
+    assert lineage["stages"]["train"]["device"] == log[0]["device"] == "cpu"
+    assert lineage["stages"]["train"]["tokens"] == log[-1]["num_input_tokens_seen"] > 0
     assert load_recipe(whole / "recipe.yaml") == recipe_in(place, "whole")
     assert not list(place.glob("whole/stages/*/checkpoint-*"))
 

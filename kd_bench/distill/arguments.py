@@ -69,6 +69,7 @@ def trainer_arguments(
         use_cpu=not torch.accelerator.is_available(),
         logging_steps=stage.log_every,
         logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="non_padding",
         save_strategy="steps" if stage.save_every else "no",
         save_steps=stage.save_every or 500,
         report_to=list(recipe.report_to) or "none",

@@ -50,7 +50,8 @@ class LogWriter(TrainerCallback):
             return
         now = time.perf_counter()
         steps = max(state.global_step - self._step, 1)
-        seconds_a_step = (now - self._clock) / steps
+        seconds = now - self._clock
+        seconds_a_step = seconds / steps
         self._clock, self._step = now, state.global_step
         names = [name for name in logs if name.startswith(TERM)]
         logs["terms"] = {name.removeprefix(TERM): logs.pop(name) for name in names}
@@ -60,6 +61,11 @@ class LogWriter(TrainerCallback):
             return
         record = {"stage": self.stage, "step": state.global_step, "steps": state.max_steps}
         record |= {key: _short(value) for key, value in logs.items()}
+        record |= {
+            "seconds": _short(seconds),
+            "devices": args.world_size,
+            "device": args.device.type,
+        }
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(record) + "\n")
 
@@ -69,6 +75,28 @@ def _short(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _short(entry) for key, entry in value.items()}
     return float(f"{value:.7g}") if isinstance(value, float) else value
+
+
+def spent(path: Path, stage: str) -> dict[str, Any]:
+    """What a stage cost by its log: seconds on all devices together, their kind, tokens read.
+
+    What was trained twice because a run was killed counts once.
+    """
+    seconds, tokens, kinds = 0.0, 0, set()
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+            if record["stage"] != stage:
+                continue
+            seconds += record["seconds"] * record["devices"]
+            kinds.add(record["device"])
+        except (ValueError, KeyError, TypeError):
+            return {}  # of a version that did not log it
+        tokens = max(tokens, int(record.get("num_input_tokens_seen") or 0))
+    if not kinds:
+        return {}
+    found = {"device_seconds": round(seconds, 3), "device": "/".join(sorted(kinds))}
+    return found | ({"tokens": tokens} if tokens else {})
 
 
 def cut_log(path: Path, stages: list[str], stage: str, step: int) -> None:

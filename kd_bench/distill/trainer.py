@@ -55,7 +55,7 @@ from kd_bench.distill.outputs import (
     save_whole,
     stage_folder,
 )
-from kd_bench.distill.progress import LogWriter, ProgressReport, cut_log
+from kd_bench.distill.progress import LogWriter, ProgressReport, cut_log, spent
 from kd_bench.distill.recipe import NEW, DataSource, Recipe, Stage, recipe_yaml
 from kd_bench.distill.sharding import begin_sharding, gather_weights
 from kd_bench.distill.teacher_cache import TeacherCache, cache_folder
@@ -380,6 +380,8 @@ def _run_stage(run: Run, stage: Stage, folder: Path, student: Any) -> Any:
     with contextlib.closing(trainer.report):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.check_finite()
+    run.lineage["stages"][stage.name] |= spent(run.folder / "train_log.jsonl", stage.name)
+    run.note()
     if trainer.is_fsdp_enabled:
         gather_weights(student)
     student = merge_lora(student)

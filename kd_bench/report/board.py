@@ -7,7 +7,7 @@ interval is kept apart. Nothing here knows about tables, pictures or HTML.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kd_bench.errors import UsageError
 from kd_bench.records import Cost, Interval, RunManifest, TaskResult
@@ -120,6 +120,33 @@ class Entry:
     gap_closed: Score = MISSING
 
     @property
+    def training_tokens(self) -> float | None:
+        """Tokens that training read, mean over seeds; None where the lineage does not say."""
+        return self._spent("tokens")
+
+    @property
+    def training_hours(self) -> float | None:
+        """Hours of training on all devices together, mean over seeds."""
+        seconds = self._spent("device_seconds")
+        return None if seconds is None else seconds / 3600
+
+    @property
+    def training_devices(self) -> str:
+        """`cuda`, `cpu`, or both: what the hours are hours of."""
+        found = (str(stage.get("device", "")) for m in self.manifests for stage in _stages(m))
+        return "/".join(sorted(set(found) - {""}))
+
+    def _spent(self, key: str) -> float | None:
+        totals = []
+        for manifest in self.manifests:
+            stages = [stage.get(key) for stage in _stages(manifest)]
+            known = [float(v) for v in stages if isinstance(v, int | float)]
+            if not stages or len(known) < len(stages):
+                return None
+            totals.append(sum(known))
+        return sum(totals) / len(totals) if totals else None
+
+    @property
     def seeds(self) -> tuple[int, ...]:
         """Training seeds that are known."""
         return tuple(m.model.seed for m in self.manifests if m.model.seed is not None)
@@ -132,6 +159,13 @@ class Entry:
     def score(self, task: str) -> Score:
         """The score of a benchmark, or a missing one."""
         return self.scores.get(task, MISSING)
+
+
+def _stages(manifest: RunManifest) -> list[dict[str, Any]]:
+    """What the checkpoint's lineage tells of each stage of its training."""
+    stages = (manifest.training or {}).get("stages")
+    found = list(stages.values()) if isinstance(stages, dict) else []
+    return found if all(isinstance(stage, dict) for stage in found) else []
 
 
 @dataclass(frozen=True)

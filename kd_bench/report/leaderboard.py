@@ -70,6 +70,7 @@ def leaderboard(board: Board, mode: Mode = "scores") -> Table:
         ),
         Column(AVERAGE, board.average_title, kind, "overall", (), True, "Mean of all benchmarks"),
         *SUMMARY_COLUMNS,
+        *_training_columns(board),
     ]
     keys = [*(task.id for task in board.tasks), AVERAGE]
     rows = [
@@ -80,6 +81,7 @@ def leaderboard(board: Board, mode: Mode = "scores") -> Table:
                 _name_cell(entry, notes),
                 *(_score_cell(board, entry, key, mode, notes) for key in keys),
                 *_summary_cells(board, entry),
+                *_training_cells(board, entry),
             ),
         )
         for entry in board.entries
@@ -116,6 +118,7 @@ def summary(board: Board) -> Table:
         Column("rank", "Rank", "rank", "overall"),
         Column(AVERAGE, board.average_title, "score", "overall", (), True),
         *SUMMARY_COLUMNS,
+        *_training_columns(board),
     )
     rows = [
         _row(
@@ -126,6 +129,7 @@ def summary(board: Board) -> Table:
                 Cell(entry.score(AVERAGE).rank),
                 _score_cell(board, entry, AVERAGE, "scores", notes),
                 *_summary_cells(board, entry),
+                *_training_cells(board, entry),
             ),
         )
         for entry in board.entries
@@ -291,6 +295,24 @@ def _summary_cells(board: Board, entry: Entry) -> tuple[Cell, ...]:
         Cell(cost.latency_ms, interval=_range(board, entry, "latency_ms")),
         Cell(cost.peak_memory_bytes, interval=_range(board, entry, "peak_memory_bytes")),
     )
+
+
+def _training_columns(board: Board) -> tuple[Column, ...]:
+    """What training cost; only where the lineage of some row says it."""
+    devices = {e.training_devices for e in board.entries} - {""}
+    hours = {"cuda": "GPU-hours", "cpu": "CPU-hours"}
+    title = hours.get(next(iter(devices)), "Device-hours") if len(devices) == 1 else "Device-hours"
+    columns = (
+        Column("training_tokens", "Tokens", "count", "training",
+               description="Tokens that training read, mean over seeds"),
+        Column("training_hours", title, "hours", "training",
+               description="Hours of training on all devices together, mean over seeds"),
+    )  # fmt: skip
+    return tuple(c for c in columns if any(getattr(e, c.key) is not None for e in board.entries))
+
+
+def _training_cells(board: Board, entry: Entry) -> tuple[Cell, ...]:
+    return tuple(Cell(getattr(entry, column.key)) for column in _training_columns(board))
 
 
 def _range(board: Board, entry: Entry, cost: str) -> Interval | None:

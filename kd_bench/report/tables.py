@@ -31,7 +31,9 @@ __all__ = [
     "sections",
 ]
 
-Kind = Literal["text", "score", "difference", "percent", "rank", "count", "bytes", "milliseconds"]
+Kind = Literal[
+    "text", "score", "difference", "percent", "rank", "count", "bytes", "milliseconds", "hours"
+]
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,8 @@ def format_number(value: float | str | None, kind: Kind) -> str:
         return _scaled(value, ((1e9, " GB"), (1e6, " MB"), (1e3, " kB"), (1, " B")))
     if kind == "milliseconds":
         return f"{value:.0f} ms" if value >= 100 else f"{value:.1f} ms"
+    if kind == "hours":
+        return f"{value:.0f} h" if value >= 100 else f"{value:.3g} h"
     if kind == "percent":
         return f"{value:.1f} %".replace("-", "−")
     return f"{value:.1f}".replace("-", "−")
