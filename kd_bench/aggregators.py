@@ -26,6 +26,7 @@ __all__ = [
     "Aggregator",
     "UnitStatistics",
     "aggregate",
+    "by_content",
     "get_aggregator",
     "unit_statistics",
 ]
@@ -97,6 +98,14 @@ def aggregate(name: str, samples: "pd.DataFrame") -> float:
     """The score of a task's samples, 0-100; NaN when there is nothing to score."""
     aggregator = get_aggregator(name)
     return float(aggregator.combine(aggregator.statistics(samples).values.sum(axis=0)))
+
+
+def by_content(samples: "pd.DataFrame") -> "pd.DataFrame":
+    """The samples with what they say in place of what upstream's scorer read.
+
+    Needs `records.CONTENT_COLUMNS`.
+    """
+    return samples.assign(score=samples["score_by_content"], parsed=samples["content"])
 
 
 def _by_unit(units: "pd.Series[str]", rows: Array) -> UnitStatistics:

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 
 __all__ = [
     "AVERAGE",
+    "CONTENT_COLUMNS",
     "FORMAT",
     "ROLES",
     "SAMPLE_COLUMNS",
@@ -96,6 +97,8 @@ class Protocol:
         dtype, batch_size, engine: noted, not part of a task's fingerprint.
         quantize: what the weights were rounded to while they were loaded: nf4, int8 or nothing.
         prompt_template: Jinja text that stood in for the checkpoint's own; empty for its own.
+        reasoning_tags: JSON list of [open, close] tags around a thought, which is left out before
+            an answer is scored; `none` scores the answer as it was generated.
     """
 
     suite: str
@@ -106,6 +109,7 @@ class Protocol:
     engine: str = ""
     quantize: str = ""
     prompt_template: str = ""
+    reasoning_tags: str = "none"
 
 
 @dataclass(frozen=True)
@@ -278,6 +282,18 @@ class Sample:
 
 
 SAMPLE_COLUMNS: tuple[str, ...] = tuple(f.name for f in fields(Sample))
+
+CONTENT_COLUMNS: dict[str, Any] = {
+    "content": "",
+    "score_by_content": float("nan"),
+    "tokens": 0,
+    "thinking_tokens": 0,
+}
+"""Further columns of a sample, with what they hold in runs that were stored without them.
+
+What the answer says whatever its form (`evals.content`), what that is worth in [0, 1], and the
+generated tokens, those of a thought among them.
+"""
 
 T = TypeVar("T")
 

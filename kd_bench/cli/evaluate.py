@@ -64,6 +64,13 @@ def evaluate(
             metavar="FILE|NAME",
         ),
     ] = None,
+    reasoning_tags: Annotated[
+        str | None,
+        typer.Option(
+            help="Tags around thoughts that are not scored; default as lmms-eval: think, analysis.",
+            metavar="none|JSON",
+        ),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name in tables.")] = None,
     role: Annotated[
         str | None, typer.Option(help="teacher, sft, kd, switch, baseline or student.")
@@ -108,6 +115,7 @@ def evaluate(
             dtype=dtype or "auto",
             quantize=quantize or "",
             prompt_template=prompt_template or "",
+            reasoning_tags=runner.REASONING_TAGS if reasoning_tags is None else reasoning_tags,
             error_limit=runner.ERROR_LIMIT if error_limit is None else error_limit,
             truncated_limit=(
                 runner.TRUNCATED_LIMIT if truncated_limit is None else truncated_limit

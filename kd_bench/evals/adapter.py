@@ -82,6 +82,7 @@ class KdBench(_Generative):
         if prompt_template:
             use_template(processor, prompt_template)
         size = None if batch_size in (None, "auto") else int(batch_size)
+        self._tokenizer = processor.tokenizer
         self._engine = Engine(model, processor, batch_size=size, share=share, pictures=pictures)
 
     @property
@@ -129,6 +130,10 @@ class KdBench(_Generative):
     def engine(self) -> Engine:
         """What answers the questions."""
         return self._engine
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a generated text."""
+        return len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def answers(self, requests: Sequence[Any], keys: Sequence[str]) -> Iterator[list[Answer]]:
         """Answers batch by batch; `index` is the request's place in `requests`."""

@@ -86,6 +86,7 @@ def ask(
     *,
     known: dict[str, Answer] | None = None,
     record: Callable[[list[tuple[str, Answer]]], None] = lambda pairs: None,
+    reasoning_tags: str = "none",
     debug: bool = False,
 ) -> Asked | None:
     """Answer and score all documents of a benchmark; None on every process but the first.
@@ -95,14 +96,17 @@ def ask(
         keys: of `answer_keys`.
         known: answers that need not be computed.
         record: is given each batch of (key, answer) as it is produced.
+        reasoning_tags: as in `records.Protocol`.
 
     Raises:
         IncompleteRunError: a document cannot be scored, or samples and upstream disagree.
     """
     from kd_bench.evals.adapter import Journalled
+    from kd_bench.evals.content import Thinking
     from kd_bench.evals.scoring import agree, own_metrics, rescored, samples_frame
     from kd_bench.evals.upstream import quiet, simple_evaluate
 
+    thinking = Thinking(reasoning_tags)
     known = dict(known or {})
     before = len(known.keys() & set(keys))
     prepared.task.recorded.clear()
@@ -110,17 +114,20 @@ def ask(
     places = list(zip(keys, prepared.pictures, strict=True))
     model = Journalled(source, places.__getitem__, known, record)
     with tempfile.TemporaryDirectory() as scratch, quiet(debug):
-        outcome = simple_evaluate(model, prepared.task, Path(scratch))
+        outcome = simple_evaluate(model, prepared.task, Path(scratch), reasoning_tags)
     shares = processes.gather((model.answered, model.computed))
     if outcome is None:
         return None
     answers = {index: answer for share, _ in shares for index, answer in share.items()}
     metrics = _metrics(outcome, prepared.task.task_name)
-    samples = samples_frame(prepared, answers)
+    samples = samples_frame(prepared, answers, thinking, getattr(source, "count_tokens", None))
     agree(prepared, samples, metrics)
-    metrics |= own_metrics(prepared, samples)
+    metrics |= own_metrics(prepared, samples, thinking)
     return Asked(
-        rescored(prepared, samples), metrics, sum(computed for _, computed in shares), before
+        rescored(prepared, samples, thinking),
+        metrics,
+        sum(computed for _, computed in shares),
+        before,
     )
 
 

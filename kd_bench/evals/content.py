@@ -8,12 +8,66 @@ One rule for all benchmarks. It reads only what is stated outright; where two re
 there is none (`Reading.ambiguous`), and no reading is a wrong answer.
 """
 
+import json
 import re
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["Reading", "read_choice", "read_short", "read_yes_no"]
+from kd_bench.errors import UsageError
+
+__all__ = ["Reading", "Thinking", "read_choice", "read_short", "read_yes_no"]
+
+
+class Thinking:
+    """The tags around what a model thinks before it answers.
+
+    Args:
+        tags: JSON list of [open, close] pairs, or `none`.
+
+    Raises:
+        UsageError: not of that form.
+    """
+
+    def __init__(self, tags: str) -> None:
+        self.pairs: list[list[str]] = []
+        if tags == "none":
+            return
+        try:
+            pairs = json.loads(tags)
+        except ValueError:
+            pairs = None
+        sound = isinstance(pairs, list) and all(
+            isinstance(pair, list)
+            and len(pair) == 2
+            and all(isinstance(t, str) and t for t in pair)
+            for pair in pairs
+        )
+        if not sound:
+            raise UsageError(
+                f"--reasoning-tags {tags!r} is no list of [open, close] pairs.",
+                """Write none, or e.g. '[["<think>", "</think>"]]'.""",
+            )
+        self.pairs = pairs
+
+    def answer(self, text: str) -> str:
+        """The text without its thoughts, as lmms_eval/api/reasoning.py leaves them out."""
+        if not self.pairs:
+            return text
+        from lmms_eval.api.reasoning import strip_reasoning_tags
+
+        return str(strip_reasoning_tags(text, self.pairs))
+
+    def is_unfinished(self, text: str) -> bool:
+        """Whether a thought was begun and never ended."""
+        return any(text.rfind(begin) > text.rfind(end) for begin, end in self.pairs)
+
+    def thought(self, text: str) -> str:
+        """Everything up to the end of the last thought; of an unfinished one, everything."""
+        if self.is_unfinished(text):
+            return text
+        ends = [text.rfind(end) + len(end) for _, end in self.pairs if end in text]
+        return text[: max(ends, default=0)]
 
 
 @dataclass(frozen=True)

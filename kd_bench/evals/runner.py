@@ -26,7 +26,9 @@ from kd_bench.evals.checkpoint import (
     inspect_stock,
     with_role,
 )
+from kd_bench.evals.content import Thinking
 from kd_bench.evals.progress import SuiteProgress
+from kd_bench.evals.upstream import REASONING_TAGS
 from kd_bench.evals.worker import ENGINE, FAILURE, Plan, Worker, data_digest
 from kd_bench.files import digest_text
 from kd_bench.provenance import collect
@@ -65,6 +67,7 @@ def evaluate(
     dtype: str = "auto",
     quantize: str = "",
     prompt_template: str = "",
+    reasoning_tags: str = REASONING_TAGS,
     profiles: dict[str, str] | None = None,
     progress: bool = True,
     debug: bool = False,
@@ -86,6 +89,8 @@ def evaluate(
         role, name, method, seed: as tables show the model; None reads the checkpoint's lineage.
         dtype: auto, float32, bfloat16 or float16; see `checkpoint.chosen_dtype`.
         quantize: nf4 or int8 rounds the weights while they are loaded.
+        reasoning_tags: a JSON list of [open, close] tags around thoughts, which are left out before
+            an answer is scored, as the stock command does; `none` scores answers as they are.
         profiles: protocol variant by benchmark.
         error_limit, truncated_limit: share of failed answers, and of answers that never ended,
             above which the run is unhealthy.
@@ -113,7 +118,9 @@ def evaluate(
         ENGINE,
         quantize,
         read_template(prompt_template) if prompt_template else "",
+        reasoning_tags,
     )
+    Thinking(reasoning_tags)
     if protocol.prompt_template:  # answers of the same checkpoint under its own are others
         setup = digest_text(known.setup_digest, protocol.prompt_template)
         known = replace(known, setup_digest=setup)

@@ -4,23 +4,26 @@ Scores come from upstream's `process_results`, and where that gives none for a r
 from upstream's own judging functions. What is ours: ids, units, targets and the parsed answer.
 """
 
+import ast
 import re
 import string
 from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from kd_bench.aggregators import MME_PERCEPTION, aggregate
+from kd_bench.aggregators import MME_PERCEPTION, aggregate, by_content
 from kd_bench.errors import IncompleteRunError
+from kd_bench.evals.content import Thinking, read_choice, read_short, read_yes_no
 from kd_bench.evals.documents import Document
 from kd_bench.evals.questions import Answer
 from kd_bench.evals.tasks import PreparedTask, unit_ids
-from kd_bench.records import SAMPLE_COLUMNS
+from kd_bench.records import CONTENT_COLUMNS, SAMPLE_COLUMNS
 
 if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = [
+    "CONTENT_SCORE",
     "RULES",
     "agree",
     "headline",
@@ -37,8 +40,23 @@ __all__ = [
 Judged = tuple[float, str, str]
 
 
-def samples_frame(prepared: PreparedTask, answers: dict[int, Answer]) -> "pd.DataFrame":
-    """One row a document, columns `records.SAMPLE_COLUMNS`, in document order."""
+NO_THINKING = Thinking("none")
+
+
+def samples_frame(
+    prepared: PreparedTask,
+    answers: dict[int, Answer],
+    thinking: Thinking = NO_THINKING,
+    count_tokens: Callable[[str], int] | None = None,
+) -> "pd.DataFrame":
+    """One row a document, in document order.
+
+    Columns are `records.SAMPLE_COLUMNS` and `records.CONTENT_COLUMNS`.
+
+    Args:
+        thinking: the raw answer is stored; what is scored is the answer without its thoughts.
+        count_tokens: of a text; None takes a thought's share of the characters.
+    """
     import pandas as pd
 
     judge = _judge(prepared)
@@ -48,7 +66,9 @@ def samples_frame(prepared: PreparedTask, answers: dict[int, Answer]) -> "pd.Dat
     rows = []
     for document in prepared.documents:
         answer = answers[document.index]
-        score, target, parsed = judge(document, answer.text)
+        text = thinking.answer(answer.text)
+        score, target, parsed = judge(document, text)
+        said, content = _content(prepared, document, text, target, float(score))
         rows.append(
             (
                 _document_id(prepared, document, seen),
@@ -59,12 +79,32 @@ def samples_frame(prepared: PreparedTask, answers: dict[int, Answer]) -> "pd.Dat
                 answer.text,
                 parsed,
                 float(score),
-                answer.status,
+                _status(answer, thinking),
                 answer.image_digest,
                 float("nan") if answer.confidence is None else answer.confidence,
+                said,
+                0.0 if answer.status == "error" else content,
+                answer.tokens,
+                _thinking_tokens(answer, thinking, count_tokens),
             )
         )
-    return pd.DataFrame(rows, columns=list(SAMPLE_COLUMNS))
+    return pd.DataFrame(rows, columns=[*SAMPLE_COLUMNS, *CONTENT_COLUMNS])
+
+
+def _status(answer: Answer, thinking: Thinking) -> str:
+    """A thought that never ends was cut off, whatever the last token was."""
+    return "truncated" if thinking.is_unfinished(answer.text) else answer.status
+
+
+def _thinking_tokens(
+    answer: Answer, thinking: Thinking, count_tokens: Callable[[str], int] | None
+) -> int:
+    thought = thinking.thought(answer.text)
+    if not thought:
+        return 0
+    if count_tokens is not None:
+        return min(count_tokens(thought), answer.tokens)
+    return round(answer.tokens * len(thought) / len(answer.text))
 
 
 def rates(samples: "pd.DataFrame") -> dict[str, float]:
@@ -82,32 +122,36 @@ def headline(prepared: PreparedTask, samples: "pd.DataFrame") -> float:
     return aggregate(prepared.aggregator, samples) if prepared.variant.scored else float("nan")
 
 
-def rescored(prepared: PreparedTask, samples: "pd.DataFrame") -> "pd.DataFrame":
-    """The samples under a profile's own rule over the raw answers."""
+def rescored(
+    prepared: PreparedTask, samples: "pd.DataFrame", thinking: Thinking = NO_THINKING
+) -> "pd.DataFrame":
+    """The samples under a profile's own rule over the answers without their thoughts."""
     rule = prepared.variant.rescore
     if rule is None:
         return samples
     result = samples.copy()
-    result["parsed"] = [RULES[rule](answer) for answer in samples["answer"]]
+    result["parsed"] = [RULES[rule](thinking.answer(answer)) for answer in samples["answer"]]
     result["score"] = (result["parsed"] == result["target"]).astype(float)
     result.loc[result["status"] == "error", "score"] = 0.0
     return result
 
 
-def own_metrics(prepared: PreparedTask, samples: "pd.DataFrame") -> dict[str, float]:
+def own_metrics(
+    prepared: PreparedTask, samples: "pd.DataFrame", thinking: Thinking = NO_THINKING
+) -> dict[str, float]:
     """Numbers beside upstream's, on the scale 0-1, under names that say whose they are."""
     if not prepared.variant.scored:
         return {}
+    found = {CONTENT_SCORE: aggregate(prepared.aggregator, by_content(samples)) / 100}
     if prepared.spec.id == "mmmu":
-        return {"kd_bench_mmmu_acc_strict": aggregate("strict", samples) / 100}
+        found["kd_bench_mmmu_acc_strict"] = aggregate("strict", samples) / 100
     if prepared.spec.id == "pope":
-        bare = samples.assign(parsed=[_bare_word(answer) for answer in samples["answer"]])
-        first = samples.assign(parsed=[_pope_llava(answer) for answer in samples["answer"]])
-        return {
-            "kd_bench_pope_f1_normalised": aggregate("f1", bare) / 100,
-            "kd_bench_pope_f1_llava": aggregate("f1_mean", first) / 100,
-        }
-    return {}
+        said = [thinking.answer(answer) for answer in samples["answer"]]
+        bare = samples.assign(parsed=[_bare_word(answer) for answer in said])
+        first = samples.assign(parsed=[_pope_llava(answer) for answer in said])
+        found["kd_bench_pope_f1_normalised"] = aggregate("f1", bare) / 100
+        found["kd_bench_pope_f1_llava"] = aggregate("f1_mean", first) / 100
+    return found
 
 
 def submission(prepared: PreparedTask) -> list[dict[str, Any]]:
@@ -131,6 +175,49 @@ def _pope_llava(answer: str) -> str:
     """LLaVA's eval_pope.py: the first sentence without commas; no, not or No say no, else yes."""
     words = answer.split(".")[0].replace(",", "").split(" ")
     return "no" if any(word in ("No", "not", "no") for word in words) else "yes"
+
+
+CONTENT_SCORE = "kd_bench_content"
+"""The metric whose difference from the score is the form gap."""
+
+OWN_WORDS = re.compile(r"[\w' -]+")
+
+
+def _content(
+    prepared: PreparedTask, document: Document, text: str, target: str, score: float
+) -> tuple[str, float]:
+    """What an answer says whatever its form, and what that is worth."""
+    spec = prepared.spec
+    if not prepared.variant.scored:
+        return "", float("nan")
+    if spec.answer == "yes_no":
+        said = read_yes_no(text).said
+        return said, float(bool(said) and said == target.strip().lower())
+    options = _options(spec.id, document) if spec.answer == "letter" else {}
+    if options:
+        said = read_choice(text, options).said
+        return said, float(bool(said) and said == target.strip().upper())
+    said = read_short(text).said
+    if said == text.strip() or (said.lower() == text.strip().lower() and OWN_WORDS.fullmatch(said)):
+        return said, score  # nothing to take off: upstream has scored these very words
+    return said, prepared.task.score_of(document, said, spec.metric)
+
+
+def _options(task: str, document: Document) -> dict[str, str]:
+    """Text of each option by its letter; nothing where the answer is open."""
+    if task.startswith("mmbench"):
+        named = {letter: document.get(letter) for letter in "ABCDE"}
+        return {
+            letter: str(text)
+            for letter, text in named.items()
+            if text is not None and str(text) not in ("", "nan")
+        }
+    choices = document.get("choices")
+    if task == "mmmu":
+        if document["question_type"] != "multiple-choice":
+            return {}
+        choices = ast.literal_eval(str(document["options"]))
+    return dict(zip(string.ascii_uppercase, map(str, choices or ()), strict=False))
 
 
 RULES: dict[str, Callable[[str], str]] = {"pope_llava": _pope_llava}

@@ -245,21 +245,37 @@ def _task_class(chat: bool) -> type[Any]:
             self.dataset_no_image = self.dataset  # pictures are decoded only when asked for
 
         def process_results(self, doc: Document, results: list[str], full_docs: Any = None) -> Any:
+            metrics, guessed = self._scored(doc, results, full_docs)
+            self.recorded[doc.index] = metrics
+            if guessed:
+                self.guessed.add(doc.index)
+            return metrics
+
+        def score_of(self, doc: Document, answer: str, metric: str) -> float:
+            """What upstream would give another wording of an answer; a guess is worth nothing."""
+            metrics, guessed = self._scored(doc, [answer])
+            value = metrics[metric]
+            if isinstance(value, dict):  # MMMU's open questions
+                from kd_bench.evals.scoring import mmmu_right
+
+                value = mmmu_right(value, *value["parsed_pred"])
+            return 0.0 if guessed else float(value)
+
+        def _scored(
+            self, doc: Document, results: list[str], full_docs: Any = None
+        ) -> tuple[Metrics, bool]:
+            """Upstream's metrics of a document, and whether it drew the choice at random."""
             # The undecorated function: upstream's retries would hide an exception for seconds.
             score = ConfigurableTask.process_results.__wrapped__
             try:
                 with _seeded_guess(doc) as guess:
-                    metrics = score(self, doc, results, full_docs)
+                    return score(self, doc, results, full_docs), guess.used
             except Exception as error:
                 raise IncompleteRunError(
                     f"{self._spec.id}: document {doc.index} cannot be scored: "
                     f"{type(error).__name__}: {one_line(error)}",
                     "Check that row of the data.",
                 ) from error
-            self.recorded[doc.index] = metrics
-            if guess.used:
-                self.guessed.add(doc.index)
-            return metrics
 
     return LocalTask
 

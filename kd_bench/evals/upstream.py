@@ -12,7 +12,14 @@ from typing import Any
 
 from kd_bench.errors import MissingExtraError, UsageError
 
-__all__ = ["lmms_eval", "lmms_eval_version", "quiet", "simple_evaluate", "task_config"]
+__all__ = [
+    "REASONING_TAGS",
+    "lmms_eval",
+    "lmms_eval_version",
+    "quiet",
+    "simple_evaluate",
+    "task_config",
+]
 
 
 def lmms_eval() -> Any:
@@ -82,7 +89,13 @@ def task_config(name: str) -> dict[str, Any]:
     return dict(config)
 
 
-def simple_evaluate(model: Any, task: Any, folder: Path) -> dict[str, Any] | None:
+REASONING_TAGS = '[["<think>", "</think>"], ["<analysis>", "</analysis>"]]'
+"""What the stock `lmms-eval` command leaves out of an answer by default (`--reasoning_tags`)."""
+
+
+def simple_evaluate(
+    model: Any, task: Any, folder: Path, reasoning_tags: str = "none"
+) -> dict[str, Any] | None:
     """Upstream's evaluation of one task; what its aggregations write goes to `folder`.
 
     None on every process but the first.
@@ -91,7 +104,7 @@ def simple_evaluate(model: Any, task: Any, folder: Path) -> dict[str, Any] | Non
     from lmms_eval.tasks import TaskManager
 
     arguments = argparse.Namespace(
-        output_path=str(folder), process_with_media=False, reasoning_tags=None
+        output_path=str(folder), process_with_media=False, reasoning_tags=reasoning_tags
     )
     result: dict[str, Any] | None = evaluator.simple_evaluate(
         model,

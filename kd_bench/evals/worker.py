@@ -79,7 +79,15 @@ class Worker:
             failures.update(answer.error for _, answer in pairs if answer.status == "error")
             self._bars.advance(len(pairs))
 
-        asked = ask(prepared, self._source, keys, known=known, record=record, debug=plan.debug)
+        asked = ask(
+            prepared,
+            self._source,
+            keys,
+            known=known,
+            record=record,
+            reasoning_tags=plan.protocol.reasoning_tags,
+            debug=plan.debug,
+        )
         if asked is None:
             return spec.id
         result = self._result(prepared, asked, time.perf_counter() - started)
@@ -111,7 +119,7 @@ class Worker:
         variant, aggregator = prepared.variant, prepared.aggregator
         return TaskResult(
             task=spec.id,
-            fingerprint=prepared.fingerprint,
+            fingerprint=_fingerprint(prepared, self._plan.protocol),
             metric=variant.metric or spec.metric,
             score=headline(prepared, asked.samples),
             metrics=asked.metrics,
@@ -156,6 +164,13 @@ class Worker:
         """What the model costs to run."""
         cost: Cost = self._source.cost(self._memory)
         return cost
+
+
+def _fingerprint(prepared: "PreparedTask", protocol: Protocol) -> str:
+    """The task's, with what of the protocol decides how an answer is scored."""
+    if protocol.reasoning_tags == "none":  # as runs had it that name no tags
+        return prepared.fingerprint
+    return digest_text(prepared.fingerprint, "reasoning tags", protocol.reasoning_tags)
 
 
 def _load(plan: Plan) -> Any:

@@ -27,6 +27,7 @@ from kd_bench.aggregators import AGGREGATORS, aggregate
 from kd_bench.errors import IncompleteRunError, KdBenchError, UsageError, one_line
 from kd_bench.files import Journal, digest_bytes, digest_text, parse_json, write_bytes, write_json
 from kd_bench.records import (
+    CONTENT_COLUMNS,
     FORMAT,
     SAMPLE_COLUMNS,
     ModelRef,
@@ -135,7 +136,10 @@ class Run:
         return result
 
     def samples(self, task: str, columns: Sequence[str] = SAMPLE_COLUMNS) -> "pd.DataFrame":
-        """One row a sample; columns are `records.SAMPLE_COLUMNS`, or the asked ones of them."""
+        """One row a sample; columns are `records.SAMPLE_COLUMNS`, or the asked ones of them.
+
+        Those of `records.CONTENT_COLUMNS` can be asked for too.
+        """
         import pandas as pd
         from pyarrow.parquet import read_schema
 
@@ -148,10 +152,12 @@ class Run:
         except Exception as error:  # a flipped bit may surface anywhere inside the reader
             problem = f"{path} cannot be read: {type(error).__name__}."
             raise IncompleteRunError(problem, AGAIN) from None
+        for column in set(columns) & CONTENT_COLUMNS.keys() - set(frame.columns):
+            frame[column] = CONTENT_COLUMNS[column]
         missing = [column for column in columns if column not in frame.columns]
         if missing:
             raise IncompleteRunError(f"{path} has no column {missing[0]}.", "Evaluate it again.")
-        return frame
+        return frame[list(columns)]
 
     def _read(self, name: str) -> bytes:
         """The content of a committed file, compared with its digest.
@@ -232,7 +238,8 @@ class Run:
                 "Look at its data, or raise --limit.",
             )
         buffer = io.BytesIO()
-        samples.loc[:, list(SAMPLE_COLUMNS)].to_parquet(
+        further = [column for column in CONTENT_COLUMNS if column in samples.columns]
+        samples.loc[:, [*SAMPLE_COLUMNS, *further]].to_parquet(
             buffer, index=False, write_page_checksum=True
         )
         self.discard(result.task)
