@@ -97,6 +97,7 @@ def evaluate(
     _refuse(subjects, {**told, "quantize": quantize, "prompt-template": prompt_template})
     profiles = profiles_of(profile, specs_of(suite, tasks))
     from kd_bench.evals import runner
+    from kd_bench.evals.upstream import REASONING_TAGS
 
     unhealthy = False
     for subject in subjects:
@@ -115,7 +116,7 @@ def evaluate(
             dtype=dtype or "auto",
             quantize=quantize or "",
             prompt_template=prompt_template or "",
-            reasoning_tags=runner.REASONING_TAGS if reasoning_tags is None else reasoning_tags,
+            reasoning_tags=REASONING_TAGS if reasoning_tags is None else reasoning_tags,
             error_limit=runner.ERROR_LIMIT if error_limit is None else error_limit,
             truncated_limit=(
                 runner.TRUNCATED_LIMIT if truncated_limit is None else truncated_limit
