@@ -103,7 +103,7 @@ def planned(errors: Array, every: bool = False) -> tuple[Array, Array]:
         level[-1], passing[-1] = ALPHA, 0.975
     margins = np.ceil(10 * (z(1 - level) + z(passing)) * errors) / 10
     seen = (z(1 - ALPHA / 2 / tests) + z(0.96)) * errors
-    outside = margins - z(1 - level) * errors + z(0.96) * errors
+    outside = margins - z(1 - ALPHA) * errors + z(0.96) * errors
     return margins, np.ceil(10 * np.maximum(seen, outside)) / 10
 
 
