@@ -134,7 +134,7 @@ def _line(
     passing = 1 - (1 - PASS) / 2 if alone else PASS
     reach = float(np.hypot(error, seed_error))
     margin = float(norm.ppf(1 - level)) * error + float(norm.ppf(passing)) * reach
-    # A regression is a two-sided test after Holm, and no pass of the margin's test at its last step.
+    # A regression: a two-sided test after Holm, and no pass of the margin test at its last step.
     seen = float(norm.ppf(1 - policy.alpha / 2 / tests)) * error + float(norm.ppf(FIND)) * reach
     outside = (
         _up(margin) - float(norm.ppf(1 - policy.alpha)) * error + float(norm.ppf(FIND)) * reach

@@ -236,7 +236,7 @@ class TrainingNoise:
         )
 
 
-def noise_of(run: Run, most: int = 5) -> TrainingNoise | None:
+def noise_of(run: Run, most: int = 4) -> TrainingNoise | None:
     """The training noise of a run's recipe, as far as its store knows; None with one seed."""
     model, protocol = run.manifest.model, run.manifest.protocol
     if not model.method:
