@@ -147,3 +147,27 @@ def test_the_full_table_says_what_bold_means_and_what_world_it_is(
     for name in ("leaderboard.md", "leaderboard.tex", "leaderboard.csv", "leaderboard.json"):
         text = (tmp_path / name).read_text(encoding="utf-8")
         assert "Embedded mini world: not the real benchmarks" in text, name
+
+
+def test_a_limited_run_is_marked_in_every_rendering(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from kd_bench.report import print_report
+
+    for name, role in (("s", "sft"), ("k", "kd")):
+        run = add_run(
+            tmp_path / "results", Model(name, role, role, 0.2, 0), tasks=("gqa",), units=6
+        )
+        manifest = run.manifest
+        protocol = replace(manifest.protocol, limit=48)
+        run.write_manifest(replace(manifest, protocol=protocol))
+    render_report(tmp_path / "results", tmp_path / "out", ["s", "k"], paper=Paper())
+    texts = {
+        path.name: path.read_text(encoding="utf-8")
+        for path in (tmp_path / "out").iterdir()
+        if path.suffix in (".md", ".csv", ".tex", ".json", ".html") and "categ" not in path.name
+    }
+    texts["terminal"] = print_report(tmp_path / "results", ["s", "k"])
+    for name, text in texts.items():
+        visible = "\n".join(x for x in text.splitlines() if not x.startswith("%"))
+        assert re.search(r"n = 48|first 48|limited to 48", visible), name

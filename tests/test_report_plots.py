@@ -7,13 +7,16 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from kd_bench.report.board import Board
 from kd_bench.report.board_loading import load_board
 from kd_bench.report.calibration import measure
+from kd_bench.report.leaderboard import leaderboard
 from kd_bench.report.plots import board_plots, group_scores
 from kd_bench.report.relations import read_evidence, relate
-from kd_bench.report.style import DARK, LIGHT, Plot, spread_out
+from kd_bench.report.style import DARK, LIGHT, Plot, css_series, marker, spread_out
 from kd_bench.report.training import logs_of
 from tests.report_store import Model, add_run, make_demo
+from tests.svg_reading import read_svg
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +96,61 @@ def test_labels_keep_apart_and_near() -> None:
     gaps = np.diff(sorted(placed))
     assert min(gaps) >= 5.0 - 0.2
     assert placed[3] == 50.0
+
+
+def many(folder: Path, count: int) -> Board:
+    """SFT and equal-sized methods, one seed each, whose latency was measured differently."""
+    for number in range(count):
+        role = "kd" if number else "sft"
+        model = Model(f"m{number}", role, f"m{number}", 0.1 * number, 0, 220_000, 8.7 + number)
+        add_run(folder, model, tasks=("gqa", "pope"), units=6)
+    board = load_board(folder)
+    return relate(board, read_evidence(board, 50))
+
+
+def drawn(board: Board, folder: Path) -> dict[str, Plot]:
+    found = {plot.name: plot for plot in board_plots(board, read_evidence(board, 50))}
+    for plot in found.values():
+        (folder / f"{plot.name}.svg").write_text(plot.standalone())
+    return found
+
+
+def test_every_method_is_in_the_forest_or_counted(tmp_path: Path) -> None:
+    board = many(tmp_path / "results", 12)
+    plots = drawn(board, tmp_path)
+    for name, count in (("forest", 11),):
+        _, colors = read_svg(tmp_path / f"{name}.svg")
+        assert len(colors) == len(set(colors.values())) == count
+        assert "more" not in plots[name].summary
+        assert "largest" not in plots[name].summary
+    board = many(tmp_path / "larger", 20)
+    assert (
+        "3 more, of lower average, stand in the table" in drawn(board, tmp_path)["forest"].summary
+    )
+
+
+def test_equal_models_stand_at_one_latency_with_its_range(tmp_path: Path) -> None:
+    """Their times differ by noise alone; labels stay beside their points, by a line if moved."""
+    board = many(tmp_path / "results", 6)
+    drawn(board, tmp_path)
+    panels, _ = read_svg(tmp_path / "pareto.svg")
+    panel = next(p for p in panels if any(t.text.startswith("Latency") for t in p.texts))
+    points = [s for s in panel.shapes if s.marker and s.clipped]
+    assert len(points) == 6
+    assert {round(panel.x(p.points[0][0]), 1) for p in points} == {11.7}
+    assert len({p.color for p in points}) == 6
+    for point in points:
+        ((start, end),) = panel.lines(point.color)
+        assert (panel.x(start[0]), panel.x(end[0])) == pytest.approx((8.7, 13.7), abs=0.05)
+    table = leaderboard(board)
+    latency = table.column("latency_ms")
+    assert {row.cells[latency].interval.low for row in table.rows} == {8.7}  # type: ignore[union-attr]
+
+
+def test_colours_do_not_repeat_among_eighteen_methods() -> None:
+    methods = [css_series(number) for number in range(2, 20)]
+    assert len(set(methods)) == 18
+    assert len({LIGHT[f"s{number}"] for number in methods}) == 18
+    assert len({DARK[f"s{number}"] for number in methods}) == 18
+    pairs = {(css_series(number), marker(number)) for number in range(2, 80)}
+    assert len(pairs) == 78

@@ -200,9 +200,24 @@ def _caption(board: Board, table: Table) -> str:
                 rf"$^{{+}}_{{-}}$: {level}\,\% interval over test samples of one seed, in which "
                 "training noise is unknown."
             )
+    parts += [tex(f"Note: {note}.") for note in _notes(table)]
     if table.legend:
         parts.append(tex(table.legend.format(second="underlined")))
     return " ".join(part for part in parts if part)
+
+
+def _notes(table: Table) -> list[str]:
+    """Which rows carry a note of the leaderboard, and what it says."""
+    found = []
+    for number, note in enumerate(table.notes):
+        rows = [
+            str(row.cells[0].value)
+            for row in table.rows
+            if any(number in cell.notes for cell in row.cells)
+        ]
+        who = "all rows" if len(rows) == len(table.rows) > 1 else ", ".join(rows)
+        found.append(f"{who}: {note.rstrip('.')}")
+    return found
 
 
 def _documents(board: Board) -> str:

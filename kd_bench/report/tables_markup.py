@@ -98,6 +98,7 @@ def to_latex(table: Table) -> str:
         lines.extend(_latex_row(table, row) for row in rows)
     lines.append("\\bottomrule")
     below = [table.warning, table.caption, table.legend.format(second="underlined")]
+    below += [f"({number}) {note}" for number, note in enumerate(table.notes, 1)]
     for text in filter(None, below if table.warning or table.legend else []):
         lines.append(
             f"\\multicolumn{{{len(table.columns)}}}{{l}}{{\\footnotesize {tex(text)}}} \\\\"
