@@ -60,6 +60,7 @@ class ConversationDataset(Dataset[EncodedSample | Lost]):
         self.unreadable = list(unreadable)
         self.unreadable_limit = unreadable_limit
         self._kept: list[EncodedSample] = []
+        self.left_out = 0  # answers that are context only, known once all samples are encoded
         self.check_limit()
 
     def __len__(self) -> int:
@@ -95,6 +96,7 @@ class ConversationDataset(Dataset[EncodedSample | Lost]):
             if _bytes(kept) / max(len(kept), 1) * len(self.conversations) > MEMORY_BUDGET:
                 return
         self.conversations, self._kept = sound, kept
+        self.left_out = self.encoder.left_out
         self.unreadable += lost
         self.check_limit()
 

@@ -385,12 +385,22 @@ def _run_stage(run: Run, stage: Stage, folder: Path, student: Any) -> Any:
     if trainer.is_fsdp_enabled:
         gather_weights(student)
     student = merge_lora(student)
+    _tell_where_to_stop(student, dataset.encoder.chat.stop_ids)
     if run.is_main:
         save_whole(student, run.processor, folder / "model")
         for leftover in folder.glob("checkpoint-*"):
             shutil.rmtree(leftover, ignore_errors=True)
     processes.barrier()
     return student if not trainer.is_fsdp_enabled else _load(recipe, folder / "model")
+
+
+def _tell_where_to_stop(student: Any, stop_ids: list[int]) -> None:
+    """Add what the student learnt to end its answers with to what `generate` stops at."""
+    settings = student.generation_config
+    known = settings.eos_token_id
+    ids = [] if known is None else list(known) if isinstance(known, list | tuple) else [known]
+    if not set(stop_ids) <= set(ids):
+        settings.eos_token_id = [*ids, *stop_ids]
 
 
 def _check_processes(trainer: DistillationTrainer) -> None:
@@ -484,7 +494,8 @@ def _trainer(
     run: Run, stage: Stage, folder: Path, distiller: Distiller, order: BatchOrder, seed: int
 ) -> DistillationTrainer:
     tokenizer = run.processor.tokenizer
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    (stop,) = order.dataset.encoder.chat.stop_ids
+    pad = stop if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     steps = stage.steps or max(round((stage.epochs or 1) * order.steps), 1)
     report = ProgressReport(stage.name, run.console)
     log = LogWriter(run.folder / "train_log.jsonl", stage.name, stage.batch_size)
@@ -519,10 +530,13 @@ def _announce(
         "parameters": counts,
         "checks": step_zero(distiller, trainer.first_batch()),
     }
+    if dataset.left_out:
+        run.lineage["stages"][stage.name]["answers_left_out"] = dataset.left_out
     run.note()
     run.say(
         f"{stage.name}: {stage.method_name}, {steps} steps of {stage.batch_size} out of "
         f"{len(dataset)} samples, {counts['trainable']:,} of {counts['total']:,} weights learn"
+        + (f"; {dataset.left_out:,} answers are context only" if dataset.left_out else "")
         + ("; no adapters, trainable does not name language_model" if idle else "")
         + (f"; resuming at step {reached}" if reached else "")
     )
