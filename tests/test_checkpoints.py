@@ -298,6 +298,48 @@ def test_the_stored_type_is_the_configs_else_the_weights_own(copy: Path) -> None
     assert stored_dtype(copy) == "float16"
 
 
+# --- as student and teacher ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def rows(checkpoint: Path, tmp_path: Path) -> Path:
+    """Conversations; beside them the checkpoint that is trained with the one under test."""
+    data = tiny.write_data(tmp_path / "data", 8)
+    shutil.copytree(checkpoint, tmp_path / "data" / "whole")
+    return data
+
+
+def test_an_adapter_is_a_student_and_a_teacher(
+    checkpoint: Path, rows: Path, tmp_path: Path
+) -> None:
+    adapted(checkpoint, tmp_path / "adapter")
+    load_as_train(tmp_path / "adapter", rows, tmp_path / "student-out", "student")
+    load_as_train(tmp_path / "adapter", rows, tmp_path / "teacher-out", "teacher")
+    start = load_model(tmp_path / "adapter").state_dict()
+    final = load_model(tmp_path / "student-out" / "final").state_dict()
+    name = "model.language_model.layers.0.self_attn.q_proj.weight"
+    assert (final[name] - start[name]).abs().max() < 1e-3, "one small step away"
+
+
+def test_a_quantized_teacher_teaches_and_a_quantized_student_is_refused(
+    checkpoint: Path, rows: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    load_model(checkpoint, quantize="nf4").save_pretrained(tmp_path / "nf4")
+    tiny.processor().save_pretrained(tmp_path / "nf4")
+    load_as_train(tmp_path / "nf4", rows, tmp_path / "out", "teacher")
+    with pytest.raises(UsageError, match="is quantized, and its weights cannot learn"):
+        load_as_train(tmp_path / "nf4", rows, tmp_path / "refused", "student")
+
+
+def test_a_recipe_asks_for_a_new_projector(copy: Path, rows: Path, tmp_path: Path) -> None:
+    with_tensors(copy, lambda t: {k: v for k, v in t.items() if "projector" not in k})
+    with pytest.raises(UsageError, match="new_projector=true"):
+        load_as_train(copy, rows, tmp_path / "refused", "student")
+    load_as_train(copy, rows, tmp_path / "out", "student", new_projector=True)
+    load_model(tmp_path / "out" / "final")
+
+
 # --- mutated at random -------------------------------------------------------------------------
 
 
@@ -424,7 +466,7 @@ def load_as_eval(folder: Path) -> Any:
     return _load(Plan(known, [], Path(), protocol, {}, debug=True)).engine.model
 
 
-def load_as_train(folder: Path, data: Path, output: Path, role: str) -> None:
+def load_as_train(folder: Path, data: Path, output: Path, role: str, **settings: Any) -> None:
     from rich.console import Console
 
     from kd_bench.distill.recipe import Recipe
@@ -434,6 +476,7 @@ def load_as_train(folder: Path, data: Path, output: Path, role: str) -> None:
     models = {"student": whole, "teacher": whole, role: str(folder)}
     stage = {"method": "kl", "steps": 1, "batch_size": 2}
     recipe = {"name": "m", "data": {"path": str(data), "limit": 4}, "stages": [stage], **models}
+    recipe |= settings
     train(Recipe(**recipe, output=str(output)), console=Console(quiet=True))
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -120,3 +121,26 @@ def test_the_self_test_says_what_does_not_work(tmp_path: Path) -> None:
     done = doctor(tmp_path, "--self-test")
     assert done.returncode == ExitCode.INCOMPLETE
     assert "half installed" in done.stdout
+
+
+@pytest.mark.slow
+def test_what_the_engine_imports_is_imported_and_the_line_that_mends_it_is_printed(
+    tmp_path: Path,
+) -> None:
+    """As filelock 4.3 did: the package loads, and what lmms-eval imports of it is gone."""
+    import filelock
+
+    install(tmp_path, "filelock", "4.3.1")
+    (tmp_path / "filelock.py").unlink()
+    folder = Path(shutil.copytree(Path(filelock.__file__).parent, tmp_path / "filelock"))
+    (folder / "_api.py").rename(folder / "_core.py")
+    for file in folder.glob("*.py"):
+        text = file.read_text()
+        file.write_text(text.replace("._api", "._core").replace("filelock._api", "filelock._core"))
+    done = doctor(tmp_path)
+    assert done.returncode == ExitCode.INCOMPLETE, done.stdout
+    assert "problem filelock 4.3.1 is installed, <4.3,>=3.13 is needed" in done.stdout
+    assert "problem `kd-bench eval` does not load" in done.stdout
+    assert "No module named 'filelock._api'" in done.stdout
+    assert 'mend it pip install "filelock<4.3,>=3.13"' in done.stdout
+    assert "No problem found" not in done.stdout

@@ -320,14 +320,12 @@ def test_answers_that_never_end_make_a_run_unhealthy(data: Path, tmp_path: Path)
 def test_scores_that_are_not_finite_are_failed_answers_with_their_reason(
     checkpoint: Path, data: Path, tmp_path: Path
 ) -> None:
-    from safetensors.torch import load_file, save_file
+    from kd_bench.distill.models import load_model
 
     folder = Path(shutil.copytree(checkpoint, tmp_path / "loud"))
-    file = folder / "model.safetensors"
-    weights = load_file(file)
-    (head,) = [name for name in weights if name.endswith("lm_head.weight")]
-    weights[head] = weights[head].sign() * 3e38  # finite, and their sums are not
-    save_file(weights, file, metadata={"format": "pt"})
+    model = load_model(folder)
+    model.lm_head.weight.data.sign_().mul_(3e38)  # finite, and their sums are not
+    model.save_pretrained(folder)
     run = go(folder, data, tmp_path / "r", tasks=["pope"], limit=8)
     assert run.manifest.status == "unhealthy"
     assert run.manifest.notes == [

@@ -9,11 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from kd_bench.distill.models import load_model
+from kd_bench.distill.models import load_model, load_processor
 from kd_bench.evals.adapter import KdBench
 from kd_bench.evals.constraints import end_ids
 from kd_bench.evals.engine import Engine
 from kd_bench.evals.questions import Question, Settings
+from tests.chat_templates import SPECIAL
 from tests.public_families import MODELS, save
 
 NEW_TOKENS = 8
@@ -96,13 +97,26 @@ def merged(base: Path, folder: Path) -> Path:
     return folder
 
 
+def constrain(folder: Path) -> None:
+    """A penalty; words instead of special tokens, and at least one of them."""
+    words = load_processor(folder).tokenizer
+    file = folder / "generation_config.json"
+    settings = json.loads(file.read_text())
+    ends = {words.eos_token_id, settings["eos_token_id"]}
+    special = set(words.convert_tokens_to_ids(list(SPECIAL)))
+    settings |= {
+        "repetition_penalty": 1.3,
+        "suppress_tokens": sorted(special - ends),
+        "begin_suppress_tokens": sorted(ends),
+    }
+    file.write_text(json.dumps(settings))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(MODELS))
 def test_a_stored_answer_is_what_generate_gives(family: str, tmp_path: Path) -> None:
     base = save(tmp_path / "base", family)
-    settings = json.loads((base / "generation_config.json").read_text())
-    settings["repetition_penalty"] = 1.3
-    (base / "generation_config.json").write_text(json.dumps(settings))
+    constrain(base)
     asked = [(words, count) for count in (1, 2) for words in WORDS]
     seen = []
     for folder in (base, merged(base, tmp_path / "merged")):

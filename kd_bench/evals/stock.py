@@ -1,5 +1,6 @@
 """Models that lmms-eval brings, run through our store and journal as they are."""
 
+import inspect
 from typing import Any
 
 from kd_bench.errors import UsageError, closest, one_line
@@ -29,7 +30,8 @@ def load_stock(name: str, arguments: str, batch_size: int | None) -> StockModel:
         )
     try:
         kind: Any = get_model(name)
-        extra = {} if batch_size is None else {"batch_size": batch_size}
+        extra: dict[str, Any] = {} if batch_size is None else {"batch_size": batch_size}
+        extra |= _on_this_machine(kind, arguments)
         model = kind.create_from_arg_string(arguments, extra)
     except (ImportError, ModuleNotFoundError) as error:
         lacking = (error.name or "").partition(".")[0]
@@ -44,3 +46,14 @@ def load_stock(name: str, arguments: str, batch_size: int | None) -> StockModel:
             "Correct --model-args.",
         ) from error
     return StockModel(model, batch_size)
+
+
+def _on_this_machine(kind: Any, arguments: str) -> dict[str, str]:
+    """Arguments for a CPU: upstream's defaults place models on an accelerator, or nowhere."""
+    import torch
+
+    if torch.cuda.is_available():
+        return {}
+    known = inspect.signature(kind.__init__).parameters
+    given = {part.partition("=")[0] for part in arguments.split(",")}
+    return {name: "cpu" for name in ("device", "device_map") if name in known and name not in given}
