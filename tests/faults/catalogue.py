@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-MODULES = ("tests.faults.stores",)
+MODULES = ("tests.faults.stores", "tests.faults.interleavings")
 
 
 def load() -> None:

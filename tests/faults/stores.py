@@ -85,7 +85,7 @@ def observe(store: Path, quick: bool = False) -> Observed:
 
 
 def _page(store: Path) -> Observed:
-    board = load_board(store)
+    board = load_board(store, suite="mini")
     seen: Observed = {
         f"page {entry.name} {key}": score.value
         for entry in board.entries
@@ -102,7 +102,7 @@ def _list(store: Path) -> Observed:
     seen: Observed = {}
     for row in table.rows:
         values = [cell.value for cell in row.cells]
-        if isinstance(values[3], float) and not row.cells[6].notes:
+        if values[2] == "mini" and isinstance(values[3], float) and not row.cells[6].notes:
             seen[f"list {values[0]}"] = values[3]
     return {**seen, "refused list": "; ".join([*table.notes, *map(str, errors)])}
 
