@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from kd_bench.cli.jobs import run_jobs
-from kd_bench.cli.options import comma_separated
+from kd_bench.cli.options import comma_separated, whole_numbers
 
 RESULTS = Path("results/demo")
 CHECKPOINTS = Path("checkpoints/demo")
@@ -40,7 +40,7 @@ def demo(
     world_folder()
     names = comma_separated(methods) or []
     students = [
-        Student(method, int(seed)) for method in names for seed in comma_separated(seeds) or []
+        Student(method, seed) for method in names for seed in whole_numbers(seeds, "--seeds")
     ]
     # The slow methods first: nothing long is left over when the cores run out of work.
     run_jobs("train", [student.train() for student in reversed(students)], workers, LOGS)

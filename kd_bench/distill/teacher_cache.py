@@ -55,8 +55,9 @@ class TeacherCache:
         self.width = width
         self.dtype = dtype
         self._check_layout()
-        # (sample, answer positions) -> (values of a file, None for our own; first row; checksum)
-        self._where: dict[tuple[int, int], tuple[np.memmap | None, int, int]] = {}
+        # (sample, answer positions) -> places: values of a file, None for our own; first row;
+        # checksum. Two where two processes asked, or where one was damaged and written again.
+        self._where: dict[tuple[int, int], list[tuple[np.memmap | None, int, int]]] = {}
         for records in sorted(folder.glob("samples-*.bin")):
             self._read(records)
         own = f"{rank}-{secrets.token_hex(8)}"
@@ -95,7 +96,7 @@ class TeacherCache:
             sample, row, count, checksum, check = entry.tolist()
             sound = zlib.crc32(entry.tobytes()[:-4]) == check
             if sound and count > 0 and 0 <= row <= size - count:
-                self._where[sample, count] = (rows, row, checksum)
+                self._where.setdefault((sample, count), []).append((rows, row, checksum))
 
     def get(self, samples: Sequence[int], counts: Sequence[int]) -> Tensor | None:
         """Hidden states [sum of counts, width] of samples in order; None if any is missing."""
@@ -110,13 +111,13 @@ class TeacherCache:
         """Verified values [count, width] of a sample; forgotten where they are not as written."""
         if key[1] == 0:  # no answer to learn from: nothing was kept
             return np.empty((0, self.width), self._bytes)
-        if key not in self._where:
-            return None
-        source, row, checksum = self._where[key]
-        values = np.array((self._own() if source is None else source)[row : row + key[1]])
-        if zlib.crc32(values.tobytes()) == checksum:
-            return values
-        del self._where[key]
+        places = self._where.get(key, [])
+        while places:
+            source, row, checksum = places[-1]
+            values = np.array((self._own() if source is None else source)[row : row + key[1]])
+            if zlib.crc32(values.tobytes()) == checksum:
+                return values
+            places.pop()
         return None
 
     def _own(self) -> Any:
@@ -129,14 +130,15 @@ class TeacherCache:
         with self._values.open("ab") as values, self._records.open("ab") as records:
             entries = []
             for sample, count, part in zip(samples, counts, raw.split(list(counts)), strict=True):
-                if count == 0 or (sample, count) in self._where:
+                if count == 0 or self._where.get((sample, count)):
                     continue
                 data = part.contiguous().numpy().tobytes()
                 values.write(data)
                 entry = np.array((sample, self._rows, count, zlib.crc32(data), 0), RECORD)
                 entry["check"] = zlib.crc32(entry.tobytes()[:-4])
                 entries.append(entry.tobytes())
-                self._where[sample, count] = (None, self._rows, int(entry["values"]))
+                place = (None, self._rows, int(entry["values"]))
+                self._where.setdefault((sample, count), []).append(place)
                 self._rows += count
             values.flush()
             records.write(b"".join(entries))

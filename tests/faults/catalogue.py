@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-MODULES = ("tests.faults.stores", "tests.faults.interleavings")
+MODULES = ("tests.faults.stores", "tests.faults.interleavings", "tests.faults.inputs")
 
 
 def load() -> None:
