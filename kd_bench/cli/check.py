@@ -95,7 +95,7 @@ def check(
     if as_json:
         typer.echo(report.to_json())
     else:
-        to_terminal(verdict_table(report), Console())
+        to_terminal(verdict_table(report), Console(), width=140)
         for warning in report.warnings:
             Console().print(warning, style="bold yellow", markup=False, highlight=False)
     if unwritten is not None and report.exit_code == ExitCode.PASS:

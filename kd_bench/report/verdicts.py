@@ -244,10 +244,10 @@ def verdict_table(report: GateReport) -> Table:
         Column("candidate", "Candidate"),
         Column("difference", "Difference", "difference"),
         Column("margin", "Margin"),
+        Column("verdict", "Verdict", "text"),
         Column("decided", "Decided by", "text"),
         Column("p", "p (Holm)", "text"),
         Column("units", "Units", "text"),
-        Column("verdict", "Verdict", "text"),
     )
     rows = tuple(
         Row(
@@ -258,10 +258,10 @@ def verdict_table(report: GateReport) -> Table:
                 Cell(verdict.candidate),
                 Cell(verdict.difference.value),
                 Cell(verdict.non_inferiority.margin),
+                Cell(verdict.verdict + (" (advisory)" if verdict.advisory else "")),
                 Cell(verdict.decided_by),
                 Cell(_probability(verdict.difference.p_holm)),
                 Cell(f"{verdict.units:,}"),
-                Cell(verdict.verdict + (" (advisory)" if verdict.advisory else "")),
             ),
         )
         for verdict in report.verdicts
