@@ -181,7 +181,7 @@ def test_the_headline_is_of_the_row_named_as_main_or_of_what_holds_over_all(stor
 
 def test_equal_methods_and_single_seeds_get_no_headline(tmp_path: Path) -> None:
     """Nine equal methods of one seed each: whatever comes out best is chance."""
-    from kd_bench.report.page import _title
+    from kd_bench.report.page import _figures, _lead, _title
 
     add_run(tmp_path, Model("floor", "sft", "sft", 0.3, 0), tasks=TWO, units=20)
     for number in range(9):
@@ -193,3 +193,5 @@ def test_equal_methods_and_single_seeds_get_no_headline(tmp_path: Path) -> None:
     assert board.claim is not None
     assert board.claim.weights_only
     assert _title(board) == "11 models on 2 benchmarks"
+    assert _figures(board) == []
+    assert any("what another seed would give is unknown" in line for line in _lead(board))

@@ -133,7 +133,7 @@ def _context(
         "figures": _figures(board),
         "warnings": _unhealthy(board),
         "caption": _caption(board),
-        "legend": _legend(board),
+        "legend": _legend(board, table),
         "modes": MODES if board.floor and board.teacher else MODES[:1],
         "roles": list(dict.fromkeys((row.role, clean(row.section)) for row in table.rows)),
         "table": table,
@@ -304,9 +304,13 @@ def _noise(entries: list[Entry], floor: Entry) -> list[str]:
 
 
 def _figures(board: Board) -> list[dict[str, str]]:
-    """The few numbers that the page is about; none where nobody was named and nothing holds."""
-    subject = _subject(board)
-    if subject is None:
+    """The few numbers that the page is about.
+
+    None where nobody was named and nothing holds, or holds for single seeds alone: the best of
+    several would stand there in large type.
+    """
+    subject, claim = _subject(board), board.claim
+    if subject is None or (board.main is None and claim is not None and claim.weights_only):
         return []
     found = [
         _figure(f"{board.average_title} of {clean(subject.name)}", subject.score(AVERAGE), "score"),
@@ -351,14 +355,17 @@ def _caption(board: Board) -> str:
     return " ".join(lines)
 
 
-def _legend(board: Board) -> str:
-    lines = [
-        "Bold: best student, or not significantly behind it; underlined: next. "
-        "Point at a number for its interval, sample count and protocol."
-    ]
+def _legend(board: Board, table: Table) -> str:
+    lines = [table.legend.format(second="underlined")]
+    lines.append("Point at a number for its interval, sample count and protocol.")
     if any(len(entry.runs) > 1 for entry in board.entries):
         lines.append("± is the spread over training seeds, apart from the sampling interval.")
-    return " ".join(lines)
+    if any(len(entry.runs) == 1 for entry in board.entries):
+        lines.append(
+            "A row of one seed has the interval of its samples in that place; training noise is "
+            "unknown."
+        )
+    return " ".join(line for line in lines if line)
 
 
 # --- the rest ----------------------------------------------------------------------------------
