@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from scipy.stats import binom
 from typer.testing import CliRunner
 
 from kd_bench.cli import app
@@ -17,7 +18,7 @@ from kd_bench.gate import check
 from kd_bench.gate_plan import plan
 from kd_bench.policy import Policy, load_policy
 from kd_bench.records import AVERAGE
-from kd_bench.stats import binomial_interval, holm_levels, unchanged_draws
+from kd_bench.stats import binomial_interval, effective_units, holm_levels, unchanged_draws
 from kd_bench.store import Run
 from tests.statistics.simulate import write_run
 from tests.test_compare import samples
@@ -292,3 +293,23 @@ def test_the_main_recipe_is_spoken_of_alone() -> None:
     found = headline(evidence, ["floor"], names, main="b")
     assert found is not None
     assert found.candidates == 1
+
+
+@pytest.mark.parametrize("units", [5, 15, 40])
+def test_scores_of_few_units_are_covered_at_every_truth(units: int) -> None:
+    """Exactly, over all outcomes: no simulation."""
+    intervals = []
+    for hits in range(units + 1):
+        values = np.stack([np.arange(units) < hits, np.ones(units)], axis=1).astype(float)
+        score, size = effective_units("mean", values)
+        intervals.append(binomial_interval(score / 100, size, units))
+    covered = [
+        sum(
+            binom.pmf(hits, units, truth)
+            for hits, interval in enumerate(intervals)
+            if interval.low - 1e-9 <= 100 * truth <= interval.high + 1e-9
+        )
+        for truth in np.linspace(0.005, 0.995, 199)
+    ]
+    assert min(covered) > 0.925
+    assert 0.95 < np.mean(covered) < 0.99

@@ -312,7 +312,8 @@ def seeds_of_one_method(runs: Sequence[Run]) -> None:
             )
         for other in runs[:place]:
             again = other.manifest.model
-            if model.weights_digest == again.weights_digest or model.seed == again.seed:
+            same_seed = model.seed is not None and model.seed == again.seed
+            if same_seed or model.weights_digest == again.weights_digest:
                 raise UsageError(
                     f"{label(other)} and {label(run)} are the same training seed.",
                     "Name each seed once.",
