@@ -293,3 +293,19 @@ def test_an_images_mark_in_the_text_is_unreadable(kind: str) -> None:
     said = conversation((None, "what is <|image_pad|>?"), (FIRST,), images=1)
     with pytest.raises(Unreadable, match=r"holds <\|image_pad\|>, the mark of an image"):
         Encoder(processor).encode(said)
+
+
+def test_evaluation_says_which_images_belong_together(family: str, processor: Any) -> None:
+    """LLaVA-OneVision does not tile the images of a question that has several."""
+    said = conversation((None, None, QUESTION), (FIRST,), images=2)
+    sample = Encoder(processor).encode(said)
+    prompts = PromptBuilder(processor)
+    both = [public.image(), public.image()]
+    made = prompts.chat.processed([prompts.render(QUESTION, 2)], [both])
+    assert made["input_ids"][0].tolist() == before_answer(sample)
+    if family == "llava-onevision":
+        alone = prompts.chat.processed([prompts.render(QUESTION, 1)], [both[:1]])
+        image_id = processor.image_token_id
+        # 4 tokens and a line's end each, against the tiles of one image alone.
+        assert made["input_ids"][0].tolist().count(image_id) == 10
+        assert alone["input_ids"][0].tolist().count(image_id) > 10

@@ -260,6 +260,27 @@ def test_another_chat_template_is_answered_anew(
     assert not before["answer"].equals(second.samples("gqa")["answer"])
 
 
+def test_a_prompt_template_stands_in_and_is_recorded(
+    checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "model"))
+    own = go(folder, data, tmp_path / "results", tasks=["gqa"])
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(UsageError, match=r"no chat template.*--prompt-template"):
+        go(folder, data, tmp_path / "bare", tasks=["gqa"])
+    with pytest.raises(UsageError, match="no prompt template 'chatlm'"):
+        go(folder, data, tmp_path / "bare", tasks=["gqa"], prompt_template="chatlm")
+    assert not list((tmp_path / "bare").glob("runs/*/manifest.json"))
+    given = go(folder, data, tmp_path / "results", tasks=["gqa"], prompt_template="plain")
+    assert given.path != own.path
+    assert "{% for message" in given.manifest.protocol.prompt_template
+    assert given.result("gqa").resumed == 0
+    again = go(folder, data, tmp_path / "results", tasks=["gqa"], prompt_template="plain")
+    assert again.path == given.path
+    other = go(folder, data, tmp_path / "results", tasks=["gqa"], prompt_template="llava")
+    assert other.path != given.path
+
+
 def test_lineage_names_method_seed_and_role(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     run_folder = tmp_path / "switch-s1"
     folder = Path(shutil.copytree(checkpoint, run_folder / "final"))

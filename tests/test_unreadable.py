@@ -88,7 +88,9 @@ def test_bad_samples_are_counted_with_their_reason(
         assert reason in reasons[name]
         assert reasons[name].endswith(f"(row {row})")
     stopped = [*changes, f"output={place / f'stop{small}'}", "data.unreadable_limit=3"]
-    with pytest.raises(TrainingError, match=r"more than the 3 allowed: bytes: .*\(row 29\)"):
+    with pytest.raises(
+        TrainingError, match=r"more than the 3 allowed: marks: .*bytes: .*\(row 29\)"
+    ):
         train(load_recipe(place / "recipe.yaml", stopped))
 
 
