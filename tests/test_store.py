@@ -2,12 +2,14 @@
 
 import contextlib
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from kd_bench.damage import examine
 from kd_bench.errors import ExitCode, IncompleteRunError, UsageError
 from kd_bench.records import (
     SAMPLE_COLUMNS,
@@ -20,9 +22,12 @@ from kd_bench.records import (
     from_json,
     to_json,
 )
+from kd_bench.report.runs import run_table
 from kd_bench.store import (
     Run,
     baseline_run,
+    catalogue,
+    cautions,
     find_run,
     list_runs,
     open_run,
@@ -391,3 +396,55 @@ def test_a_second_process_is_told_and_a_dead_one_holds_nothing(tmp_path: Path) -
         pass
     with run.locked():
         pass
+
+
+# --- folders from before files carried digests ---------------------------------------------------
+
+OLD = Path(__file__).parent / "golden" / "results-format-1"
+
+
+def test_an_older_results_folder_loads_and_says_that_it_is_not_verified(tmp_path: Path) -> None:
+    results = Path(shutil.copytree(OLD, tmp_path / "results"))
+    there = {run.manifest.model.name: run for run in list_runs(results)}
+    scores = {
+        name: {task: round(result.score, 1) for task, result in run.results().items()}
+        for name, run in there.items()
+    }
+    assert scores == {
+        "teacher": {"pope": 96.1, "mme": 44.1},
+        "student": {"pope": 68.8, "mme": 30.9},
+        "student-switch": {"pope": 73.3, "mme": 45.5},
+        "small": {"pope": 0.0, "mme": 0.0},
+    }
+    assert not any(run.manifest.verified for run in there.values())
+    assert baseline_run(results, "mini") == there["student"]
+    told = cautions(there["small"])
+    assert "limited to 20 documents a benchmark: n = 40, limited" in told[0]
+    assert "not verified by digests" in told[1]
+    table, errors = run_table(catalogue(results))
+    assert not errors
+    assert "not verified by digests" in table.notes
+    assert examine(results) == []
+
+
+@pytest.mark.parametrize("score", [92.8, float("nan")])
+def test_an_edited_score_of_an_older_run_is_found_by_its_samples(
+    tmp_path: Path, score: float
+) -> None:
+    results = Path(shutil.copytree(OLD, tmp_path / "results"))
+    run = find_run(results, "student")
+    path = run.path / "tasks" / "pope.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "score": score}))
+    with pytest.raises(IncompleteRunError, match=r"pope.*(68.8|no score)"):
+        run.results()
+
+
+def test_answers_of_an_older_run_are_taken_over(tmp_path: Path) -> None:
+    """An older run does not know its data: it is not continued, its journal is."""
+    results = Path(shutil.copytree(OLD, tmp_path / "results"))
+    old = find_run(results, "student")
+    new = open_run(results, old.manifest.model, old.manifest.protocol, ["pope", "mme"])
+    assert new.path != old.path
+    assert new.journal("pope").read() == old.journal("pope").read() != []
+    assert new.results() == {}
+    assert find_run(results, "student") == old, "an unfinished run stands for nothing"

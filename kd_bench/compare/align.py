@@ -111,7 +111,7 @@ def common_tasks(runs: Sequence[Run], chosen: Sequence[str] | None = None) -> li
         raise UsageError("A comparison needs two runs.", "Name a second one.")
     if len({run.path.resolve() for run in runs}) < len(runs):
         raise UsageError(f"{label(runs[0])} was named twice.", "Name two different runs.")
-    done = [[task for task in run.manifest.tasks if run.done(task)] for run in runs]
+    done = [run.done_tasks() for run in runs]
     for run, tasks in zip(runs, done, strict=True):
         if not tasks:
             raise IncompleteRunError(

@@ -244,7 +244,7 @@ def _notes(runs: Sequence[Run], common: list[str] | None) -> list[str]:
     if common is None:
         return notes
     for run in runs:
-        done = [task for task in run.manifest.tasks if run.done(task)]
+        done = run.done_tasks()
         extra = [task for task in done if task not in common]
         if extra:
             notes.append(f"Only some runs have {', '.join(extra)}: left out.")
