@@ -98,13 +98,9 @@ def _report(methods: list[str], seconds: float) -> None:
 def _verdict(method: str) -> str:
     """The method against the floor over the seeds, with an interval: whatever came out."""
     from kd_bench.compare import compare_methods
-    from kd_bench.store import list_runs
+    from kd_bench.compare.methods import runs_of_method
 
-    # The teacher was trained by SFT too, and a hybrid carries the method of its student's eyes.
-    others = ("teacher", "switch")
-    students = [run for run in list_runs(RESULTS) if run.manifest.model.role not in others]
-    ours = [run for run in students if run.manifest.model.method == method]
-    floor = [run for run in students if run.manifest.model.method == FLOOR]
+    ours, floor = runs_of_method(RESULTS, method), runs_of_method(RESULTS, FLOOR)
     found = compare_methods(floor, ours).average
     interval = found.interval
     if interval is None:

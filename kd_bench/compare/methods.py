@@ -14,7 +14,7 @@ from kd_bench.compare.estimates import Estimate, Evidence
 from kd_bench.errors import KdBenchError, UsageError, closest
 from kd_bench.records import AVERAGE
 from kd_bench.stats import RESAMPLES, MethodDifference, holm, seed_variance
-from kd_bench.store import Run, list_runs
+from kd_bench.store import Run, catalogue, list_runs
 
 __all__ = [
     "MethodComparison",
@@ -143,21 +143,30 @@ class MethodsComparison:
 
 
 def runs_of_method(results: Path, method: str, suite: str | None = None) -> list[Run]:
-    """The newest complete run of each training seed of a method's students, ordered by seed.
+    """The run of each training seed of a method's students, ordered by seed.
+
+    Which run of a model it is, is the catalogue's business; of the suite of its newest one where
+    none is named.
 
     Raises:
         UsageError: no run is of that method.
+        IncompleteRunError: a manifest is damaged: it may be a seed's.
     """
+    list_runs(results)  # none may be missing
+    there = catalogue(results)
+    suites = [suite] if suite else list(dict.fromkeys(m.protocol.suite for _, m in there.runs))
+    shown = sorted(
+        (each for name in suites for each in there.board(name)[0]),
+        key=lambda each: each[1].created,
+    )
+    students = [each for each in shown if each[1].model.role not in NOT_STUDENTS]
+    known = {manifest.model.method for _, manifest in students if manifest.model.method}
+    found = [each for each in students if each[1].model.method == method and method]
     by_seed: dict[tuple[int, str], Run] = {}
-    known = set()
-    for run in list_runs(results):
-        model, protocol = run.manifest.model, run.manifest.protocol
-        if model.role in NOT_STUDENTS or not model.method:
-            continue
-        known.add(model.method)
-        if model.method == method and suite in (None, protocol.suite):
-            name = "" if model.seed is not None else model.name
-            by_seed[model.seed or 0, name] = run
+    for run, manifest in found:
+        model = manifest.model
+        if manifest.protocol.suite == found[-1][1].protocol.suite:
+            by_seed[model.seed or 0, "" if model.seed is not None else model.name] = run
     if not by_seed:
         raise UsageError(
             f"No run of a method {method!r} below {results}.{closest(method, sorted(known))}",
