@@ -290,3 +290,24 @@ def test_torch_is_not_changed_by_an_evaluation(
     before = torch.random.get_rng_state()
     go(data, tmp_path, checkpoint=checkpoint, tasks=["gqa"])
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.mark.slow
+def test_a_repetition_penalty_counts_as_it_does_in_lmms_evals_own_model(
+    data: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    pytest.importorskip("decord")
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "model"))
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"repetition_penalty": 1.6}))
+    tasks: dict[str, Any] = {"tasks": ["gqa", "pope"], "truncated_limit": 1.0}
+    free = go(data, tmp_path, checkpoint=checkpoint, **tasks)
+    ours = go(data, tmp_path, checkpoint=folder, **tasks)
+    stock = go(data, tmp_path, model="llava_hf", model_args=f"pretrained={folder}", **tasks)
+    for task in ("gqa", "pope"):
+        answers = [list(run.samples(task)["answer"]) for run in (free, ours, stock)]
+        assert answers[1] == answers[2] != answers[0]
+        settings = ours.result(task).settings["checkpoint_generation"]
+        assert settings == {"repetition_penalty": 1.6}

@@ -98,15 +98,16 @@ def merged(base: Path, folder: Path) -> Path:
 
 
 def constrain(folder: Path) -> None:
-    """A penalty; words instead of special tokens, and at least one of them."""
+    """A penalty; words instead of special tokens and spaces, and at least one of them."""
     words = load_processor(folder).tokenizer
     file = folder / "generation_config.json"
     settings = json.loads(file.read_text())
     ends = {words.eos_token_id, settings["eos_token_id"]}
-    special = set(words.convert_tokens_to_ids(list(SPECIAL)))
+    unseen = set(words.convert_tokens_to_ids(list(SPECIAL)))
+    unseen |= {number for number in range(len(words)) if not words.decode([number]).strip()}
     settings |= {
         "repetition_penalty": 1.3,
-        "suppress_tokens": sorted(special - ends),
+        "suppress_tokens": sorted(unseen - ends),
         "begin_suppress_tokens": sorted(ends),
     }
     file.write_text(json.dumps(settings))
