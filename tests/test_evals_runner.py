@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ import pandas as pd
 import pytest
 
 from kd_bench.compare.align import numeric_notes
-from kd_bench.errors import UsageError
+from kd_bench.errors import IncompleteRunError, UsageError
 from kd_bench.evals.runner import evaluate
 from kd_bench.files import Journal, read_json, write_json
+from kd_bench.records import ModelRef, Protocol
 from kd_bench.stats import FEWEST_UNITS
-from kd_bench.store import Run, list_runs
+from kd_bench.store import Run, list_runs, open_run
 from tests.eval_world import TEN, save_talker, write_replicas
+from tests.report_store import written_elsewhere
 from tests.torchrun import torchrun
 
 
@@ -420,6 +423,80 @@ def test_bad_input_is_named_in_one_line(checkpoint: Path, data: Path, tmp_path: 
         json.loads(file.read_text())["status"] == "running"
         for file in (tmp_path / "runs").glob("*/manifest.json")
     )
+
+
+def flipped(data: Path, folder: Path) -> Path:
+    """The same data with every answer of POPE turned round."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    changed = Path(shutil.copytree(data, folder))
+    file = next((changed / "pope").glob("*.parquet"))
+    table = pq.read_table(file)
+    rows = table.to_pylist()
+    for row in rows:
+        row["answer"] = {"yes": "no", "no": "yes"}[row["answer"]]
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), file)
+    return changed
+
+
+def test_changed_data_is_asked_again_as_a_new_run(
+    checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    """The data's digest is part of what a finished task is known by; its place is not."""
+    results = tmp_path / "results"
+    first = go(checkpoint, data, results, tasks=["pope"])
+    before = first.samples("pope")
+    changed = flipped(data, tmp_path / "changed")
+    second = go(checkpoint, changed, results, tasks=["pope"])
+    fresh = go(checkpoint, changed, tmp_path / "fresh", tasks=["pope"])
+    assert second.path != first.path
+    pd.testing.assert_frame_equal(second.samples("pope"), fresh.samples("pope"))
+    assert second.result("pope").fingerprint != first.result("pope").fingerprint
+    assert (second.samples("pope")["target"] != before["target"]).all()
+    pd.testing.assert_frame_equal(first.samples("pope"), before)
+    moved = Path(shutil.copytree(data, tmp_path / "moved"))
+    assert go(checkpoint, moved, results, tasks=["pope"]).path == first.path
+    assert go(checkpoint, changed, results, tasks=["pope", "gqa"]).path == second.path
+    assert len(list_runs(results)) == 2
+
+
+def test_a_refused_evaluation_writes_nothing(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    """Neither a run that stays "running", nor a word in a run that another process holds."""
+    results = tmp_path / "results"
+    (tmp_path / "wrong").mkdir()
+    for options in ({"data": tmp_path / "wrong"}, {"dtype": "float23"}, {"suite": "tenn"}):
+        problem(**{"checkpoint": checkpoint, "data": data, "results": results, **options})
+        assert not (results / "runs").exists() or not list_runs(results)
+    run = go(checkpoint, data, results, tasks=["gqa"])
+    before = (run.path / "manifest.json").read_bytes()
+    with written_elsewhere(run):
+        with pytest.raises(UsageError, match="written by another"):
+            go(checkpoint, data, results, tasks=["gqa", "mme"], role="teacher", method="x")
+        assert (run.path / "manifest.json").read_bytes() == before
+    written = json.loads(before)
+    (run.path / "manifest.json").write_text(json.dumps({**written, "format": 9, "new": 1}))
+    with pytest.raises(IncompleteRunError, match="newer kd-bench: its format is 9"):
+        go(checkpoint, data, results, tasks=["gqa"])
+    assert read_json(run.path / "manifest.json")["new"] == 1
+
+
+def test_a_role_is_never_guessed(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    """SFT alone makes no floor; what a command said stays known, and so do teachers of others."""
+
+    def role_of(results: str, **options: Any) -> str:
+        run = go(checkpoint, data, tmp_path / results, tasks=["gqa"], limit=2, **options)
+        return run.manifest.model.role
+
+    assert role_of("a") == role_of("a", method="sft") == "model"
+    assert [role_of("a", role="teacher"), role_of("a")] == ["teacher", "teacher"]
+    weights = list_runs(tmp_path / "a")[0].manifest.model.weights_digest
+    student = open_run(
+        tmp_path / "b", ModelRef("student", "kd", "", "0" * 64), Protocol("mini"), ["gqa"]
+    )
+    told = {"teacher": {"path": "elsewhere", "weights_sha256": weights}}
+    student.write_manifest(replace(student.manifest, training=told))
+    assert role_of("b") == "teacher"
 
 
 def test_wrong_columns_are_named(checkpoint: Path, data: Path, tmp_path: Path) -> None:
