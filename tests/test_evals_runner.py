@@ -348,7 +348,7 @@ def test_scores_that_are_not_finite_are_failed_answers_with_their_reason(
 
     folder = Path(shutil.copytree(checkpoint, tmp_path / "loud"))
     model = load_model(folder)
-    model.lm_head.weight.data.sign_().mul_(3e38)  # finite, and their sums are not
+    model.model.language_model.norm.weight.data.fill_(3e38)  # finite, and its products are not
     model.save_pretrained(folder)
     run = go(folder, data, tmp_path / "r", tasks=["pope"], limit=8)
     assert run.manifest.status == "unhealthy"
