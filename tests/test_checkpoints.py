@@ -387,7 +387,8 @@ def _change_tensor(folder: Path, dice: random.Random) -> str:
     elif kind == "cut":
         tensors[name] = tensor[: len(tensor) // 2].clone()
     elif kind == "transposed":
-        tensors[name] = tensor.T.contiguous() if tensor.dim() == 2 else tensor[None].contiguous()
+        oblong = tensor.dim() == 2 and tensor.shape[0] != tensor.shape[1]  # else nobody could tell
+        tensors[name] = tensor.T.contiguous() if oblong else tensor[None].clone()
     else:  # into a second file that no index names
         save_file({name: tensors.pop(name)}, folder / "other.safetensors")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
