@@ -85,6 +85,7 @@ class Profile(StrictModel):
         columns: further required columns.
         rescore: name of our own rule over the raw answers, where upstream has none.
         upstream, split, documents: another upstream task and its data.
+        generation: cap and stops, where the benchmark's own would end an answer too early.
         scored: False writes a submission file and no score.
     """
 
@@ -97,6 +98,7 @@ class Profile(StrictModel):
     upstream: str | None = None
     split: str | None = None
     documents: int | None = None
+    generation: Generation | None = None
     scored: bool = True
     published: Published | None = None
 
@@ -173,6 +175,10 @@ class TaskSpec(StrictModel):
             hint = closest(chosen, list(self.profiles))
             raise UsageError(f"{self.id} has no profile {chosen!r}.{hint}", f"Profiles: {known}.")
         return self.profiles[chosen]
+
+    def generation_of(self, profile: str | None) -> Generation:
+        """How answers are generated under a profile."""
+        return self.profile(profile).generation or self.generation
 
 
 class Suite(StrictModel):

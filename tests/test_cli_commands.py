@@ -68,7 +68,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         (["eval", "--vision", "a", "--language", "b", "--role", "kd"], "--role is fixed"),
         (["eval", "--vision", "a", "--language", "b", "--method", "x"], "--method is read from"),
         (["eval", "--model", "a", "--dtype", "float16"], "--dtype goes into --model-args"),
-        (["eval", "a", "--profile", "textvqa"], "'textvqa' is not BENCHMARK=PROFILE"),
+        (["eval", "a", "--profile", "textvqa"], "None of the benchmarks has a profile 'textvqa'"),
         (["eval", "a", "--profile", "textvqa=ocrr"], "Did you mean 'ocr'?"),
         (["eval", "a", "--profile", "textvqq=ocr"], "Did you mean 'textvqa'?"),
         (["eval", "a", "--tasks", "gqa", "--profile", "textvqa=ocr"], "not among the chosen"),

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from kd_bench.aggregators import aggregate, by_content
+from kd_bench.cli.options import profiles_of
 from kd_bench.errors import UsageError
 from kd_bench.evals.asking import answer_keys, ask
 from kd_bench.evals.content import Thinking
@@ -94,3 +95,16 @@ def test_thoughts_are_found_as_upstream_finds_them():
     assert thinking.thought("yes") == ""
     assert thinking.is_unfinished("<think>a</think><think>b")
     assert not thinking.is_unfinished("yes")
+
+
+def test_the_thinking_profile_leaves_room_and_no_stop_inside_a_thought(replicas):
+    specs = [load_task(task) for task in TEN]
+    assert set(profiles_of(["thinking"], specs)) == set(TEN)
+    assert profiles_of(["pope=llava", "thinking"], specs)["pope"] == "llava"
+    prepared = prepare(load_task("mme"), replicas, profile="thinking", limit=4)
+    plain = prepare(load_task("mme"), replicas, limit=4)
+    assert prepared.generation["max_new_tokens"] > 1000
+    assert prepared.generation["until"] == []
+    assert prepared.prompts == plain.prompts
+    assert prepared.fingerprint != plain.fingerprint
+    assert answer_keys(prepared, "x") != answer_keys(plain, "x")

@@ -66,7 +66,7 @@ def test_unknown_names_get_a_suggestion_and_the_list(tmp_path: Path) -> None:
     [
         ("skill: cognition", "skil: cognition", "Did you mean 'skill'?"),
         ("skill: cognition", "skill: seeing", "skill: Input should be"),
-        ("scale: 100.0", "scale: many", "scale: Input should be a valid number"),
+        ("scale: 100.0", "scale: many", "scale: expected a number"),
         ("id_columns: [id]", "id_columns: [number]", "column 'number' is used but not declared"),
         ("max_new_tokens: 16", "max_new_tokens: 0", "greater than 0"),
         ("id: gqa", "id: gpa", "the id is 'gpa'. Call the file gpa.yaml."),

@@ -21,7 +21,9 @@ Tasks = Annotated[str | None, typer.Option("--tasks", help="Only these benchmark
 Profiles = Annotated[
     list[str] | None,
     typer.Option(
-        "--profile", help="Protocol variant; may be repeated.", metavar="BENCHMARK=PROFILE"
+        "--profile",
+        help="Protocol variant: of one benchmark, or of all that have it; may be repeated.",
+        metavar="[BENCHMARK=]PROFILE",
     ),
 ]
 RESULTS = Path("results")
@@ -56,7 +58,7 @@ def specs_of(suite: str, tasks: str | None) -> list["TaskSpec"]:
 
 
 def profiles_of(values: list[str] | None, specs: list["TaskSpec"]) -> dict[str, str]:
-    """`--profile a=x,b=y --profile c=z` -> profile by benchmark.
+    """`--profile a=x,b=y --profile thinking` -> profile by benchmark.
 
     Raises:
         UsageError: not of that form, an unknown profile, two for one benchmark, or for one that
@@ -64,9 +66,15 @@ def profiles_of(values: list[str] | None, specs: list["TaskSpec"]) -> dict[str, 
     """
     known = {spec.id: spec for spec in specs}
     found: dict[str, str] = {}
+    way_out = "`kd-bench tasks show BENCHMARK` lists its profiles."
     for part in (part for value in values or [] for part in comma_separated(value) or []):
+        if "=" not in part:
+            having = [spec.id for spec in specs if part in spec.profiles]
+            if not having:
+                raise UsageError(f"None of the benchmarks has a profile {part!r}.", way_out)
+            found.update({task: part for task in having if task not in found})
+            continue
         task, _, profile = (piece.strip() for piece in part.partition("="))
-        way_out = "`kd-bench tasks show BENCHMARK` lists its profiles."
         if not task or not profile:
             raise UsageError(f"--profile {part!r} is not BENCHMARK=PROFILE.", way_out)
         if task not in known:

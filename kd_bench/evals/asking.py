@@ -72,7 +72,7 @@ def _fields(answer: Answer) -> dict[str, Any]:
 
 def answer_keys(prepared: PreparedTask, *model_digests: str) -> list[str]:
     """Journal key of each document: model, document with pictures, prompt, settings."""
-    settings = str(sorted(prepared.spec.generation.model_dump().items()))
+    settings = str(sorted(prepared.settings.model_dump().items()))
     return [
         digest_text(*model_digests, content, prompt, settings)[:40]
         for content, prompt in zip(prepared.contents, prepared.prompts, strict=True)

@@ -20,7 +20,7 @@ from kd_bench.evals.documents import Document, Documents, load_documents
 from kd_bench.evals.questions import PLACEHOLDER
 from kd_bench.evals.upstream import lmms_eval, lmms_eval_version, quiet, task_config
 from kd_bench.files import digest_text
-from kd_bench.registry import Profile, TaskSpec
+from kd_bench.registry import Generation, Profile, TaskSpec
 
 __all__ = ["SCORING_VERSION", "PreparedTask", "prepare", "unit_ids"]
 
@@ -61,6 +61,11 @@ class PreparedTask:
         return self.spec.profile(self.profile)
 
     @property
+    def settings(self) -> Generation:
+        """How answers are generated."""
+        return self.spec.generation_of(self.profile)
+
+    @property
     def aggregator(self) -> str:
         """Name of the aggregator that turns the samples into the score."""
         return self.variant.aggregator or self.spec.aggregator
@@ -91,7 +96,7 @@ def prepare(
     if limit is not None and limit < len(documents):
         documents = documents.select(_first_units(spec, documents, limit))
     upstream = variant.upstream or spec.upstream
-    config = _configure(spec, upstream, variant.prompt)
+    config = _configure(spec, upstream, name)
     with quiet():
         task = _task_class(chat)(config, documents, spec)
     prompts = [_render(task, document, spec) for document in documents]
@@ -105,7 +110,7 @@ def prepare(
         str(len(documents)),
         digest_text(*contents),
         digest_text(*prompts),
-        json.dumps(spec.generation.model_dump(), sort_keys=True),
+        json.dumps(spec.generation_of(name).model_dump(), sort_keys=True),
         f"{upstream} lmms-eval {lmms_eval_version()} scoring {SCORING_VERSION}",
     )
     generation = config["generation_kwargs"]
@@ -141,17 +146,18 @@ def _first_units(spec: TaskSpec, documents: Documents, limit: int) -> list[int]:
     return sorted(chosen)
 
 
-def _configure(spec: TaskSpec, upstream: str, prompt: dict[str, Any]) -> dict[str, Any]:
+def _configure(spec: TaskSpec, upstream: str, profile: str) -> dict[str, Any]:
+    variant, settings = spec.profile(profile), spec.generation_of(profile)
     config = task_config(upstream)
     metrics = [entry for entry in config["metric_list"] if entry["metric"] != "submission"]
     config["metric_list"] = metrics
     config["process_docs"] = None
     generation = dict(config.get("generation_kwargs") or {})
-    generation.update(max_new_tokens=spec.generation.max_new_tokens, temperature=0, do_sample=False)
-    generation["until"] = list(spec.generation.until)
+    generation.update(max_new_tokens=settings.max_new_tokens, temperature=0, do_sample=False)
+    generation["until"] = list(settings.until)
     config["generation_kwargs"] = generation
-    settings = config.setdefault("lmms_eval_specific_kwargs", {})
-    settings.setdefault("default", {}).update(prompt)
+    wording = config.setdefault("lmms_eval_specific_kwargs", {})
+    wording.setdefault("default", {}).update(variant.prompt)
     adapt = _ADAPTATIONS.get(spec.id)
     if adapt is not None:
         adapt(config)

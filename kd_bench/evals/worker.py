@@ -136,7 +136,7 @@ class Worker:
             settings={
                 "aggregator": aggregator,
                 "setup_digest": self._plan.checkpoint.setup_digest,
-                "generation": spec.generation.model_dump(),
+                "generation": prepared.settings.model_dump(),
                 "checkpoint_generation": self._source.generation,
                 "batch_size": self._source.batch_size,
                 "engine": ENGINE,
