@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ENGINE", "FAILURE", "Plan", "Worker", "data_digest"]
 
-ENGINE = "kd-bench 1"
+ENGINE = "kd-bench 2"
 """Part of every journal key: counts up when the engine's answers may change."""
 
 FAILURE = "commonest failure: "
