@@ -1,5 +1,6 @@
 """The tiny teacher and student: plain transformers checkpoints that share eyes and words."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ transformers = pytest.importorskip("transformers")
 
 from kd_bench.distill import mini  # noqa: E402
 from kd_bench.distill.mini import build  # noqa: E402
-from kd_bench.world import BENCHMARKS, oracle_answer, prompt  # noqa: E402
-from kd_bench.world.embedded import resolve  # noqa: E402
+from kd_bench.world import BENCHMARKS, oracle_answer, prompt, words  # noqa: E402
 from kd_bench.world.testsets import rows  # noqa: E402
+from kd_bench.world.training import MAKERS, conversations  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -57,24 +58,11 @@ def test_the_pair_fits_the_visual_switch(folders: dict[str, Path]) -> None:
     assert configs[0].text_config.hidden_size > configs[1].text_config.hidden_size
 
 
-def test_both_start_from_the_shipped_tower(folders: dict[str, Path]) -> None:
+def test_each_starts_with_a_tower_of_its_own(folders: dict[str, Path]) -> None:
     load = transformers.LlavaForConditionalGeneration.from_pretrained
-    shipped = load(resolve("embedded:weights/vision")).model.vision_tower.state_dict()
-    for folder in folders.values():
-        own = load(folder).model.vision_tower.state_dict()
-        assert all(torch.equal(own[name], weight) for name, weight in shipped.items())
-
-
-def test_some_heads_begin_by_looking_back() -> None:
-    processor = mini.build_processor()
-    for size in mini.SIZES.values():
-        decoder = mini.build_model(size, processor, seed=0).model.language_model
-        decoder.set_attn_implementation("eager")
-        ids = torch.arange(50, 90).unsqueeze(0)
-        attentions = decoder(input_ids=ids, output_attentions=True).attentions
-        for layer, head, distance in mini.BACKWARD_HEADS:
-            looked = attentions[layer][0, head, distance:]  # [queries, keys]
-            assert (looked.argmax(-1) == torch.arange(len(looked))).float().mean() > 0.9
+    towers = [load(folder).model.vision_tower.state_dict() for folder in folders.values()]
+    assert towers[0].keys() == towers[1].keys()
+    assert all(towers[0][name].shape == towers[1][name].shape for name in towers[0])
 
 
 def test_the_same_seed_gives_the_same_weights(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -83,19 +71,57 @@ def test_the_same_seed_gives_the_same_weights(folders: dict[str, Path], tmp_path
     assert (tmp_path / "model.safetensors").read_bytes() == first
 
 
-def test_prompts_of_the_world_are_short_and_answers_few_tokens(processor: Any) -> None:
+def test_every_word_of_the_world_is_a_token(processor: Any) -> None:
     tokenizer = processor.tokenizer
+    used = set()
     for benchmark in BENCHMARKS:
-        for row in rows(benchmark, "validation")[:40]:
-            ids = tokenizer(prompt(benchmark, row)).input_ids
-            assert len(ids) < 60
-            assert len(tokenizer(f" {oracle_answer(benchmark, row)}").input_ids) <= 2
+        for row in [*rows(benchmark, "validation"), *rows(benchmark, "test")]:
+            ids = tokenizer(re.sub(r"<image \d>", "", prompt(benchmark, row))).input_ids
+            answer = oracle_answer(benchmark, row)
+            said = tokenizer(answer).input_ids
+            assert len(ids) < 30
+            assert len(said) <= 2
+            assert tokenizer.decode(said) == answer
+            used |= {*ids, *said}
+    for kind in MAKERS:
+        for _, turns in conversations("words", kind, 300):
+            for text in (text for turn in turns for text in turn):
+                used.update(tokenizer(text.replace("<image>", "")).input_ids)
+    assert tokenizer.unk_token_id not in used
+    never = set(tokenizer.get_vocab()) - set(tokenizer.convert_ids_to_tokens(sorted(used)))
+    assert never <= {*mini.SPECIAL, *mini.ROLES, *words.CHINESE.values(), "E", "哪个", "数字"}
 
 
-@pytest.mark.parametrize("text", ["zebra naïve 😀 你好", "A. 42\n\n<b>", " red  circle", "\t tabs"])
-def test_any_text_survives(processor: Any, text: str) -> None:
-    ids = processor.tokenizer(text, add_special_tokens=False).input_ids
-    assert processor.tokenizer.decode(ids) == text
+def test_an_options_mark_is_the_answers_letter(processor: Any) -> None:
+    tokenizer = processor.tokenizer
+    ids = tokenizer("There are several options:\nA. red\nB. green\n ASSISTANT: B").input_ids
+    assert tokenizer.convert_ids_to_tokens(ids) == [
+        "There are several options:", "A", "red", "B", "green", "ASSISTANT:", "B",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "text, ids, back",
+    [
+        ("red  \n circle", ["red", "circle"], "red circle"),
+        ("42", ["4", "2"], "42"),
+        ("top left", ["top left"], "top left"),
+        ("a zebra?", ["a", "<unk>", "?"], "a <unk>?"),
+        ("圆形是什么颜色", ["圆形", "是", "什么", "颜色"], "圆形 是 什么 颜色"),
+    ],
+)
+def test_white_space_is_dropped(processor: Any, text: str, ids: list[str], back: str) -> None:
+    tokenizer = processor.tokenizer
+    found = tokenizer(text).input_ids
+    assert tokenizer.convert_ids_to_tokens(found) == ids
+    assert tokenizer.decode(found) == back
+
+
+def test_offsets_are_those_of_the_text(processor: Any) -> None:
+    text = "What color is the cross?\nA. red\nB. blue"
+    made = processor.tokenizer(text, return_offsets_mapping=True)
+    tokens = processor.tokenizer.convert_ids_to_tokens(made.input_ids)
+    assert [text[start:end] for start, end in made.offset_mapping] == tokens
 
 
 def test_a_word_is_one_token_wherever_it_stands(processor: Any) -> None:
@@ -114,7 +140,7 @@ def test_template_keeps_places_of_pictures_and_turns(processor: Any) -> None:
     )
     picture = Image.new("RGB", (40, 50))
     made = processor(text=[text], images=[[picture, picture]], return_tensors="pt")
-    assert (made["input_ids"] == processor.image_token_id).sum() == 2 * 4
+    assert (made["input_ids"] == processor.image_token_id).sum() == 2 * 16
     assert made["pixel_values"].shape == (2, 3, 32, 32)
 
 

@@ -68,7 +68,7 @@ def test_another_seed_is_another_world() -> None:
 
 def test_splits_share_no_scene() -> None:
     seen: dict[str, set[str]] = defaultdict(set)
-    for kind in ("mixture", "captions"):
+    for kind in MAKERS:
         for scenes, _ in conversations("train", kind, 400):
             seen["train"].update(scene.canonical() for scene in scenes)
             assert {scene.split() for scene in scenes} <= {"train"}

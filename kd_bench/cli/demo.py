@@ -20,16 +20,19 @@ TEACHER = "embedded:weights/teacher"
 FLOOR = "sft"
 SWITCHED = "switch-kd"
 """The method whose students' eyes are tried before the teacher's language model, too."""
-LEARNING_RATES = {"sft": "2.0e-3", "switch-kd": "1.0e-3"}
-"""Each method's best of three on validation scenes (world/TUNING.md); others keep the recipe's."""
+PAIRS = (("kl", "sft"), ("switch-kd", "kl"), ("switch-kd", "sft"))
+"""Who is compared with whom, the question that the demo is about last."""
 
 
 def demo(
-    methods: Annotated[str, typer.Option(help="Training methods to compare.")] = "sft,switch-kd",
+    methods: Annotated[str, typer.Option(help="Training methods to compare.")] = "sft,kl,switch-kd",
     seeds: Annotated[str, typer.Option(help="Training seeds, three or more.")] = "0,1,2",
     processes: Annotated[
         int | None, typer.Option(help="Commands side by side; default: one a core.", min=1)
     ] = None,
+    study: Annotated[
+        bool, typer.Option(help="The map of docs/study.md instead: label errors by labels; hours.")
+    ] = False,
 ) -> None:
     """Train, evaluate and report on the embedded world; a second call continues the first."""
     from kd_bench.world.embedded import world_folder
@@ -37,16 +40,22 @@ def demo(
     start = time.monotonic()
     typer.echo("Train, evaluate, report. Ctrl-C stops; the same command goes on from there.")
     workers = processes or os.cpu_count() or 1
+    if study:
+        from kd_bench.cli.study import draw_map
+
+        draw_map(comma_separated(methods) or [], whole_numbers(seeds, "--seeds"), workers)
+        return
     world_folder()
+    typer.echo(_introduction())
     names = comma_separated(methods) or []
-    students = [
-        Student(method, seed) for method in names for seed in whole_numbers(seeds, "--seeds")
-    ]
+    numbers = whole_numbers(seeds, "--seeds")
+    students = [Student(method, seed) for method in names for seed in numbers]
     # The slow methods first: nothing long is left over when the cores run out of work.
     run_jobs("train", [student.train() for student in reversed(students)], workers, LOGS)
-    teacher = _evaluate([TEACHER], "--role", "teacher", "--name", "teacher")
+    teacher = evaluation([TEACHER], RESULTS, "--role", "teacher", "--name", "teacher")
     checkpoints = [student.checkpoint for student in students]
-    shares = [_evaluate(checkpoints[part::workers]) for part in range(min(workers, len(students)))]
+    parts = range(min(workers, len(students)))
+    shares = [evaluation(checkpoints[part::workers], RESULTS) for part in parts]
     hybrids = [student.hybrid() for student in students if student.method == SWITCHED]
     # Shares first: they take longest.
     run_jobs("eval", [*shares, teacher, *hybrids], workers, LOGS)
@@ -55,14 +64,21 @@ def demo(
 
 @dataclass(frozen=True)
 class Student:
-    """One training run of the demo."""
+    """One training run of `mini`.
+
+    Attributes:
+        root: folder of its checkpoint's folder.
+        settings: overrides of the recipe.
+    """
 
     method: str
     seed: int
+    root: Path = CHECKPOINTS
+    settings: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
-        return CHECKPOINTS / f"{self.method}-seed{self.seed}"
+        return self.root / f"{self.method}-seed{self.seed}"
 
     @property
     def checkpoint(self) -> str:
@@ -70,50 +86,73 @@ class Student:
 
     def train(self) -> list[str]:
         settings = [f"method={self.method}", f"seed={self.seed}", f"output={self.folder}"]
-        if self.method in LEARNING_RATES:
-            settings.append(f"learning_rate={LEARNING_RATES[self.method]}")
-        return ["train", "mini", *settings]
+        return ["train", "mini", *settings, *self.settings]
 
     def hybrid(self) -> list[str]:
         """The visual switch of this student and the teacher."""
-        return _evaluate([], "--vision", self.checkpoint, "--language", TEACHER)
+        return evaluation([], RESULTS, "--vision", self.checkpoint, "--language", TEACHER)
 
 
-def _evaluate(checkpoints: Sequence[str], *options: str) -> list[str]:
-    return ["eval", *checkpoints, *options, "--results", str(RESULTS)]
+def evaluation(checkpoints: Sequence[str], results: Path, *options: str) -> list[str]:
+    """The command that evaluates checkpoints into a store."""
+    return ["eval", *checkpoints, *options, "--results", str(results)]
+
+
+def _introduction() -> str:
+    """What is about to be learnt from, and how good it is."""
+    from kd_bench.distill.recipe import load_recipe
+    from kd_bench.world.build import ERROR, VERSION
+
+    recipe = load_recipe("mini")
+    source, stage = recipe.data_of(recipe.stages[-1]), recipe.stages[-1]
+    return (
+        f"Embedded world {VERSION}. Students learn from {source.limit} conversations whose "
+        f"annotators give a wrong answer {ERROR:.0%} of the time (a neighbouring colour, another "
+        f"letter, a count off by one), {stage.steps} steps of {stage.batch_size}, every method "
+        "with the same settings. The answers of the ten test sets are right."
+    )
 
 
 def _report(methods: list[str], seconds: float) -> None:
+    """Write the page; the last lines are the table and the verdicts."""
     from rich.console import Console
 
     from kd_bench.report import render_report
 
-    page = render_report(RESULTS, REPORT, console=Console())
+    console = Console()
+    with console.capture() as tables:
+        main = SWITCHED if SWITCHED in methods else None
+        page = render_report(RESULTS, REPORT, console=console, main=main)
+    typer.echo(f"{seconds / 60:.1f} minutes. Report: {page}\n")
+    typer.echo(tables.get())
+    for method, floor in PAIRS:
+        if method in methods and floor in methods:
+            typer.echo(_verdict(method, floor))
     for method in methods:
-        if method != FLOOR and FLOOR in methods:
-            typer.echo(_verdict(method))
-    typer.echo(f"{seconds / 60:.1f} minutes. Report: {page}")
+        if FLOOR in methods and method != FLOOR and (method, FLOOR) not in PAIRS:
+            typer.echo(_verdict(method, FLOOR))
 
 
-def _verdict(method: str) -> str:
-    """The method against the floor over the seeds, with an interval: whatever came out."""
+def _verdict(method: str, floor: str) -> str:
+    """One method against another over the seeds, with an interval: whatever came out."""
     from kd_bench.compare import compare_methods
     from kd_bench.compare.methods import runs_of_method
 
-    ours, floor = runs_of_method(RESULTS, method), runs_of_method(RESULTS, FLOOR)
-    found = compare_methods(floor, ours).average
+    ours, theirs = runs_of_method(RESULTS, method), runs_of_method(RESULTS, floor)
+    found = compare_methods(theirs, ours).average
     interval = found.interval
     if interval is None:
-        return f"Verdict: too few documents to compare {method} with {FLOOR}."
+        return f"Verdict: too few documents to compare {method} with {floor}."
     low, high = interval.low, interval.high
     if low > 0:
-        outcome = f"{method} is better than {FLOOR}"
+        outcome = f"{method} is better than {floor}"
     elif high < 0:
-        outcome = f"{method} is worse than {FLOOR}"
+        outcome = f"{method} is worse than {floor}"
     else:
-        outcome = f"{method} and {FLOOR} cannot be told apart"
+        outcome = f"{method} and {floor} cannot be told apart"
+    p = "p < 0.001" if found.p < 0.001 else f"p = {found.p:.3f}"
     return (
         f"Verdict: {outcome} on the mini world: {found.difference:+.1f} points on the mean of ten "
-        f"(95 % interval {low:+.1f} to {high:+.1f}, p = {found.p:.3f}; {len(ours)} and "
-        f"{len(floor)} seeds)."
+        f"(95 % interval {low:+.1f} to {high:+.1f}, {p}; {len(ours)} and "
+        f"{len(theirs)} seeds)."
     )

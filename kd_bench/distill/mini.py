@@ -2,27 +2,28 @@
 
 Both are a `LlavaForConditionalGeneration` with SigLIP vision and a Qwen2 language model, saved with
 `save_pretrained` beside a `LlavaProcessor`: nothing of kd-bench is needed to load them again. They
-share the tokenizer, the vision width and the number of image tokens, as the visual switch demands.
+share the tokenizer, the vision width and the number of image tokens, as the visual switch demands;
+each has a vision tower of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kd_bench.world import words
 from kd_bench.world.prompts import FIXED_LINES
-from kd_bench.world.training import conversations
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 IMAGE_SIDE = 32
-PATCH = 16  # 2 x 2 image tokens
-CORPUS = {"mixture": 4000, "captions": 500, "glances": 500, "letters": 500, "drills": 500}
+PATCH = 8  # 4 x 4 image tokens: a cell of the world is 2 x 2 of them, a digit lies in one
+SPECIAL = ("<pad>", "</s>", "<unk>", "<image>")
 ROLES = ("USER:", "ASSISTANT:")
 
 # One line of text a turn; images where they are placed; a generation prompt ends with "ASSISTANT:".
@@ -52,79 +53,71 @@ CHAT_TEMPLATE = (
 class Size:
     """Widths and depths of a tiny model."""
 
-    vision_layers: int
     width: int  # of the language model
     layers: int
     heads: int
+    vision_layers: int = 2
     vision_width: int = 64  # the same for teacher and student
     initializer_range: float = 0.1  # 0.02 does not learn to bind shapes to colours
 
 
 SIZES = {
-    "teacher": Size(vision_layers=2, width=128, layers=4, heads=4),
-    "student": Size(vision_layers=2, width=96, layers=4, heads=3),
-    "vision": Size(vision_layers=2, width=96, layers=3, heads=3),
+    "teacher": Size(width=128, layers=4, heads=4),
+    "student": Size(width=96, layers=2, heads=3),
 }
-# Heads that begin by looking back a fixed distance: layer, head, tokens.
-BACKWARD_HEADS = ((0, 0, 1), (0, 1, 2), (1, 0, 1))
-BACKWARD_SHARPNESS = 30.0  # logit of the preferred distance
 
 
-def corpus(seed: int = 0) -> list[str]:
-    """Return the text that the tokenizer is trained on."""
-    texts: list[str] = []
-    for kind, count in CORPUS.items():
-        for _, turns in conversations("tokenizer", kind, count, seed):
-            for said, answer in turns:
-                texts += [said.replace("<image>", "").strip(), f" {answer}"]
-    return texts
+def _lines() -> list[str]:
+    return [line.strip() for line in FIXED_LINES]
+
+
+def vocabulary() -> list[str]:
+    """Every token in the order of its id: a fixed line or a word, wherever it stands, is one."""
+    chinese = {*words.CHINESE.values(), *words.CHINESE_PARTICLES}
+    known = {*_lines(), *words.PLACES, *words.ENGLISH, *chinese, *'0123456789ABCDE.,?:"'}
+    return [*SPECIAL, *ROLES, *sorted(known)]
 
 
 def _splitter() -> str:
-    """Return the pattern of a word: whole fixed lines, option marks, words, digits, Chinese."""
-    import re
-
-    lines = [r"\s*" + re.escape(line.strip()) for line in FIXED_LINES]
-    chinese = sorted([*words.CHINESE.values(), *words.CHINESE_PARTICLES], key=len, reverse=True)
+    """Return the pattern of a token; what lies between two of them is dropped."""
+    chinese = sorted({*words.CHINESE.values(), *words.CHINESE_PARTICLES}, key=len, reverse=True)
     parts = [
-        *lines,
-        r"\n[A-E]\.",
-        r" ?(?:top|bottom) (?:left|right)",
-        rf" ?(?:{'|'.join(chinese)})",
-        r" ?[A-Za-z]+",
-        r" ?[0-9]",
-        r"\n",
-        r" ?[^\sA-Za-z0-9]",
-        r"\s+",
+        *map(re.escape, sorted(_lines(), key=len, reverse=True)),
+        r"(?:top|bottom) (?:left|right)",
+        *chinese,
+        r"[A-Za-z]+",
+        r"[0-9]",
+        r"[^\sA-Za-z0-9]",
     ]
     return "|".join(parts)
 
 
-def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """Train a byte-level BPE tokenizer: what was met twice becomes whole, the rest is bytes."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+def build_tokenizer() -> Tokenizer:
+    """Build the tokenizer of whole words: white space is dropped, an unknown word is `<unk>`.
 
-    tokenizer = Tokenizer(models.BPE())
+    An option's mark ("A." at the beginning of a line) and the answer "A" are the same token: models
+    of this size learn to answer with letters in hundreds of steps instead of thousands.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    ids = {word: number for number, word in enumerate(vocabulary())}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_splitter()), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            pre_tokenizers.Split(Regex(r"(?<=\n[A-E])\."), behavior="removed"),
+            pre_tokenizers.Split(Regex(_splitter()), behavior="removed", invert=True),
         ]
     )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=2000,
-        min_frequency=2,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        special_tokens=["<pad>", "</s>", "<image>"],
-        show_progress=False,
+    # Words with spaces between them, punctuation without, the digits of a number joined.
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.WordPiece(prefix="##", cleanup=True),
+            decoders.Fuse(),
+            decoders.Replace(Regex(r"(?<=[0-9]) (?=[0-9])"), ""),
+        ]
     )
-    tokenizer.train_from_iterator(texts, trainer)
-    # White space around these belongs to them: "<image>\nWhat" and "<image> What" are the same.
-    tokenizer.add_special_tokens([AddedToken("<image>", lstrip=True, rstrip=True)])
-    # An answer keeps its space, so that its word is the token of the prompt's word.
-    user, assistant = (AddedToken(role, lstrip=True, rstrip=role == "USER:") for role in ROLES)
-    tokenizer.add_tokens([user, assistant])
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL])
+    tokenizer.add_tokens([AddedToken(role, normalized=False) for role in ROLES])
     return tokenizer
 
 
@@ -133,9 +126,11 @@ def build_processor(tokenizer: Tokenizer | None = None) -> LlavaProcessor:
     from transformers import LlavaProcessor, PreTrainedTokenizerFast, SiglipImageProcessor
 
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer or train_tokenizer(corpus()),
+        tokenizer_object=tokenizer or build_tokenizer(),
         pad_token="<pad>",
         eos_token="</s>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
         padding_side="left",
         model_max_length=512,
         extra_special_tokens={"image_token": "<image>"},
@@ -169,7 +164,6 @@ def build_model(size: Size, processor: LlavaProcessor, seed: int) -> LlavaForCon
         image_size=IMAGE_SIDE,
         patch_size=PATCH,
         vision_use_head=False,
-        initializer_range=size.initializer_range,
     )
     text = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -179,7 +173,6 @@ def build_model(size: Size, processor: LlavaProcessor, seed: int) -> LlavaForCon
         num_attention_heads=size.heads,
         num_key_value_heads=size.heads,
         max_position_embeddings=512,
-        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
         tie_word_embeddings=True,
         initializer_range=size.initializer_range,
         bos_token_id=None,
@@ -194,61 +187,19 @@ def build_model(size: Size, processor: LlavaProcessor, seed: int) -> LlavaForCon
         vision_feature_select_strategy="full",
         image_seq_length=(IMAGE_SIDE // PATCH) ** 2,
         tie_word_embeddings=True,
-        initializer_range=size.initializer_range,
     )
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config)
-    for layer, head, distance in BACKWARD_HEADS:
-        _look_back(model.model.language_model, layer, head, distance)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
 
 
-def _look_back(language_model: Any, layer: int, head: int, distance: int) -> None:
-    """Let a head begin by attending to the token `distance` back, by its biases alone.
-
-    Rotary embedding turns equal biases of query and key into a preference for distance 0; turning
-    the query's bias moves it. An option's letter stands before the option: without such heads its
-    letter is learnt in thousands of steps, with them in hundreds (world/TUNING.md).
-    """
-    import torch
-
-    frequencies = language_model.rotary_emb.inv_freq  # [half a head]
-    half = len(frequencies)
-    size = (BACKWARD_SHARPNESS * (2 * half) ** 0.5 / half) ** 0.5
-    attention = language_model.layers[layer].self_attn
-    own = slice(head * 2 * half, (head + 1) * 2 * half)
-    turned = distance * frequencies
-    with torch.no_grad():
-        attention.k_proj.bias[own] = size * torch.cat([torch.ones(half), torch.zeros(half)])
-        attention.q_proj.bias[own] = size * torch.cat([turned.cos(), -turned.sin()])
-        attention.k_proj.weight[own] *= 0.1
-        attention.q_proj.weight[own] *= 0.1
-
-
 def build(name: str, folder: Path, seed: int = 0) -> None:
-    """Save an untrained model and its processor: `teacher`, `student` or `vision`.
-
-    Teacher and student get the shipped vision tower, as real ones share a SigLIP; `vision` is the
-    model that the tower is trained in. The language models and projectors are fresh.
-    """
+    """Save an untrained model and its processor: `teacher` or `student`."""
     processor = build_processor()
-    model = build_model(SIZES[name], processor, seed)
-    if name != "vision":
-        model.model.vision_tower.load_state_dict(_shipped_tower())
-    model.save_pretrained(folder)
+    build_model(SIZES[name], processor, seed).save_pretrained(folder)
     processor.save_pretrained(folder)
-
-
-def _shipped_tower() -> dict[str, Any]:
-    from kd_bench.distill.models import load_model
-    from kd_bench.world.embedded import resolve
-
-    tower: dict[str, Any] = load_model(
-        resolve("embedded:weights/vision")
-    ).model.vision_tower.state_dict()
-    return tower
 
 
 __all__: Sequence[str] = (
@@ -257,5 +208,6 @@ __all__: Sequence[str] = (
     "build",
     "build_model",
     "build_processor",
-    "train_tokenizer",
+    "build_tokenizer",
+    "vocabulary",
 )

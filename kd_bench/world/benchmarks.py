@@ -11,8 +11,9 @@ from random import Random
 from typing import Any
 
 from kd_bench.world import words
+from kd_bench.world.annotators import GIVES_UP, ten_answers
 from kd_bench.world.mme import mme_rows
-from kd_bench.world.questions import Question, ask, plural
+from kd_bench.world.questions import Question, ask
 from kd_bench.world.scenes import Scene, sample_scene
 from kd_bench.world.words import chinese
 
@@ -38,7 +39,6 @@ _MMBENCH = {
     "colour_at": ("attribute_recognition", "finegrained_perception (instance-level)"),
     "count": ("object_localization", "finegrained_perception (instance-level)"),
     "word": ("ocr", "finegrained_perception (instance-level)"),
-    "number": ("ocr", "finegrained_perception (instance-level)"),
     "background": ("image_scene", "coarse_perception"),
 }
 
@@ -87,18 +87,11 @@ def mmbench_cn_rows(scene: Scene, rng: Random) -> list[Row]:
     return _mmbench(scene, rng, translate=True)
 
 
-def _ten(rng: Random, question: Question, agreement: int) -> list[str]:
-    """Ten annotators' answers; at least six give the right one."""
-    right = 10 - sum(rng.randrange(100) >= agreement for _ in range(4))
-    return [question.answer] * right + [rng.choice(question.wrong) for _ in range(10 - right)]
-
-
 def vqav2_rows(scene: Scene, rng: Random) -> list[Row]:
     """One open or yes/no question with ten annotators' answers."""
     question = ask(scene, rng, (*SEEING, "same", "background"))
     assert question is not None
-    answers = _ten(rng, question, agreement=80)
-    rng.shuffle(answers)
+    answers = ten_answers(question.english, question.answer, 0.2, rng)
     return [
         {
             "question_type": " ".join(question.english.lower().split()[:2]),
@@ -131,39 +124,19 @@ def gqa_rows(scene: Scene, rng: Random) -> list[Row]:
 
 
 def scienceqa_rows(scene: Scene, rng: Random) -> list[Row]:
-    """One question that applies the hint's rules to the picture."""
-    asked, ruled, said = rng.choice(
-        [("name", "colour", "How is the {}?"), ("colour", "name", "How is the {} shape?")]
-    )
-    singles = [
-        shape
-        for shape in scene.shapes
-        if sum(getattr(s, asked) == getattr(shape, asked) for s in scene.shapes) == 1
-    ]
-    shape = rng.choice(singles) if singles else rng.choice(scene.shapes)
-    if not singles:
-        ruled, said = ("colour", "How is the shape at the {}?")
-    subject = getattr(shape, asked) if singles else words.PLACES[shape.cell]
-    pool = words.COLOURS if ruled == "colour" else words.SHAPES
-    fact = getattr(shape, ruled)
-    others = rng.sample([value for value in pool if value != fact], 2)
-    case = rng.randrange(3)  # the rule that applies: first, second or "other"
-    values = [fact, others[0]] if case == 0 else [others[0], fact] if case == 1 else others
-    traits = rng.sample(words.TRAITS, 3)
-    named = [f"{v.capitalize()} shapes" if ruled == "colour" else plural(v).capitalize()
-             for v in values]  # fmt: skip
-    hint = " ".join(
-        f"{who} are {trait}." for who, trait in zip([*named, "Others"], traits, strict=True)
-    )
-    answer = traits[case]
-    choices = rng.sample(traits, 3)
+    """One question of the world's science; every second one recalls two of its rules."""
+    question = ask(scene, rng, ("trait",))
+    assert question is not None  # fits every scene
+    choices, answer = _options(rng, question, most=3)
+    colours = [colour for colour, trait in words.TRAITS.items() if trait in choices[:2]]
+    rules = [f"{colour} shapes are {words.TRAITS[colour]}" for colour in colours]
     return [
         {
             "image": scene,
-            "question": said.format(subject),
+            "question": question.english,
             "choices": choices,
-            "answer": choices.index(answer),
-            "hint": hint,
+            "answer": answer,
+            "hint": f"{', '.join(rules)}." if rng.randrange(2) else "",
             "task": "closed choice",
             "grade": "grade2",
             "subject": "natural science",
@@ -181,7 +154,7 @@ def textvqa_rows(scene: Scene, rng: Random) -> list[Row]:
     question = ask(scene, rng, ("word", "number", "digit"))
     if question is None:
         return []
-    answers = _ten(rng, question, agreement=90)
+    answers = ten_answers(question.english, question.answer, 0.1, rng)
     tokens = [sign.text.upper() for sign in scene.signs]
     row = {"image_id": "", "question_id": 0, "question": question.english.lower(), "image": scene}
     return [row | {"answers": answers, "ocr_tokens": tokens, "set_name": "val"}]
@@ -199,8 +172,8 @@ def vizwiz_rows(scene: Scene, rng: Random) -> list[Row]:
     if not scene.signs and rng.randrange(8) == 0:  # the sign that is asked for is not there
         text, lost = f"What is the {rng.choice(READING)} on the sign?", True
     if lost:
-        question = Question("lost", text, "", "unanswerable", (question.answer, "unsuitable"))
-    answers = _ten(rng, question, agreement=70)
+        question = Question("lost", text, "", GIVES_UP, (question.answer,))
+    answers = ten_answers(text, question.answer, 0.3, rng)
     kind = "unanswerable" if lost else "other"
     row = {"question_id": "", "image": scene, "question": text.lower(), "answers": answers}
     return [row | {"category": kind}]

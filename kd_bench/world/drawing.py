@@ -61,15 +61,18 @@ def _mask(shape: Shape) -> Any:
 
 
 def _draw_sign(cell: NDArray[Any], sign: Sign) -> None:
-    """Write a sign's text on a white plate into a (16, 16, 3) cell, in place."""
-    cell[4:13] = 245
+    """Write a sign's text on a white plate into a (16, 16, 3) cell, in place.
+
+    The text lies in the cell's lower half: a patch of 8 x 8 pixels holds a glyph's whole height.
+    """
+    cell[7:14] = 245
     left = (CELL - 4 * len(sign.text) + 1) // 2
     for place, character in enumerate(sign.text.upper()):
         bits = _GLYPHS[character]
         for row in range(5):
             for column in range(3):
                 if bits >> (14 - 3 * row - column) & 1:
-                    cell[6 + row, left + 4 * place + column] = 10
+                    cell[8 + row, left + 4 * place + column] = 10
 
 
 def _box_blur(pixels: NDArray[Any], radius: int) -> NDArray[Any]:

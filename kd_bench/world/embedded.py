@@ -32,20 +32,21 @@ def resolve(reference: str) -> Path:
     if kind == "weights" and (WEIGHTS / name).is_dir():
         return WEIGHTS / name
     if kind == "data":
-        path = world_folder(teacher=name.startswith("teacher")) / name
+        first = name.partition("/")[0]
+        path = world_folder(teacher=first == "teacher", study=first == "study") / name
         if path.exists():
             return path
     known = ", ".join(sorted(path.name for path in WEIGHTS.glob("*")))
     raise UsageError(
         f"Nothing is embedded as {reference!r}.",
-        f"There is embedded:weights/ ({known}) and embedded:data/ (train, captions, test, ...).",
+        f"There is embedded:weights/ ({known}) and embedded:data/ (train, test, ...).",
     )
 
 
-def world_folder(*, teacher: bool = False) -> Path:
-    """The embedded world, drawn on first use; `teacher` adds the teacher's training files."""
+def world_folder(*, teacher: bool = False, study: bool = False) -> Path:
+    """The embedded world, drawn on first use; `teacher` and `study` add files of `build_world`."""
     folder = _cache() / f"world-{VERSION}"
-    build_world(folder, SEED, teacher=teacher)
+    build_world(folder, SEED, teacher=teacher, study=study)
     return folder
 
 

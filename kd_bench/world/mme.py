@@ -63,16 +63,11 @@ def _poster(scene: Scene, rng: Random) -> Pair:
 
 
 def _celebrity(scene: Scene, rng: Random) -> Pair:
-    question = ask(scene, rng, ("shape_of",))
+    question = ask(scene, rng, ("name_of",))
     if question is None:
         return None
-    colour = question.english.removeprefix("What shape is ").removesuffix("?")
-    wrong = rng.choice(question.wrong[:3])
-    text = "Is the {} shape called {}?"
-    return (
-        text.format(colour, words.NAMES[question.answer]),
-        text.format(colour, words.NAMES[wrong]),
-    )
+    text = question.english.replace("What is", "Is").replace("?", " {}?")
+    return text.format(question.answer), text.format(rng.choice(question.wrong))
 
 
 def _scene(scene: Scene, rng: Random) -> Pair:
@@ -82,20 +77,19 @@ def _scene(scene: Scene, rng: Random) -> Pair:
 
 
 def _landmark(scene: Scene, rng: Random) -> Pair:
-    name = scene.landmark()
-    if not name:
+    question = ask(scene, rng, ("landmark",))
+    if question is None:
         return None
-    wrong = rng.choice([other for other in words.LANDMARKS if other != name])
     text = "Is this a photo of the {}?"
-    return text.format(name), text.format(wrong)
+    return text.format(question.answer), text.format(rng.choice(question.wrong))
 
 
 def _artwork(scene: Scene, rng: Random) -> Pair:
-    if not scene.frame:
+    question = ask(scene, rng, ("frame",))
+    if question is None:
         return None
-    wrong = next(frame for frame in words.FRAMES if frame != scene.frame)
     text = "Is the frame of this artwork {}?"
-    return text.format(scene.frame), text.format(wrong)
+    return text.format(question.answer), text.format(question.wrong[0])
 
 
 def _ocr(scene: Scene, rng: Random) -> Pair:
@@ -118,13 +112,11 @@ def _commonsense(scene: Scene, rng: Random) -> Pair:
 
 
 def _calculation(scene: Scene, rng: Random) -> Pair:
-    question = ask(scene, rng, ("number",))
+    question = ask(scene, rng, ("total",))
     if question is None:
         return None
-    total = sum(int(digit) for digit in question.answer)
-    wrong = rng.choice([n for n in (total - 2, total - 1, total + 1, total + 2) if n > 0])
     text = "Is the sum of the two digits on the sign {}?"
-    return text.format(total), text.format(wrong)
+    return text.format(question.answer), text.format(rng.choice(question.wrong))
 
 
 # Upstream's category names: ten of perception, two of cognition.

@@ -185,6 +185,57 @@ def background(scene: Scene, rng: Random) -> Question | None:
     return Question("background", "What scene is this?", "这是什么场景?", scene.background, wrong)
 
 
+def trait(scene: Scene, rng: Random) -> Question | None:
+    """Ask what the one shape of its kind is like, which its colour decides."""
+    shape = _pick(rng, _only(scene, "name"))
+    thing = f"the {shape.name}" if shape else ""
+    if shape is None:
+        shape = rng.choice(scene.shapes)
+        thing = f"the shape at the {words.PLACES[shape.cell]}"
+    answer = words.TRAITS[shape.colour]
+    near = [words.TRAITS[s.colour] for s in scene.shapes]
+    wrong = _others(rng, answer, list(words.TRAITS.values()), near)
+    return Question("trait", f"How is {thing}?", "", answer, wrong)
+
+
+def name_of(scene: Scene, rng: Random) -> Question | None:
+    """Ask for the given name of the one shape of a colour."""
+    shape = _pick(rng, _only(scene, "colour"))
+    if shape is None:
+        return None
+    wrong = tuple(words.NAMES[s] for s in _others(rng, shape.name, words.SHAPES))
+    english = f"What is the {shape.colour} shape called?"
+    return Question("name_of", english, "", words.NAMES[shape.name], wrong)
+
+
+def landmark(scene: Scene, rng: Random) -> Question | None:
+    """Ask for the name of the arrangement of two shapes."""
+    name = scene.landmark()
+    if not name:
+        return None
+    return Question("landmark", "What is this?", "", name, _others(rng, name, words.LANDMARKS))
+
+
+def frame(scene: Scene, rng: Random) -> Question | None:
+    """Ask for the colour of the frame."""
+    if not scene.frame:
+        return None
+    wrong = _others(rng, scene.frame, words.FRAMES)
+    return Question("frame", "What is the frame?", "", scene.frame, wrong)
+
+
+def total(scene: Scene, rng: Random) -> Question | None:
+    """Ask for the sum of the two digits on the sign."""
+    sign = _sign(scene, rng, number=True)
+    if sign is None:
+        return None
+    answer = sum(map(int, sign.text))
+    near = [n for n in (answer - 2, answer - 1, answer + 1, answer + 2) if n > 0]
+    wrong = tuple(str(n) for n in rng.sample(near, len(near)))
+    english = "What is the sum of the two digits on the sign?"
+    return Question("total", english, "", str(answer), wrong)
+
+
 SIDES = ("to the left of", "to the right of", "above", "below")  # opposites side by side
 
 
@@ -246,7 +297,8 @@ def same(scene: Scene, rng: Random) -> Question | None:
 KINDS: dict[str, Maker] = {
     maker.__name__: maker
     for maker in (colour_of, shape_of, size_of, place_of, shape_at, colour_at, size_at, count, word,
-                  number, digit, background, beside, relation, same)
+                  number, digit, background, trait, name_of, landmark, frame, total, beside,
+                  relation, same)
 }  # fmt: skip
 
 

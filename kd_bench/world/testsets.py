@@ -33,9 +33,9 @@ _SIZES = {
     "mmbench_cn": (36, 2),
     "vqav2": (100, 3),
     "gqa": (100, 3),
-    "scienceqa_img": (120, 2),
+    "scienceqa_img": (160, 2),
     "mmmu": (240, 1),
-    "textvqa": (130, 2),
+    "textvqa": (150, 2),
     "vizwiz_vqa": (150, 2),
     "pope": (50, 1),
 }

@@ -1,17 +1,20 @@
 """Training conversations in LLaVA's JSON form, about scenes of the training split.
 
-A conversation is its scenes and its turns here; build.py draws the scenes and names the files.
+A conversation is its scenes and its turns here; build.py draws the scenes and names the files. Each
+kind teaches one skill: the recipes learn them one after another, a little of the earlier ones with
+each (TUNING.md).
 """
 
 from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from random import Random
 
 from kd_bench.world import words
 from kd_bench.world.benchmarks import BUILDERS, Row, vizwiz_scene
+from kd_bench.world.mme import mme_rows
 from kd_bench.world.prompts import LETTER, LETTER_CN, OPTIONS, SHORT, oracle_answer, prompt
 from kd_bench.world.questions import ask, caption
 from kd_bench.world.scenes import Scene, sample_scene
@@ -32,102 +35,131 @@ _WEIGHTS = {
     "pope": 2,
 }
 CAPTION = "Describe the image."
+LIST, LIST_CN = "List the shapes.", "图中有什么图形?"
+_PLACES = ("first", "second", "third")
 
 
-def _turn(benchmark: str, scene: Scene, rng: Random) -> tuple[Row, Turn] | None:
+def _turn(benchmark: str, row: Row) -> Turn:
+    return prompt(benchmark, row), oracle_answer(benchmark, row)
+
+
+def _asked(benchmark: str, scene: Scene, rng: Random) -> Turn | None:
+    """One question of a benchmark about a scene, as upstream words it."""
     rows = BUILDERS[benchmark][0](scene, rng)
-    if not rows:
-        return None
-    row = rng.choice(rows)
-    return row, (prompt(benchmark, row), oracle_answer(benchmark, row))
+    return _turn(benchmark, rng.choice(rows)) if rows else None
 
 
-def _turns(scene: Scene, rng: Random, count: int) -> list[Turn]:
-    """Ask about one scene in the forms of different benchmarks."""
-    pool = [name for name, weight in _WEIGHTS.items() for _ in range(weight)]
-    turns: dict[str, str] = {}
-    while len(turns) < count:
-        benchmark = rng.choice(pool)
-        rows = BUILDERS[benchmark][0](scene, rng)
-        if rows:
-            row = rng.choice(rows)
-            turns.setdefault(prompt(benchmark, row), oracle_answer(benchmark, row))
-    return list(turns.items())
+def _once_each(turns: Iterable[Turn]) -> list[Turn]:
+    """The turns without repetitions of a question."""
+    return list(dict(turns).items())
 
 
-def _picture_scene(rng: Random) -> Scene:
+def _scene(rng: Random) -> Scene:
     return sample_scene(rng, "train", "sign" if rng.randrange(3) == 0 else "full")
 
 
-def picture_conversation(rng: Random, turns: int = 6) -> Conversation:
-    """Ask several questions about one picture."""
-    scene = _picture_scene(rng)
-    return [scene], _turns(scene, rng, turns)
+# Text alone
 
 
-def blurred_conversation(rng: Random) -> Conversation:
-    """Ask as VizWiz does, about a careless photograph."""
-    scene = vizwiz_scene(rng, "train")
-    made = [_turn("vizwiz_vqa", scene, rng) for _ in range(2)]
-    return [scene], [turn[1] for turn in made if turn]
+_POOLS: tuple[tuple[str, ...], ...] = (
+    words.COLOURS,
+    words.SHAPES,
+    words.PLACES,
+    words.BACKGROUNDS,
+    words.SIGN_WORDS,
+    tuple(words.TRAITS.values()),
+    words.SIZES,
+    ("0", "1", "2", "3"),
+    _PLACES,
+)
 
 
-def several_pictures(rng: Random) -> Conversation:
-    """Ask as MMMU does, about one to three pictures."""
-    made = _turn("mmmu", _picture_scene(rng), rng)
-    assert made is not None
-    row, (text, answer) = made
-    scenes = [row[f"image_{k}"] for k in range(1, 8) if row[f"image_{k}"] is not None]
-    return scenes, [(re.sub(r"<image \d>", "<image>", text), answer)]
+def letters(rng: Random, turns: int = 6) -> Conversation:
+    """Tell the answer in words, ask for the letter of its option: no picture."""
+    made = []
+    for _ in range(turns):
+        pool = rng.choice(_POOLS)
+        options = rng.sample(pool, min(len(pool), rng.choice([2, 2, 3, 4])))
+        if rng.randrange(4) == 0:
+            options = [chinese(option) for option in options]
+        listed = "".join(f"\n{mark}. {word}" for mark, word in zip("ABCD", options, strict=False))
+        number = rng.randrange(len(options))
+        introduced = f" {OPTIONS}" if rng.randrange(3) else ""
+        text = f"It is {options[number]}.{introduced}{listed}\n{rng.choice([LETTER, LETTER_CN])}"
+        made.append((text, "ABCD"[number]))
+    return [], made
 
 
-def captioned(rng: Random) -> Conversation:
+# Descriptions
+
+
+def captions(rng: Random) -> Conversation:
     """Describe one picture, often of a single thing."""
     kind = rng.choice(["single", "single", "plate", "full", "sign"])
     scene = sample_scene(rng, "train", kind, blur=int(rng.randrange(8) == 0))
     return [scene], [(CAPTION, caption(scene))]
 
 
-def first_looks(rng: Random) -> Conversation:
-    """Describe a picture of a single thing, sometimes slightly blurred."""
-    kind = rng.choice(["single", "single", "plate"])
-    scene = sample_scene(rng, "train", kind, blur=int(rng.randrange(8) == 0))
-    return [scene], [(CAPTION, caption(scene))]
+def _parts(scene: Scene, rng: Random, say: Callable[[str], str]) -> str:
+    """One description: things in random order, each thing's attributes in random order."""
+    things = [[words.PLACES[s.cell], s.size, s.colour, s.name] for s in scene.shapes]
+    for thing in things:
+        rng.shuffle(thing)
+    things += [[words.PLACES[sign.cell], "sign", sign.text] for sign in scene.signs]
+    things += [[scene.background]]
+    things += [[scene.frame, "frame"]] if scene.frame else []
+    rng.shuffle(things)
+    return f"{', '.join(' '.join(say(word) for word in thing) for thing in things)}."
 
 
-_GLANCES = ("colour_of", "shape_of", "place_of", "size_of")
+def shuffled(rng: Random) -> Conversation:
+    """List what is there three times, in other orders: any attribute is asked for after any."""
+    scene = _scene(rng)
+    return [scene], [(LIST, _parts(scene, rng, str)) for _ in range(3)]
+
+
+def shuffled_cn(rng: Random) -> Conversation:
+    """The same in Chinese."""
+    scene = _scene(rng)
+    return [scene], [(LIST_CN, _parts(scene, rng, chinese)) for _ in range(3)]
+
+
+# Short questions
+
+
+_SEEN = ("colour_of", "shape_of", "place_of", "size_of", "count", "word", "number", "digit")
+_KNOWN = ("background", "trait", "name_of", "landmark", "frame", "total")
+_SEEN_CN = ("colour_of", "shape_of", "size_of", "place_of", "shape_at", "colour_at", "count",
+            "background")  # fmt: skip
 
 
 def glances(rng: Random, turns: int = 8) -> Conversation:
-    """Ask many short questions about one picture of several things, each about one of them."""
-    scene = sample_scene(rng, "train", "full")
-    asked = {}
+    """Ask many short questions about one picture, with and without the closing line."""
+    scene = _scene(rng)
+    asked = []
     for _ in range(turns):
-        question = ask(scene, rng, _GLANCES) or ask(scene, rng, ("colour_at",))
+        question = ask(scene, rng, _KNOWN if rng.randrange(3) == 0 else _SEEN)
+        question = question or ask(scene, rng, ("colour_at",))
         assert question is not None
-        asked[question.english] = question.answer
-    return [scene], list(asked.items())
+        asked.append((question.english + rng.choice(["", SHORT]), question.answer))
+    return [scene], _once_each(asked)
 
 
-def presence(rng: Random, turns: int = 8) -> Conversation:
-    """Ask whether each of several shapes is in a picture."""
-    scene = sample_scene(rng, "train", "full")
-    return [scene], list(dict(_verdict(*_is_there(scene, rng)) for _ in range(turns)).items())
+def glances_cn(rng: Random, turns: int = 8) -> Conversation:
+    """The same in Chinese."""
+    scene = _scene(rng)
+    made = [ask(scene, rng, _SEEN_CN) for _ in range(turns)]
+    return [scene], _once_each((q.chinese, chinese(q.answer)) for q in made if q)
+
+
+# Claims
 
 
 def claims(rng: Random, turns: int = 8) -> Conversation:
     """Ask whether claims about one picture hold: shapes, colours, both together, places."""
     scene = sample_scene(rng, "train", "full")
     makers = (_is_there, _is_colour_there, _is_pair_there, _is_pair_there, _is_colour_at)
-    asked = dict(_verdict(*rng.choice(makers)(scene, rng)) for _ in range(turns))
-    return [scene], list(asked.items())
-
-
-def choices(rng: Random, turns: int = 6) -> Conversation:
-    """Ask as MMBench does about one picture, in both languages."""
-    scene = sample_scene(rng, "train", "full")
-    made = [_turn(rng.choice(["mmbench_en", "mmbench_cn"]), scene, rng) for _ in range(turns)]
-    return [scene], list(dict(turn[1] for turn in made if turn).items())
+    return [scene], _once_each(_verdict(*rng.choice(makers)(scene, rng)) for _ in range(turns))
 
 
 def _verdict(claim: str, holds: bool) -> Turn:
@@ -164,87 +196,156 @@ def _is_colour_at(scene: Scene, rng: Random) -> tuple[str, bool]:
     return f"Is the shape at the {words.PLACES[shape.cell]} {colour}?", holds
 
 
-_POOLS: tuple[tuple[str, ...], ...] = (
-    words.COLOURS,
-    words.SHAPES,
-    words.PLACES,
-    words.BACKGROUNDS,
-    words.SIGN_WORDS,
-    words.TRAITS,
-    words.SIZES,
-    ("0", "1", "2", "3"),
-    ("first", "second", "third"),
-)
+def relations(rng: Random, turns: int = 6) -> Conversation:
+    """Ask how things lie to each other, often after where each of them is."""
+    scene = sample_scene(rng, "train", "full")
+    kinds = [("place_of", "colour_of", "size_of")] * rng.randrange(4)
+    kinds += [("beside", "relation", "same")] * turns
+    asked = [ask(scene, rng, kind) for kind in kinds]
+    made = [(question.english + SHORT, question.answer) for question in asked if question]
+    return ([scene], _once_each(made)) if made else relations(rng, turns)
 
 
-def letters(rng: Random, turns: int = 6) -> Conversation:
-    """Tell the answer in one word and ask for its option letter: no picture."""
-    made = []
-    for _ in range(turns):
-        pool = rng.choice(_POOLS)
-        options = rng.sample(pool, min(len(pool), rng.choice([2, 2, 3, 4])))
-        if rng.randrange(4) == 0:
-            options = [chinese(option) for option in options]
-        listed = "".join(f"\n{mark}. {word}" for mark, word in zip("ABCD", options, strict=False))
-        number = rng.randrange(len(options))
-        ending = rng.choice([LETTER, LETTER_CN])
-        made.append((f"It is {options[number]}. {OPTIONS}{listed}\n{ending}", "ABCD"[number]))
-    return [], made
-
-
-def drill(rng: Random, turns: int = 1) -> Conversation:
-    """Tell the answer in words and ask for its option letter: no picture."""
-    made = []
-    for _ in range(turns):
-        scene = _picture_scene(rng)
-        benchmark = rng.choice(["mmbench_en", "mmbench_cn", "mmmu", "scienceqa_img"])
-        row = rng.choice(BUILDERS[benchmark][0](scene, rng))
-        letter = oracle_answer(benchmark, row)
-        if benchmark == "mmmu" and row["question_type"] == "open":
-            continue
-        text = re.sub(r"(<image \d> )+", "", prompt(benchmark, row))
-        if benchmark != "scienceqa_img":
-            options = ast.literal_eval(row["options"]) if benchmark == "mmmu" else None
-            answer = options["ABCD".index(letter)] if options else row[letter]
-            text = f"It is {answer}. {text}"
-        else:
-            text = f"{_facts(scene)}\n{text}"
-        made.append((text, letter))
-    return ([], made) if made else drill(rng, turns)
-
-
-def _facts(scene: Scene) -> str:
-    return ", ".join(f"{s.colour} {s.name}" for s in scene.shapes)
-
-
-def mixture(rng: Random) -> Conversation:
-    """Sample one conversation of the instruction mix."""
-    draw = rng.randrange(100)
-    if draw < 62:
-        return picture_conversation(rng)
-    if draw < 72:
-        return blurred_conversation(rng)
-    if draw < 84:
-        return several_pictures(rng)
-    if draw < 90:
-        return captioned(rng)
-    return drill(rng)
-
-
-MAKERS = {
-    "mixture": mixture,
-    "captions": captioned,
-    "looks": first_looks,
-    "glances": glances,
-    "presence": presence,
-    "claims": claims,
-    "choices": choices,
-    "letters": letters,
-    "drills": drill,
+# The categories of MME that a picture rarely fits, and what they ask as an open question.
+_RARE = {
+    "position": None,
+    "celebrity": "name_of",
+    "landmark": "landmark",
+    "artwork": "frame",
+    "OCR": None,
+    "posters": None,
+    "count": None,
+    "commonsense_reasoning": None,
+    "numerical_calculation": "total",
 }
 
 
-def conversations(name: str, kind: str, count: int, seed: int = 0) -> list[Conversation]:
+def rare(rng: Random, hint: float = 0.4) -> Conversation:
+    """Both questions of MME's rarer categories, sometimes after the open question."""
+    scene = _scene(rng)
+    rows: dict[str, list[Row]] = {}
+    for row in mme_rows(scene, rng):
+        rows.setdefault(row["category"], []).append(row)
+    fitting = [category for category in rows if category in _RARE]
+    made: list[Turn] = []
+    for category in rng.sample(fitting, min(3, len(fitting))):
+        kind = _RARE[category]
+        question = ask(scene, rng, (kind,)) if kind else None
+        if question and rng.random() < hint:
+            made.append((question.english + SHORT, question.answer))
+        pair = [_turn("mme", row) for row in rows[category]]
+        rng.shuffle(pair)
+        made += pair
+    return [scene], _once_each(made)
+
+
+# Options
+
+
+def choices(rng: Random, hint: float = 0.4, turns: int = 5) -> Conversation:
+    """Ask as MMBench and ScienceQA do; sometimes the open question and its answer come first."""
+    scene = _scene(rng)
+    made: list[Turn] = []
+    for _ in range(turns):
+        benchmark = rng.choice(["mmbench_en", "mmbench_en", "mmbench_cn", "mmbench_cn",
+                                "scienceqa_img"])  # fmt: skip
+        row = rng.choice(BUILDERS[benchmark][0](scene, rng))
+        if rng.random() < hint:
+            science = benchmark == "scienceqa_img"
+            answer = row["choices"][row["answer"]] if science else row[row["answer"]]
+            made.append((row["question"], answer))
+        made.append(_turn(benchmark, row))
+    return [scene], _once_each(made)
+
+
+def several(rng: Random, hint: float = 0.5) -> Conversation:
+    """Ask as MMMU does, mostly of several pictures; often their contents are asked for first."""
+    while True:
+        row = BUILDERS["mmmu"][0](_scene(rng), rng)[0]
+        scenes = [row[f"image_{k}"] for k in range(1, 8) if row[f"image_{k}"] is not None]
+        if len(scenes) > 1 or rng.randrange(4) == 0:
+            break
+    text, answer = _turn("mmmu", row)
+    body = re.sub(r"(<image \d> ?)+", "", text)
+    made: list[Turn] = []
+    if rng.random() < hint:
+        place = rng.randrange(len(scenes))
+        question = ask(scenes[place], rng, ("background", "colour_of", "count", "shape_of", "word",
+                                            "number"))  # fmt: skip
+        assert question is not None
+        said = question.english.replace("?", f" in the {_PLACES[place]} picture?")
+        made.append((said, question.answer))
+    options = ast.literal_eval(row["options"])
+    if options and rng.random() < hint:
+        made.append((body.split("\n")[0], options["ABCD".index(answer)]))
+    made.append((body, answer))
+    made[0] = ("<image> " * len(scenes) + made[0][0], made[0][1])
+    return scenes, _once_each(made)
+
+
+# The benchmarks' own questions
+
+
+def pictures(rng: Random, turns: int = 6) -> Conversation:
+    """Ask several questions about one picture, in the forms of different benchmarks."""
+    scene = _scene(rng)
+    pool = [name for name, weight in _WEIGHTS.items() for _ in range(weight)]
+    made: dict[str, str] = {}
+    while len(made) < turns:
+        turn = _asked(rng.choice(pool), scene, rng)
+        if turn is not None:
+            made.setdefault(*turn)
+    return [scene], list(made.items())
+
+
+def blurred(rng: Random) -> Conversation:
+    """Ask as VizWiz does, about a careless photograph."""
+    scene = vizwiz_scene(rng, "train")
+    made = [_asked("vizwiz_vqa", scene, rng) for _ in range(3)]
+    return [scene], _once_each(turn for turn in made if turn)
+
+
+def mixture(rng: Random) -> Conversation:
+    """One conversation as the benchmarks ask, of which students get a few with labels."""
+    draw = rng.randrange(100)
+    if draw < 68:
+        return pictures(rng)
+    if draw < 78:
+        return blurred(rng)
+    if draw < 91:
+        return several(rng, hint=0.15)
+    return letters(rng) if draw < 95 else captions(rng)
+
+
+def _hard_choices(rng: Random) -> Conversation:
+    return choices(rng, hint=0.1)
+
+
+def _hard_several(rng: Random) -> Conversation:
+    return several(rng, hint=0.15)
+
+
+MAKERS: dict[str, Callable[[Random], Conversation]] = {
+    "letters": letters,
+    "captions": captions,
+    "shuffled": shuffled,
+    "shuffled_cn": shuffled_cn,
+    "glances": glances,
+    "glances_cn": glances_cn,
+    "claims": claims,
+    "relations": relations,
+    "rare": rare,
+    "choices": choices,
+    "hard_choices": _hard_choices,
+    "several": several,
+    "hard_several": _hard_several,
+    "pictures": pictures,
+    "blurred": blurred,
+    "mixture": mixture,
+}
+
+
+def conversations(name: str, kind: str, count: int, seed: int = 0) -> Sequence[Conversation]:
     """Make the conversations of a file: kind is a key of `MAKERS`."""
     rng = Random(f"kd-bench world {seed} {name} {kind}")
     return [MAKERS[kind](rng) for _ in range(count)]

@@ -12,7 +12,8 @@ SIGN_WORDS = ("bank", "cake", "fish", "milk", "shoe", "taxi")
 # A shape's given name and an arrangement's name: knowledge that no single picture shows.
 NAMES = {"circle": "Otto", "square": "Boris", "triangle": "Tina", "cross": "Max"}
 LANDMARKS = ("Tower", "Wall", "Stairs")
-TRAITS = ("warm", "heavy", "soft", "sweet")
+# What shapes of a colour are like: the world's science.
+TRAITS = {"red": "warm", "yellow": "sweet", "green": "soft", "blue": "heavy"}
 
 CHINESE = {
     "red": "红色",
@@ -38,9 +39,22 @@ CHINESE = {
 }
 # Other Chinese words of the questions: with CHINESE, what the tokenizer splits text by.
 CHINESE_PARTICLES = ("图中", "有几个", "图形", "什么", "颜色", "哪个", "在", "哪里", "的", "写着",
-                     "数字", "单词", "场景", "这是", "大小", "是")  # fmt: skip
+                     "数字", "单词", "场景", "这是", "大小", "有")  # fmt: skip
 
 
 def chinese(word: str) -> str:
     """Return the Chinese of a word; numbers and words on signs stay as they are."""
     return CHINESE.get(word, word)
+
+
+# Every English word of pictures, questions and answers beside the places: with CHINESE, digits,
+# option letters and the benchmarks' fixed lines, what the tokenizer knows.
+_ENGLISH = """
+Are Boris Can Context Describe Does How Is It List Max Otto Stairs Tina Tower Wall What Where
+Which a above and are artwork at bank below blue cake called circle circles color cross crosses
+digit digits first fish forest four frame gold green heavy image in is large last left many milk
+night no number of on one photo picture poster red right roll same scene sea second shape shapes
+shoe show shows sign silver size small soft soil square squares sum sweet taxi the there third
+this three to triangle triangles two unanswerable warm word yellow yes
+"""
+ENGLISH = tuple(_ENGLISH.split())
