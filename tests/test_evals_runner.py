@@ -34,7 +34,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """It ends its answers early: one benchmark allows 1,024 tokens."""
-    return save_talker(tmp_path_factory.mktemp("talker"), end=8)
+    return save_talker(tmp_path_factory.mktemp("talker"), seed=8, end=8)
 
 
 def go(checkpoint: Path, data: Path, results: Path, **options: Any) -> Run:

@@ -63,7 +63,7 @@ class Size:
 
 SIZES = {
     "teacher": Size(width=128, layers=4, heads=4),
-    "student": Size(width=96, layers=2, heads=3),
+    "student": Size(width=96, layers=3, heads=3),
 }
 
 
