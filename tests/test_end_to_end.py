@@ -12,6 +12,8 @@ from kd_bench.errors import ExitCode
 
 pytestmark = pytest.mark.slow
 
+SHIPPED = Path(__file__).parents[1] / "tasks" / "policy.yaml"
+
 
 def kd_bench(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -67,10 +69,15 @@ def test_report_and_check_read_what_eval_wrote(project: Path) -> None:
     assert "mini world" in page
     runs = kd_bench(project, "runs", "list").stdout
     assert runs.count("complete") == 2
-    names = [path.name for path in sorted((project / "results" / "runs").iterdir())]
+    names = [path.parent.name for path in sorted(project.glob("results/runs/*/manifest.json"))]
     done = kd_bench(project, "check", names[0], "--against", names[0])
     assert done.returncode == ExitCode.USAGE, "a run says nothing about itself"
     done = kd_bench(project, "check", names[1], "--against", names[0])
+    assert done.returncode == ExitCode.NOT_COMPARABLE, "three of ten benchmarks are no suite"
+    policy = project / "policy.yaml"
+    policy.write_text(f"{SHIPPED.read_text(encoding='utf-8')}\nbenchmarks: [mme, gqa, pope]\n")
+    options = ("--against", names[0], "--policy", "policy.yaml")
+    done = kd_bench(project, "check", names[1], *options)
     allowed = (ExitCode.PASS, ExitCode.REGRESSION, ExitCode.INCONCLUSIVE)
     assert done.returncode in allowed, done.stderr
     done = kd_bench(project, "compare", *names, "--json")
