@@ -196,7 +196,8 @@ from pathlib import Path
 from kd_bench.evals.runner import evaluate
 
 checkpoint, data, results, *tasks = sys.argv[1:]
-evaluate(checkpoint, data=Path(data), results=Path(results), tasks=tasks, limit=24, progress=False)
+settings = {"tasks": tasks, "limit": 24, "progress": False, "truncated_limit": 1.0}
+evaluate(checkpoint, data=Path(data), results=Path(results), **settings)
 """
 
 
