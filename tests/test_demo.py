@@ -100,3 +100,6 @@ def test_the_map_is_of_the_cells_so_far(tmp_path: Path, monkeypatch: pytest.Monk
     assert by_method["sft"]["above_sft"] == ""
     assert float(by_method["kl"]["low"]) < float(by_method["kl"]["above_sft"])
     assert by_method["switch-kd"]["seeds"] == "3"
+    drawn = (tmp_path / "map" / "map.svg").read_text(encoding="utf-8")
+    assert "in 1 of 16 cells" in drawn
+    assert all(f"{error} % wrong" in drawn for error in (0, 10, 25, 40))

@@ -1,19 +1,24 @@
 """`kd-bench demo --study`: when does a teacher pay? Label errors by number of labels, by method.
 
 Every cell of the map trains each method with each seed on the same labels and evaluates on the ten
-test sets. What is finished is not run again; the table is of the cells so far.
+test sets. What is finished is not run again; the table and the plot are of the cells so far.
 """
 
 import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from kd_bench.cli.demo import Student, evaluation
 from kd_bench.cli.jobs import run_jobs
 from kd_bench.errors import UsageError
+from kd_bench.files import write_text
+
+if TYPE_CHECKING:
+    from kd_bench.report.style import Plot
 
 CHECKPOINTS = Path("checkpoints/study")
 RESULTS = Path("results/study")
@@ -64,14 +69,16 @@ def draw_map(methods: Sequence[str], seeds: Sequence[int], workers: int) -> None
         students = [cell.student(method, seed) for method in methods for seed in seeds]
         unfinished = [s for s in students if not Path(s.checkpoint).exists()]
         commands = [student.train() for student in reversed(unfinished)]
-        run_jobs(f"{cell.name}-train", commands, workers, LOGS)
+        if commands:
+            run_jobs(f"{cell.name}-train", commands, workers, LOGS)
         asked = _unanswered(cell, students)
         shares = [asked[part::workers] for part in range(workers)]
         commands = [evaluation(share, RESULTS / cell.name) for share in shares if share]
-        run_jobs(f"{cell.name}-eval", commands, workers, LOGS)
+        if commands:
+            run_jobs(f"{cell.name}-eval", commands, workers, LOGS)
         typer.echo(_line(cell))
         write_map()
-    typer.echo(f"Map: {MAP / 'map.csv'}")
+    typer.echo(f"Map: {MAP / 'map.csv'}, {MAP / 'map.svg'}")
 
 
 def _unanswered(cell: Cell, students: Sequence[Student]) -> list[str]:
@@ -144,17 +151,52 @@ def _line(cell: Cell) -> str:
 
 
 def write_map() -> None:
-    """`map.csv`: a row a cell and method, in points."""
+    """`map.csv`, a row a cell and method, in points; and `map.svg`, which shows the rows."""
     MAP.mkdir(parents=True, exist_ok=True)
+    every = sorted(cells(), key=lambda cell: (cell.error, cell.count))
+    found = [each for cell in every for each in findings(cell)]
     titles = ["wrong_percent", "conversations", "method", "seeds", "mean", "above_sft", "low",
               "high"]  # fmt: skip
     with (MAP / "map.csv").open("w", encoding="utf-8", newline="") as stream:
         table = csv.writer(stream, lineterminator="\n")
         table.writerow(titles)
-        for cell in sorted(cells(), key=lambda cell: (cell.error, cell.count)):
-            for found in findings(cell):
-                numbers = (found.mean, found.difference, found.low, found.high)
-                table.writerow(
-                    [cell.error, cell.count, found.method, found.seeds]
-                    + ["" if number is None else f"{number:.2f}" for number in numbers]
-                )
+        for each in found:
+            numbers = (each.mean, each.difference, each.low, each.high)
+            table.writerow(
+                [each.cell.error, each.cell.count, each.method, each.seeds]
+                + ["" if number is None else f"{number:.2f}" for number in numbers]
+            )
+    write_text(MAP / "map.svg", map_plot(found).standalone())
+
+
+def map_plot(found: Sequence[Found]) -> "Plot":
+    """Points above SFT by number of conversations: a panel an error rate, a line a method."""
+    from kd_bench.report.style import GRID, canvas, legend, marker, plotting, series, to_plot
+
+    errors = sorted({cell.error for cell in cells()})
+    methods = sorted({each.method for each in found if each.difference is not None})
+    with plotting():
+        figure, grid = canvas(7.2, 2.6, 1, len(errors))
+        for axes, error in zip(grid[0], errors, strict=True):
+            axes.set_title(f"{error} % wrong")
+            axes.axhline(0, color=GRID)
+            axes.set(xscale="log", xlim=(90, 1600), xticks=COUNTS, xticklabels=COUNTS)
+            axes.minorticks_off()
+            for number, method in enumerate(methods):
+                rows = [f for f in found if (f.cell.error, f.method) == (error, method)]
+                heights = [f.difference or 0.0 for f in rows]
+                ends = [(f.low or 0.0, f.high or 0.0) for f in rows]
+                bars = [[h - e[0], e[1] - h] for h, e in zip(heights, ends, strict=True)]
+                axes.errorbar(
+                    [f.cell.count * 1.06**number for f in rows], heights,
+                    yerr=list(zip(*bars, strict=True)) or None, color=series(number),
+                    marker=marker(number), capsize=2, label=method,
+                )  # fmt: skip
+        grid[0][0].set_ylabel("Points above SFT")
+        figure.supxlabel("Labelled conversations", fontsize=8.5)
+        legend(figure, grid[0][0])
+        summary = (
+            f"Points above SFT on the mean of ten, with 95 % intervals, in "
+            f"{len({f.cell for f in found})} of {len(cells())} cells."
+        )
+        return to_plot(figure, "map", "When does a teacher pay?", summary)
