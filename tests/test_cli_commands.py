@@ -13,7 +13,7 @@ import pytest
 
 from kd_bench import cli
 from kd_bench.errors import ExitCode
-from kd_bench.store import Run, list_runs, set_baseline
+from kd_bench.store import list_runs, set_baseline
 from tests.golden_rows import ROWS, write_rows
 from tests.statistics.simulate import write_run
 from tests.test_compare import samples
@@ -109,10 +109,10 @@ def test_a_bare_group_shows_its_help(call: Call) -> None:
 def test_an_interrupt_says_that_what_was_done_is_kept(
     call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*arguments: object) -> list[Run]:
+    def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kd_bench.store.list_runs", interrupted)
+    monkeypatch.setattr("kd_bench.store.catalogue", interrupted)
     told = call("runs", "list")
     assert told.code == 130
     assert told.err == "error Interrupted. What was done is kept; the same command continues.\n"
@@ -297,7 +297,8 @@ def test_the_error_limit_decides_what_is_healthy(call: Call, data: Path, tmp_pat
     rows[0] = {**rows[0], "image": {"bytes": b"no picture", "path": None}}
     write_rows(tmp_path / "data", "pope", rows)
     arguments = ["eval", save_talker(tmp_path / "model"), "--tasks", "pope",
-                 "--data", tmp_path / "data", "--results", tmp_path / "results"]  # fmt: skip
+                 "--data", tmp_path / "data", "--results", tmp_path / "results",
+                 "--truncated-limit", "1"]  # fmt: skip
     told = call(*arguments)
     assert told.code == ExitCode.INCOMPLETE, told.err
     assert "(unhealthy)" in told.out

@@ -306,7 +306,12 @@ def test_an_eleventh_benchmark_is_one_file(tmp_path: Path) -> None:
     write_rows(tmp_path, "chartqa", rows, "test")
     checkpoint = save_talker(tmp_path / "model")
     run = evaluate(
-        checkpoint, tasks=[name], data=tmp_path, results=tmp_path / "results", progress=False
+        checkpoint,
+        tasks=[name],
+        data=tmp_path,
+        results=tmp_path / "results",
+        progress=False,
+        truncated_limit=1.0,
     )
     assert run.manifest.status == "complete", run.manifest.notes
     result = run.result("chartqa")
@@ -399,7 +404,7 @@ def test_evaluating_local_data_uses_no_network(
     monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: asked.append(a) or [])
     run = evaluate(
         checkpoint, tasks=[task for task in TEN if task != "mmbench_en"],
-        data=data, limit=4, results=tmp_path / "results", progress=False,
+        data=data, limit=4, results=tmp_path / "results", progress=False, truncated_limit=1.0,
     )  # fmt: skip
     assert run.manifest.status == "complete", run.manifest.notes
     assert asked == []

@@ -290,10 +290,10 @@ def test_the_caches_answers_spare_the_teachers_forward(place, monkeypatch):
     settings = [f"teacher_cache={place / 'spared'}", "method=dbild", "steps=6"]
     train(recipe_in(place, "fills", *settings))
     calls = []
-    before = Distiller._decode
+    before = Distiller._forward
     monkeypatch.setattr(
         Distiller,
-        "_decode",
+        "_forward",
         lambda self, name, *rest: calls.append(name) or before(self, name, *rest),
     )
     train(recipe_in(place, "reads", *settings))
@@ -301,7 +301,7 @@ def test_the_caches_answers_spare_the_teachers_forward(place, monkeypatch):
 
 
 def test_image_terms_and_a_cache_do_not_go_together(place):
-    with pytest.raises(UsageError, match=r"'image_kl' looks at pictures"):
+    with pytest.raises(UsageError, match=r"'image_kl' looks at images"):
         train(recipe_in(place, "both", f"teacher_cache={place / 'c'}", "method=llava-kd"))
 
 
