@@ -317,7 +317,7 @@ def test_an_eleventh_benchmark_is_one_file(tmp_path: Path) -> None:
     result = run.result("chartqa")
     assert result.metric == "relaxed_overall"
     assert set(result.metrics) == {
-        "relaxed_overall", "relaxed_human_split", "relaxed_augmented_split",
+        "relaxed_overall", "relaxed_human_split", "relaxed_augmented_split", "kd_bench_content",
     }  # fmt: skip
     assert run.samples("chartqa")["category"].tolist() == ["human_test", "augmented_test"]
     assert run.samples("chartqa")["unit_id"].nunique() == 1
