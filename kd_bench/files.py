@@ -35,8 +35,17 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that replaces it only when the block ends well.
 
     The content is flushed to disk before the rename, so a reader meets the old file or the
-    new one, never half of either.
+    new one, never half of either. A link stays one: what it leads to is written. What is there
+    and no regular file (a pipe, a device) is never replaced: the content is written into it.
     """
+    if _is_stream(path):
+        with tempfile.TemporaryDirectory() as folder:
+            aside = Path(folder) / path.name
+            yield aside
+            _write_into(path, aside.read_bytes())
+        return
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     os.close(handle)
@@ -53,6 +62,24 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether a path leads to something to write into: a pipe, a device, an open descriptor."""
+    if not path.exists() or path.is_dir():
+        return False
+    # `/dev/stdout` is a regular file after `> file`, which the shell still holds open.
+    return not path.is_file() or path.parts[:2] in (("/", "dev"), ("/", "proc"))
+
+
+def _write_into(path: Path, data: bytes) -> None:
+    """Append to what is there; nothing is made, cut short or renamed."""
+    try:
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND), "wb") as stream:
+            stream.write(data)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def _umask() -> int:

@@ -297,3 +297,31 @@ def test_records_are_on_disk_when_append_returns(tmp_path: Path) -> None:
     journal.append([{"key": "a"}])
     lines = journal.path.read_bytes().splitlines()
     assert json.loads(lines[0])["record"] == {"key": "a"}
+
+
+def test_a_link_stays_a_link_and_its_target_is_written(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for name in ("old", "new"):  # the second leads to nothing yet
+        target = tmp_path / "there" / name
+        if name == "old":
+            target.write_text("before", encoding="utf-8")
+        link = tmp_path / f"link-{name}"
+        link.symlink_to(target)
+        write_text(link, "after")
+        assert link.is_symlink()
+        assert target.read_text(encoding="utf-8") == "after"
+
+
+def test_a_pipe_is_written_into_and_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    (tmp_path / "link").symlink_to(pipe)
+    for path in (pipe, tmp_path / "link"):
+        reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            write_text(path, "verdict")
+            assert os.read(reader, 100) == b"verdict"
+        finally:
+            os.close(reader)
+    assert pipe.is_fifo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe"]

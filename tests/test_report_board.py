@@ -8,6 +8,7 @@ import pytest
 
 from kd_bench.errors import IncompleteRunError, UsageError
 from kd_bench.records import AVERAGE
+from kd_bench.report import print_report, render_report
 from kd_bench.report.board import task_infos
 from kd_bench.report.board_loading import load_board
 from tests.report_store import TASKS, Model, add_run, result, samples, with_status
@@ -188,3 +189,15 @@ def test_training_cost_is_shown_where_the_lineage_has_it(tmp_path: Path) -> None
     older = [run.path.name for run in board.entries[1].runs]
     titles = [column.title for column in leaderboard(load_board(tmp_path, older)).columns]
     assert "Tokens" not in titles
+
+
+def test_a_damaged_run_is_named_in_every_rendering(tmp_path: Path) -> None:
+    for model in (SFT[0], Model("kl", "kd", "kl", 0.5, 0)):
+        run = add_run(tmp_path, model, tasks=("gqa",), units=5)
+    (run.path / "manifest.json").write_text("{", encoding="utf-8")
+    page = render_report(tmp_path, tmp_path / "page").parent
+    texts = {path.name: path.read_text("utf-8") for path in page.glob("leaderboard.*")}
+    texts |= {"terminal": print_report(tmp_path), "page": (page / "index.html").read_text("utf-8")}
+    assert len(texts) == 6
+    for name, text in texts.items():
+        assert run.path.name in " ".join(text.split()).replace("\\_", "_"), name

@@ -448,3 +448,11 @@ def test_answers_of_an_older_run_are_taken_over(tmp_path: Path) -> None:
     assert new.journal("pope").read() == old.journal("pope").read() != []
     assert new.results() == {}
     assert find_run(results, "student") == old, "an unfinished run stands for nothing"
+
+
+@pytest.mark.parametrize("place", ["..", "../..", ".", "/tmp", "../runs/x"])
+def test_a_baseline_outside_the_runs_is_refused(tmp_path: Path, place: str) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "baselines.yaml").write_text(f"main: '{place}'\n", encoding="utf-8")
+    with pytest.raises(UsageError, match="which is no folder in"):
+        baseline_run(tmp_path, "main")

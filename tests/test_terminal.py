@@ -78,6 +78,25 @@ def test_a_reader_that_leaves_costs_nothing(results: Path, tmp_path: Path) -> No
     assert piped(f"check lost --against one --results {results}", tmp_path) == 1
 
 
+@pytest.mark.parametrize("command, code", [("check lost --against one", 1), ("runs list", 5)])
+def test_a_full_output_costs_no_verdict(
+    results: Path, tmp_path: Path, command: str, code: int
+) -> None:
+    script = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10));"
+        f"sys.argv = {['kd-bench', *command.split(), '--results', str(results)]!r};"
+        "from kd_bench.cli import main; main()"
+    )
+    with (tmp_path / "told").open("wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", script], stdout=full, stderr=subprocess.PIPE, cwd=tmp_path
+        )
+    told = done.stderr.decode()
+    assert done.returncode == code, told
+    assert "Traceback" not in told
+    assert told.count("error Standard output: ") == 1
+
+
 def started(words: list[str], folder: Path) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     line = [sys.executable, "-m", "kd_bench", *words]
@@ -186,6 +205,17 @@ def test_the_report_works_from_inside_the_store(results: Path, tmp_path: Path) -
     ):
         done = kd_bench("report", *words, "--to", tmp_path, folder=folder)
         assert done.returncode == 0, done.stderr
+
+
+def test_no_page_lies_among_the_runs(results: Path, tmp_path: Path) -> None:
+    before = sorted((results / "runs").rglob("*"))
+    (tmp_path / "link").symlink_to(results / "runs")
+    run = next((results / "runs").glob("*-one-*"))
+    for to in (results / "runs", results / "runs" / "page", run / "page", tmp_path / "link" / "x"):
+        done = kd_bench("report", "--results", results, "--to", to, folder=tmp_path)
+        assert done.returncode == ExitCode.USAGE
+        assert b"holds runs" in done.stderr
+    assert sorted((results / "runs").rglob("*")) == before
 
 
 # --- only what kd-bench made is replaced ---------------------------------------------------------

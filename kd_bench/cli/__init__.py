@@ -142,6 +142,9 @@ def main() -> None:
         _complain(f"Internal error: {type(error).__name__}: {one_line(error)}")
         _complain("Run the command again with --debug and report the traceback.")
         code = ExitCode.INTERNAL
+    if (lost := terminal.lost_output()) is not None:
+        _complain(f"Standard output: {lost.strerror}; what was printed is not whole. Make room.")
+        code = code or ExitCode.INCOMPLETE  # a verdict stays the verdict's
     sys.exit(code)
 
 

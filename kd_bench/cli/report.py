@@ -58,6 +58,7 @@ def report(
             "--benchmarks and --methods choose what stands in a paper's table.",
             "Add --latex paper.",
         )
+    _not_among_runs(to, results)
     from rich.console import Console
 
     from kd_bench.report import Paper, render_report, render_training, render_trend
@@ -81,6 +82,15 @@ def report(
     typer.echo(f"Report: {page}")
     if latex:
         typer.echo(f"Paper's table: {page.parent / 'paper.tex'}")
+
+
+def _not_among_runs(to: Path, results: Path) -> None:
+    """Refuse a page where a store has its runs: it would be taken for a damaged one."""
+    place = to.resolve()
+    for folder in (place, *place.parents):
+        runs = folder.name == "runs" and any(folder.glob("*/manifest.json"))
+        if runs or folder == (results / "runs").resolve():
+            raise UsageError(f"{to} lies in {folder}, which holds runs.", "Give another --to.")
 
 
 def _names(text: str | None) -> list[str]:

@@ -13,7 +13,7 @@ import sys
 from types import FrameType
 from typing import Any
 
-__all__ = ["interrupted_by", "prepare"]
+__all__ = ["interrupted_by", "lost_output", "prepare"]
 
 PLAIN = {
     "−": "-", "–": "-", "—": "-", "→": ">", "±": "~", "Δ": "d", "×": "x", "·": ".", "…": "...",
@@ -24,6 +24,16 @@ PLAIN = {
 
 
 _received: list[int] = []
+
+
+_lost: list[OSError] = []
+
+
+def lost_output() -> OSError | None:
+    """Why standard output could not be written to the end; None where it was, or nobody reads."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or there is none
+        sys.stdout.flush()
+    return _lost[0] if _lost else None
 
 
 def interrupted_by() -> int:
@@ -61,12 +71,17 @@ class _Pipe(io.FileIO):
     """Standard output or error; when its reader has gone, what is left to say goes nowhere.
 
     The work itself goes on: a verdict, a page or a checkpoint does not depend on who listens.
+    Where the output is a file that takes no more, that is kept for `lost_output`.
     """
 
     def write(self, data: Any, /) -> int:
         try:
             return super().write(data) or 0
-        except BrokenPipeError:
+        except BlockingIOError:
+            raise  # only full for now
+        except OSError as error:
+            if not isinstance(error, BrokenPipeError) and self.fileno() == 1:
+                _lost.append(error)
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)

@@ -166,10 +166,15 @@ def _table(
         tuple(columns),
         tuple(rows),
         _caption(board),
-        tuple(notes.texts),
+        (*notes.texts, *_remarks(board)),
         MINI if board.mini else "",
         BOLD if any(cell.emphasis for row in rows for cell in row.cells) else "",
     )
+
+
+def _remarks(board: Board) -> list[str]:
+    """Notes on the whole table: what is not in it."""
+    return ["Left out: " + "; ".join(board.left_out) + "."] if board.left_out else []
 
 
 BOLD = "Bold: the best student, and all that are not shown to be behind it; {second}: the next."

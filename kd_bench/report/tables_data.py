@@ -29,6 +29,9 @@ def to_csv(table: Table) -> str:
         header += [f"{column.key}_spread"] * spread
         header += [f"{column.key}_low", f"{column.key}_high"] * interval
     writer.writerow([*header, "notes"])
+    named = {note for row in table.rows for cell in row.cells for note in cell.notes}
+    named |= {note for column in table.columns for note in column.notes}
+    whole = [note for number, note in enumerate(table.notes) if number not in named]
     for row in table.rows:
         values = [_csv_text(row.section)]
         for _, index, spread, interval in plan:
@@ -41,6 +44,7 @@ def to_csv(table: Table) -> str:
                 values.append(_csv_value(cell.interval.high if cell.interval else None))
         used = sorted({note for cell in row.cells for note in cell.notes})
         notes = [table.warning] * bool(table.warning) + [table.notes[note] for note in used]
+        notes += whole
         writer.writerow([*values, _csv_text("; ".join(notes))])
     return stream.getvalue()
 

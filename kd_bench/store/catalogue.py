@@ -409,6 +409,11 @@ def baseline_run(results: Path, name: str) -> Run:
             "Set one with `kd-bench runs baseline set NAME RUN`, or pass --against RUN.",
         )
     entry = named[name]
+    if entry.run in (".", "..") or "/" in entry.run or "\0" in entry.run:
+        raise UsageError(
+            f"{path}: {name} stands for {entry.run!r}, which is no folder in {results / 'runs'}.",
+            f"`kd-bench runs baseline set {name} RUN` sets it anew.",
+        )
     run = Run(results / "runs" / entry.run)
     if not _exists(run.path):
         raise UsageError(
