@@ -32,7 +32,7 @@ from kd_bench.compare.differences import (
 )
 from kd_bench.compare.estimates import Estimate, Evidence
 from kd_bench.compare.methods import seeds_of_one_method, training_noise
-from kd_bench.errors import ExitCode, IncompleteRunError, NotComparableError
+from kd_bench.errors import ExitCode, IncompleteRunError, NotComparableError, UsageError
 from kd_bench.policy import CostLimits, Margins, Policy, Retention
 from kd_bench.records import AVERAGE, Interval
 from kd_bench.stats import (
@@ -146,6 +146,7 @@ class GateReport:
     """Everything that the table, the JUnit file, the job summary and the exit code say.
 
     Attributes:
+        candidate_runs, baseline_runs: run folders of each side.
         every: the policy wants every benchmark shown not worse.
         about: `these weights`, or `this recipe` where both sides have several seeds.
         policy, policy_digest: which policy judged.
@@ -164,6 +165,8 @@ class GateReport:
     policy: str = ""
     policy_digest: str = ""
     warnings: tuple[str, ...] = ()
+    candidate_runs: tuple[str, ...] = ()
+    baseline_runs: tuple[str, ...] = ()
 
     @property
     def exit_code(self) -> ExitCode:
@@ -209,6 +212,14 @@ class GateReport:
         return text
 
     @property
+    def title(self) -> str:
+        """Both sides, with the runs of a side that has several."""
+        sides = ((self.candidate, self.candidate_runs), (self.baseline, self.baseline_runs))
+        return " against ".join(
+            f"{name}: {', '.join(runs)}" if len(runs) > 1 else name for name, runs in sides
+        )
+
+    @property
     def policy_line(self) -> str:
         """Name and digest of the policy."""
         return f"Policy: {self.policy or 'given in code'}, digest {self.policy_digest[:12]}."
@@ -242,9 +253,16 @@ def check(
     for side in (new, old):
         seeds_of_one_method(side)
     suite = new[0].manifest.protocol.suite
+    _require_rules(new, policy)
     margins = policy.margins_for(suite)
     notes = _require_sound(new, old, policy)
     tasks, whole = _counted(new, old, policy)
+    averaged = whole and policy.benchmarks is None
+    if not averaged and set(tasks) <= set(policy.advisory):
+        raise UsageError(
+            f"Under this policy no benchmark decides: {', '.join(tasks)} are advisory.",
+            "Take one out of `advisory`, or count another in `benchmarks`.",
+        )
     if not whole:  # an average of fewer benchmarks is none: each of them must hold
         policy = policy.model_copy(update={"every": True})
     sampled = [_resample([*old, *new], task, policy) for task in tasks]
@@ -254,6 +272,8 @@ def check(
     return GateReport(
         candidate=_title(new),
         baseline=_title(old),
+        candidate_runs=tuple(run.path.name for run in new),
+        baseline_runs=tuple(run.path.name for run in old),
         suite=suite,
         alpha=policy.alpha,
         verdicts=verdicts,
@@ -407,6 +427,23 @@ def _resample(runs: Sequence[Run], task: str, policy: Policy) -> Resampled:
 
 
 # --- before and beside the verdicts ------------------------------------------------------------
+
+
+def _require_rules(new: Sequence[Run], policy: Policy) -> None:
+    """Refuse a retention rule that measures the candidate against itself.
+
+    Raises:
+        UsageError: it does.
+    """
+    if policy.retention is None:
+        return
+    teacher = find_run(new[0].path.parents[1], policy.retention.teacher)
+    if teacher.path.resolve() in [run.path.resolve() for run in new]:
+        raise UsageError(
+            f"retention: teacher {policy.retention.teacher!r} of the policy is the candidate "
+            "itself.",
+            "Name the candidate's teacher in `retention`, or drop the rule.",
+        )
 
 
 def _require_sound(new: Sequence[Run], old: Sequence[Run], policy: Policy) -> list[str]:

@@ -1,6 +1,7 @@
 """Checks over training seeds, margins that can be planned, methods against methods, few units."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,16 @@ from typer.testing import CliRunner
 from kd_bench.cli import app
 from kd_bench.cli.check import _spread
 from kd_bench.compare import Evidence, TaskEvidence, compare, compare_all_methods, headline
+from kd_bench.compare.methods import noise_of
 from kd_bench.errors import ExitCode, UsageError
+from kd_bench.files import digest_text
 from kd_bench.gate import check
 from kd_bench.gate_plan import plan
 from kd_bench.policy import Policy, load_policy
 from kd_bench.records import AVERAGE
 from kd_bench.stats import binomial_interval, effective_units, holm_levels, unchanged_draws
 from kd_bench.store import Run
+from tests.report_store import Model, add_run
 from tests.statistics.simulate import write_run
 from tests.test_compare import samples
 
@@ -106,7 +110,106 @@ def test_one_seed_is_about_these_weights_and_says_so_loudly(store: Path) -> None
     assert "3 seeds of sft in this store change" in warning
     assert "ONE SEED" in command(*words)
     (same,) = compare([*_named(store, "sft-seed0", "sft-seed1")], categories=False).warnings
-    assert "ONE RECIPE" in same
+    assert "ONE RECIPE" not in same  # no recipe is stored
+
+
+def lineage(recipe: str) -> dict[str, object]:
+    return {"recipe": recipe, "recipe_digest": digest_text(recipe)}
+
+
+@pytest.mark.parametrize(
+    "seeds, recipes, one",
+    [
+        ((0, 1), ("a", "a"), True),
+        ((0, 1), ("a", "b"), False),
+        ((0, 0), ("a", "a"), False),
+        ((0, 1), ("a", None), False),
+        ((0, 1), (None, None), False),
+    ],
+)
+def test_one_recipe_is_said_of_equal_stored_recipes_only(
+    tmp_path: Path, seeds: tuple[int, int], recipes: tuple[str | None, str | None], one: bool
+) -> None:
+    runs = [
+        add_run(
+            tmp_path,
+            Model(name, "kd", "switch-kd", 0.5, seed),
+            tasks=["pope"],
+            training=lineage(recipe) if recipe else None,
+        )
+        for name, seed, recipe in zip("xy", seeds, recipes, strict=True)
+    ]
+    (warning,) = compare(runs, categories=False).warnings
+    assert ("ONE RECIPE" in warning) == one
+    pooled = noise_of(runs[0])
+    assert (pooled is not None) == (seeds == (0, 1) and recipes[0] == recipes[1])
+
+
+def test_seeds_of_one_recipe_share_a_digest(tmp_path: Path) -> None:
+    """A recipe's own digest holds its seed: the lineage needs one without."""
+    from kd_bench.distill.recipe import Recipe
+    from kd_bench.distill.trainer import _lineage
+
+    stage = {"method": "sft", "steps": 1}
+    made = [
+        _lineage(Recipe.model_validate({"name": f"r{seed}", "student": "s", "seed": seed,
+                                        "data": {"path": data}, "stages": [stage]}))
+        for seed, data in ((0, "d"), (1, "d"), (2, "other"))
+    ]  # fmt: skip
+    assert made[0]["recipe_digest"] != made[1]["recipe_digest"]
+    assert made[0]["seedless_digest"] == made[1]["seedless_digest"] != made[2]["seedless_digest"]
+
+
+def test_an_equals_sign_after_against_changes_nothing(store: Path) -> None:
+    assert _spread(["a0", "a1", "--against=b0", "b1", "--json"]) == [
+        "a0", "a1", "--against=b0", "--against", "b1", "--json",
+    ]  # fmt: skip
+    assert _spread(["--against=b", "a"]) == ["--against=b", "a"]
+    words = ("check", "switch-kd-seed0", "switch-kd-seed1", "--against=sft-seed0", "sft-seed1")
+    value = json.loads(command(*words, "--json", "--results", store))
+    assert ["sft-seed" in name for name in value["baseline_runs"]] == [True, True]
+    assert ["switch-kd" in name for name in value["candidate_runs"]] == [True, True]
+
+
+def test_a_policy_under_which_nothing_decides_is_refused(store: Path, tmp_path: Path) -> None:
+    file = tmp_path / "policy.yaml"
+    file.write_text(
+        "benchmarks: [gqa]\nadvisory: [gqa]\nmargins: {default: {average: 1, default: 1}}\n"
+    )
+    words = ("check", "sft-seed0", "--against", "switch-kd-seed0", "--policy", file)
+    with pytest.raises(UsageError, match="no benchmark decides"):
+        check(*_named(store, "sft-seed0", "switch-kd-seed0"), load_policy(file))
+    command(*words, "--results", store, code=None)
+
+
+def test_retention_against_oneself_names_the_rule(store: Path) -> None:
+    runs = _named(store, "switch-kd-seed0", "sft-seed0")
+    rule = {"teacher": "switch-kd-seed0", "floor": 0.9}
+    with pytest.raises(UsageError, match="retention: teacher 'switch-kd-seed0'"):
+        check(*runs, policy(retention=rule))
+
+
+def test_methods_name_the_runs_that_they_pass_over(tmp_path: Path) -> None:
+    for name, method, seed, minute in (
+        ("a0", "a", 0, 0), ("a0b", "a", 0, 1), ("a1", "a", 1, 2), ("a2", "a", 2, 3),
+        ("b0", "b", 0, 4),
+    ):  # fmt: skip
+        run = add_run(
+            tmp_path,
+            Model(name, "kd", method, 0.5, seed),
+            tasks=["pope"],
+            created=f"2026-05-01T10:{minute:02d}:00+00:00",
+        )
+        if name == "a2":
+            protocol = replace(run.manifest.protocol, limit=8)
+            run.write_manifest(replace(run.manifest, protocol=protocol))
+    found = compare_all_methods(tmp_path, ["a", "b"], resamples=1000)
+    assert found.methods == {"a": 2, "b": 1}
+    told = " ".join(found.warnings)
+    assert "a0 (" in told
+    assert "newer and also seed 0" in told
+    assert "limited to 8 documents" in told
+    assert compare_all_methods(tmp_path, ["a", "b"], allow_different=True, resamples=1000)
 
 
 def _named(store: Path, *names: str) -> list[Run]:

@@ -31,8 +31,8 @@ def _spread(args: list[str]) -> list[str]:
     candidates, inside = 0, False
     takes_value = False
     for word in args:
-        if word == "--against":
-            inside, takes_value = candidates > 0, True
+        if word == "--against" or word.startswith("--against="):
+            inside, takes_value = candidates > 0, word == "--against"
         elif word.startswith("-") and word != "-":
             inside = False
             takes_value = word in ("--policy", "--junit", "--summary", "--results")

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from kd_bench.cli.options import RESULTS, Results
+from kd_bench.errors import UsageError
 
 
 def compare(
@@ -37,7 +38,12 @@ def compare(
     from kd_bench.store import find_runs
 
     if methods:
-        _compare_methods(results, runs, as_json)
+        if flips is not None:
+            raise UsageError(
+                "--flips lists the samples of two runs; --methods names methods.",
+                "Name two runs, without --methods.",
+            )
+        _compare_methods(results, runs, as_json, allow_different)
         return
     found = find_runs(results, runs)
     if flips is not None:
@@ -60,14 +66,16 @@ def compare(
         Console().print(warning, style="bold yellow", markup=False, highlight=False)
 
 
-def _compare_methods(results: Path, methods: list[str], as_json: bool) -> None:
+def _compare_methods(
+    results: Path, methods: list[str], as_json: bool, allow_different: bool
+) -> None:
     from rich.console import Console
 
     from kd_bench.compare import compare_all_methods
     from kd_bench.report.tables_terminal import to_terminal
     from kd_bench.report.verdicts import method_tables
 
-    found = compare_all_methods(results, methods)
+    found = compare_all_methods(results, methods, allow_different=allow_different)
     if as_json:
         typer.echo(found.to_json())
         return

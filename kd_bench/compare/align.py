@@ -215,7 +215,7 @@ def _refuse_unless(allowed: bool, text: str, notes: list[str]) -> None:
     if not allowed:
         raise NotComparableError(
             f"{text}.",
-            "Evaluate both under one protocol, or pass --allow-different to see it marked.",
+            "Evaluate both under one protocol; `compare --allow-different` shows them, marked.",
         )
     notes.append(f"{text}: not comparable.")
 

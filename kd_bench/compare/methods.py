@@ -14,7 +14,7 @@ from kd_bench.compare.estimates import Estimate, Evidence
 from kd_bench.errors import KdBenchError, UsageError, closest
 from kd_bench.records import AVERAGE
 from kd_bench.stats import RESAMPLES, MethodDifference, holm, seed_variance
-from kd_bench.store import Run, catalogue, list_runs
+from kd_bench.store import Run, catalogue, list_runs, shortcomings
 
 __all__ = [
     "MethodComparison",
@@ -123,7 +123,8 @@ class MethodsComparison:
     Attributes:
         methods: number of seeds by method, in the order asked for.
         scores: by method, then by benchmark and `average`.
-        warnings: methods with one seed.
+        warnings: methods with one seed or with changed recipes, runs passed over, and what is
+            not comparable.
     """
 
     methods: dict[str, int]
@@ -152,6 +153,16 @@ def runs_of_method(results: Path, method: str, suite: str | None = None) -> list
         UsageError: no run is of that method.
         IncompleteRunError: a manifest is damaged: it may be a seed's.
     """
+    return _chosen_runs(results, method, suite)[0]
+
+
+def _chosen_runs(
+    results: Path, method: str, suite: str | None = None, recipe: str | None = None
+) -> tuple[list[Run], list[str]]:
+    """`runs_of_method`, only of one recipe where its key is given, and which runs it passed over.
+
+    A limited or unfinished run is left out where another of the method is neither.
+    """
     list_runs(results)  # none may be missing
     there = catalogue(results)
     suites = [suite] if suite else list(dict.fromkeys(m.protocol.suite for _, m in there.runs))
@@ -162,21 +173,40 @@ def runs_of_method(results: Path, method: str, suite: str | None = None) -> list
     students = [each for each in shown if each[1].model.role not in NOT_STUDENTS]
     known = {manifest.model.method for _, manifest in students if manifest.model.method}
     found = [each for each in students if each[1].model.method == method and method]
+    found = [each for each in found if each[1].protocol.suite == found[-1][1].protocol.suite]
+    if recipe is not None:
+        found = [each for each in found if recipe_key(each[0]) == recipe]
+    faults = {run.path: shortcomings(run, manifest) for run, manifest in found}
+    some_whole = not all(faults.values())
     by_seed: dict[tuple[int, str], Run] = {}
+    left_out = []
     for run, manifest in found:
         model = manifest.model
-        if manifest.protocol.suite == found[-1][1].protocol.suite:
-            by_seed[model.seed or 0, "" if model.seed is not None else model.name] = run
+        if some_whole and faults[run.path]:
+            left_out.append(f"{label(run)} is left out: {'; '.join(faults[run.path])}.")
+            continue
+        key = (model.seed or 0, "" if model.seed is not None else model.name)
+        if key in by_seed:
+            left_out.append(
+                f"{label(by_seed[key])} is left out: {label(run)} is newer and also seed "
+                f"{model.seed} of {method}."
+            )
+        by_seed[key] = run
     if not by_seed:
         raise UsageError(
             f"No run of a method {method!r} below {results}.{closest(method, sorted(known))}",
             f"Methods there: {', '.join(sorted(known)) or 'none'}.",
         )
-    return [by_seed[key] for key in sorted(by_seed)]
+    return [by_seed[key] for key in sorted(by_seed)], left_out
 
 
 def compare_all_methods(
-    results: Path, methods: Sequence[str], *, resamples: int = RESAMPLES, seed: int = 0
+    results: Path,
+    methods: Sequence[str],
+    *,
+    allow_different: bool = False,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> MethodsComparison:
     """Every method of a store against every other, corrected over all pairs after Holm.
 
@@ -186,10 +216,12 @@ def compare_all_methods(
     if len(set(methods)) < 2 or len(set(methods)) < len(methods):
         raise UsageError("--methods needs two or more different methods.", "Name another.")
     suite = runs_of_method(results, methods[0])[-1].manifest.protocol.suite
-    groups = {method: runs_of_method(results, method, suite) for method in methods}
+    chosen = {method: _chosen_runs(results, method, suite) for method in methods}
+    groups = {method: group for method, (group, _) in chosen.items()}
     runs = [run for group in groups.values() for run in group]
     tasks = common_tasks(runs)
-    evidence = evidence_of([resample(align(runs, task), resamples, seed) for task in tasks])
+    aligned = [align(runs, task, allow_different=allow_different) for task in tasks]
+    evidence = evidence_of([resample(each, resamples, seed) for each in aligned])
     names, start = {}, 0
     for method, group in groups.items():
         names[method] = [str(number) for number in range(start, start + len(group))]
@@ -214,7 +246,10 @@ def compare_all_methods(
             f"{method} has one training seed here: its training noise is unknown."
             for method, group in groups.items()
             if len(group) == 1
-        ],
+        ]
+        + [line for _, left_out in chosen.values() for line in left_out]
+        + [line for group in groups.values() for line in _changed_recipes(group)]
+        + [note for each in aligned for note in each.notes],
     )
 
 
@@ -248,11 +283,16 @@ class TrainingNoise:
 def noise_of(run: Run, most: int = 4) -> TrainingNoise | None:
     """The training noise of a run's recipe, as far as its store knows; None with one seed."""
     model, protocol = run.manifest.model, run.manifest.protocol
-    if not model.method:
+    if not model.method or model.seed is None:
         return None
+    recipe = recipe_key(run)
     try:
-        siblings = runs_of_method(run.path.parents[1], model.method, protocol.suite)
-        siblings = [each for each in siblings if each.manifest.model.role == model.role][:most]
+        siblings, _ = _chosen_runs(run.path.parents[1], model.method, protocol.suite, recipe)
+        siblings = [
+            each
+            for each in siblings
+            if each.manifest.model.role == model.role and each.manifest.model.seed is not None
+        ][:most]
         if len(siblings) < 2:
             return None
         changed, documents, averages = 0.0, 0, []
@@ -269,16 +309,14 @@ def noise_of(run: Run, most: int = 4) -> TrainingNoise | None:
 
 
 def training_noise(first: Sequence[Run], second: Sequence[Run]) -> list[str]:
-    """What a reader must know where one seed stands for a method; empty with several each."""
+    """What a reader must know where one seed stands for a method, or changed recipes for seeds."""
     if min(len(first), len(second)) > 1:
-        return []
+        return [line for side in (first, second) for line in _changed_recipes(side)]
     models = [run.manifest.model for run in (*first, *second)]
     methods = list(dict.fromkeys(model.method for model in models))
     if not all(methods) or any(model.seed is None for model in models):
         return []
-    seeds_apart = len({(model.seed, model.weights_digest) for model in models}) == len(models)
-    roles = {model.role for model in models}
-    if len(methods) == 1 and len(roles) == 1 and seeds_apart:
+    if _seeds_of_one_recipe([*first, *second]):
         text = (
             f"ONE RECIPE: these are training seeds of {methods[0]}. What differs between them is "
             "training noise, not a method"
@@ -296,6 +334,43 @@ def training_noise(first: Sequence[Run], second: Sequence[Run]) -> list[str]:
     if known:
         return [f"{text}. {'; '.join(noise.sentence for noise in known)}."]
     return [f"{text}. How far seeds are apart, this store does not know."]
+
+
+def recipe_key(run: Run) -> str:
+    """Equal for runs of one stored recipe, whatever their seed; empty where no recipe is stored.
+
+    A lineage without a digest is known by its recipe's name only, and one without the digest
+    that leaves the seed out (older ones) is equal to another only where both say the same.
+    """
+    told = run.manifest.training or {}
+    for name in ("seedless_digest", "recipe_digest", "recipe"):
+        if told.get(name):
+            return f"{name} {told[name]}"
+    return ""
+
+
+def _changed_recipes(runs: Sequence[Run]) -> list[str]:
+    """A warning where lineages tell different recipes, or only some of them tell one."""
+    if len({recipe_key(run) for run in runs}) < 2:
+        return []
+    method = runs[0].manifest.model.method
+    return [
+        f"The stored recipes of {', '.join(run.manifest.model.name for run in runs)} are not the "
+        f"same: the spread of {method} may hold more than its seeds."
+    ]
+
+
+def _seeds_of_one_recipe(runs: Sequence[Run]) -> bool:
+    """Known digests that are equal, one method and role, every seed and every weight another's."""
+    models = [run.manifest.model for run in runs]
+    keys = {recipe_key(run) for run in runs}
+    known = len(keys) == 1 and "_digest " in keys.pop()
+    alike = len({(model.method, model.role) for model in models}) == 1
+    apart = all(
+        len({getattr(model, name) for model in models}) == len(models)
+        for name in ("seed", "weights_digest")
+    )
+    return known and alike and apart
 
 
 def _run_of(method: str, runs: Sequence[Run]) -> Run:

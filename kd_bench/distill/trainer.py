@@ -155,11 +155,16 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+# What may differ between training seeds of one recipe.
+SEEDLESS = {"name": "", "seed": 0, "output": None, "report_to": [], "teacher_cache": None}
+
+
 def _lineage(recipe: Recipe) -> dict[str, Any]:
     return {
         "status": "running",
         "recipe": recipe.name,
         "recipe_digest": digest_text(recipe_yaml(recipe)),
+        "seedless_digest": digest_text(recipe_yaml(recipe.model_copy(update=SEEDLESS))),
         "method": recipe.method,
         "role": _role(recipe),
         "seed": recipe.seed,

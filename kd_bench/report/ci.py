@@ -115,7 +115,7 @@ def job_summary(report: GateReport | Exception) -> str:
     lines = [
         f"### kd-bench check: {report.outcome}",
         "",
-        f"{_markdown(report.candidate)} against {_markdown(report.baseline)}",
+        _markdown(report.title),
         "",
         "| " + " | ".join(HEADERS) + " |",
         "|---|" + "---:|" * (len(HEADERS) - 2) + "---|",

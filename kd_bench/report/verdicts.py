@@ -273,7 +273,7 @@ def verdict_table(report: GateReport) -> Table:
     )
     rules = tuple(f"{rule.name} {rule.state}: {rule.sentence}" for rule in report.rules)
     return Table(
-        f"{report.candidate} against {report.baseline}: {report.outcome}",
+        f"{report.title}: {report.outcome}",
         columns,
         rows,
         caption="Points on the 0-100 scale. Decided by: the interval of the paired difference, or "
