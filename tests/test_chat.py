@@ -309,3 +309,45 @@ def test_evaluation_says_which_images_belong_together(family: str, processor: An
         # 4 tokens and a line's end each, against the tiles of one image alone.
         assert made["input_ids"][0].tolist().count(image_id) == 10
         assert alone["input_ids"][0].tolist().count(image_id) > 10
+
+
+def test_what_follows_the_last_answer_is_left_out_with_its_images(
+    family: str, processor: Any
+) -> None:
+    whole = conversation((None, QUESTION), (FIRST,), (None, FOLLOWING), images=2)
+    alone = conversation((None, QUESTION), (FIRST,), images=1)
+    for _ in range(2):  # the second time by LLaVA's quick way
+        encoder = Encoder(processor)
+        encoder.encode(alone)
+        made, expected = encoder.encode_many([whole, alone])
+        assert not isinstance(made, Unreadable)
+        assert not isinstance(expected, Unreadable)
+        assert made.keys() == expected.keys()
+        assert all(made[name].tolist() == expected[name].tolist() for name in made)
+        assert encoder.images_left_out == 1
+
+
+def test_paligemma_learns_the_first_turn_and_counts_the_rest(kind: str) -> None:
+    said = conversation((None, QUESTION), (FIRST,), (None, FOLLOWING), (SECOND,), images=2)
+    encoder = Encoder(PUBLIC["paligemma"].processor(kind))
+    check_answers("paligemma", encoder.processor, learnt(encoder.encode(said)), FIRST)
+    assert (encoder.left_out, encoder.images_left_out) == (1, 1)
+
+
+def test_fewer_images_than_places_are_a_reason(kind: str) -> None:
+    encoder = Encoder(PUBLIC["llava-1.5"].processor(kind))
+    encoder.encode(conversation((None, QUESTION), (FIRST,), images=1))
+    said = conversation((None, None, QUESTION), (FIRST,), images=1)
+    with pytest.raises(Unreadable, match="2 places for 1 images"):
+        encoder.encode(said)
+
+
+@pytest.mark.parametrize("token", ["</s>", "<unk>", "<|im_start|>"])
+def test_a_control_token_in_the_text_is_named(kind: str, token: str) -> None:
+    processor = PUBLIC["llava, chatml of its own string"].processor(kind)
+    processor.tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}
+    )
+    for turns in (((f"a {token}",), (FIRST,)), ((QUESTION,), (f"b{token}",))):
+        with pytest.raises(Unreadable, match=f"holds {token.replace('|', '.')}"):
+            Encoder(processor).encode(conversation(*turns))

@@ -42,6 +42,19 @@ def openai(part: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def turn(**more: Any) -> dict[str, Any]:
+    asked = {"role": "user", "content": ASKED}
+    return {"messages": [asked, {"role": "assistant", "content": SAID, **more}]}
+
+
+def test_two_keys_that_agree_are_one(tmp_path: Path) -> None:
+    row = turn(value=SAID, **{"from": "gpt"}, weight=1.0)
+    row |= {"system": "be brief", "system_prompt": "be brief", "prompt": ASKED}
+    (found,), broken = read(written(tmp_path, [row]))
+    assert [each.pieces[0] for each in found.turns] == ["be brief", ASKED, SAID]
+    assert broken == []
+
+
 def written(folder: Path, rows: list[Any], name: str = "data.json") -> Path:
     tiny.picture("red").save(folder / "a.png")
     path = folder / name
@@ -160,6 +173,16 @@ def test_earlier_turns_of_a_history_come_first(tmp_path: Path) -> None:
             {"messages": [{"role": "assistant", "content": "x", "weight": 0}]},
             "weight=0 is not supported",
         ),
+        (turn(weight=0.5), "weight=0.5 is not supported"),
+        (turn(reasoning_content="hm"), "reasoning_content is not supported"),
+        (turn(value="other"), "value and content both"),
+        (turn(**{"from": "human"}), "from and role contradict"),
+        ({**turn(), "conversations": LLAVA["conversations"]}, "conversations and messages both"),
+        ({**turn(), "system": "x", "system_prompt": "y"}, "system and system_prompt both"),
+        ({**turn(), "rejected_response": "blue"}, "rejected_response is not supported"),
+        ({**turn(), "history": [["a", "b"]]}, "its key history is not read"),
+        ({"query": "<video>what", "response": "y"}, "holds <video>"),
+        (openai({"type": "text", "text": "<audio>"}), "holds <audio>"),
     ],
 )
 def test_what_would_be_dropped_is_counted(tmp_path: Path, row: dict[str, Any], reason: str) -> None:

@@ -73,12 +73,14 @@ class Turns:
         between: from behind one stop token to where the next answer begins.
         left_out: earlier answers that stand otherwise once others follow (the template rewrites
             them, or a token reaches over the end of their prompt): context only.
+        images: how many stand in front of the last answer that is learnt.
     """
 
     prompts: tuple[str, ...]
     answers: tuple[str, ...]
     between: tuple[str, ...] = ()
     left_out: int = 0
+    images: int = 0
 
     @property
     def prompt(self) -> str:
@@ -92,6 +94,7 @@ class Turns:
             self.answers[number:],
             self.between[number:],
             self.left_out + number,
+            self.images,
         )
 
 
@@ -111,6 +114,7 @@ class ChatFormat:
         self.image_token = str(getattr(processor, "image_token", None) or "<image>")
         self.template = _own_template(processor)
         self.plain = self.template is None and type(processor).__name__ in PLAIN_FAMILIES
+        self._control_tokens = _control_tokens(self.tokenizer)
         self._answer_ids: OrderedDict[str, tuple[list[int], bool]] = OrderedDict()
         self._as_text = False  # whether the template takes a message's content as one string
         self._trims = False
@@ -211,10 +215,9 @@ class ChatFormat:
         Raises:
             Unreadable: the template refuses them, or an image's mark stands in the text.
         """
-        pictures = 0
+        pictures = images_in(messages)
         for message in messages:
             for part in message["content"]:
-                pictures += part["type"] == "image"
                 if self.image_token in part.get("text", ""):
                     raise Unreadable(f"its text holds {self.image_token}, the mark of an image")
         if self.plain:
@@ -237,10 +240,16 @@ class ChatFormat:
             Unreadable: an answer is empty, holds an image or the stop token, or `prompt` refuses.
         """
         places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if not places:
+            raise Unreadable("no answer to learn from")
+        for message in messages[: places[-1]]:
+            self._refuse_control_tokens(message)
         answers = [self._lead + self._answer(messages[place]) for place in places]
         if self.plain:  # one question, one answer: what follows has no form
-            prompt = self.prompt(messages[: places[0]])
-            return Turns((prompt,), (answers[0],), left_out=len(places) - 1)
+            asked = messages[: places[0]]
+            return Turns(
+                (self.prompt(asked),), (answers[0],), (), len(places) - 1, images_in(asked)
+            )
         prompts = [self.prompt(messages[:place]) for place in places]
         first = 0  # answer from which on each prompt goes on where the one before ended
         between: list[str] = []
@@ -251,7 +260,17 @@ class ChatFormat:
             else:
                 first = number
                 between.append("")
-        return Turns(tuple(prompts), tuple(answers), tuple(between)).since(first)
+        images = images_in(messages[: places[-1]])
+        return Turns(tuple(prompts), tuple(answers), tuple(between), images=images).since(first)
+
+    def _refuse_control_tokens(self, message: dict[str, Any]) -> None:
+        """Text that spells a control token would be tokenised to it: a turn that nobody took."""
+        for part in message["content"]:
+            text = part.get("text", "")
+            for token in self._control_tokens:
+                if token in text and token != self.image_token:
+                    whose = "an answer" if message["role"] == "assistant" else "its text"
+                    raise Unreadable(f"{whose} holds {token}, a control token of the tokenizer")
 
     def _answer(self, message: dict[str, Any]) -> str:
         if any(part["type"] == "image" for part in message["content"]):
@@ -262,6 +281,7 @@ class ChatFormat:
         for token in (self.image_token, self.stop):
             if token in text:
                 raise Unreadable(f"an answer holds {token}")
+        self._refuse_control_tokens(message)
         return text.strip() if self._trims else text
 
     def _behind_stop(self, text: str) -> str:
@@ -395,6 +415,18 @@ def _own_template(processor: Any) -> str | None:
         if found:
             return str(found)
     return None
+
+
+def images_in(messages: Messages) -> int:
+    """How many places for images the messages have."""
+    return sum(part["type"] == "image" for m in messages for part in m["content"])
+
+
+def _control_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """What the tokenizer reads as one token with a meaning of its own, wherever it stands."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    found = {str(token) for token in added if token.special and str(token).strip()}
+    return tuple(sorted(found, key=len, reverse=True))
 
 
 def _text(text: str) -> dict[str, str]:

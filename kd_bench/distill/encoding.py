@@ -47,6 +47,7 @@ class Encoder:
         self.max_pixels = max_pixels
         self.image_token_ids = _image_token_ids(processor)
         self.left_out = 0  # answers that are context only, see `Turns`
+        self.images_left_out = 0  # of turns behind the last answer that is learnt
         # Images of one size and one run of image tokens each can go through in bulk.
         self.tokens_an_image: int | None = None
         self.plain_images = type(processor).__name__ == "LlavaProcessor"
@@ -81,10 +82,14 @@ class Encoder:
         return made
 
     def _draft(self, conversation: Conversation) -> "_Draft":
-        images = [open_image(image, self.max_pixels) for image in conversation.images]
-        if self.chat.plain and not images:
+        turns = self.chat.turns(conversation.messages)
+        if self.chat.plain and not turns.images:
             raise Unreadable("this family answers no question without an image")
-        return _Draft(self.chat.turns(conversation.messages), images)
+        shown = conversation.images[: turns.images]
+        if len(shown) != turns.images:
+            raise Unreadable(f"{turns.images} places for {len(shown)} images")
+        images = [open_image(image, self.max_pixels) for image in shown]
+        return _Draft(turns, images, len(conversation.images) - len(shown))
 
     def _tokenise(self, drafts: "list[_Draft]") -> dict[int, Unreadable]:
         """Fill in the ids of all drafts at once; else one by one, and why one has none, by id."""
@@ -129,11 +134,15 @@ class Encoder:
             sample = self._cut(*self._processed(draft))
         else:
             ids, mask = draft.behind(0)
+            marks = sum(token in self.image_token_ids for token in draft.prompt + ids)
+            if marks != len(draft.images):
+                raise Unreadable(f"{marks} image tokens for {len(draft.images)} images")
             extra = {} if draft.pixels is None else {"pixel_values": draft.pixels}
             sample = self._cut(
                 *self._expanded(draft.prompt + ids, [False] * len(draft.prompt) + mask), extra
             )
         self.left_out += draft.turns.left_out
+        self.images_left_out += draft.images_left_out
         return sample
 
     def _processed(self, draft: "_Draft") -> tuple[list[int], list[bool], EncodedSample]:
@@ -264,6 +273,7 @@ class _Draft:
     """One conversation on its way to a sample.
 
     Attributes:
+        images_left_out: images of the conversation that no learnt answer follows.
         prompt: ids up to the first answer, images' marks not expanded.
         answers: ids of each answer with its stop token.
         between: ids from behind each stop token to where the next answer begins.
@@ -272,6 +282,7 @@ class _Draft:
 
     turns: Turns
     images: list[Image]
+    images_left_out: int = 0
     prompt: list[int] = field(default_factory=list)
     answers: list[list[int]] = field(default_factory=list)
     between: list[list[int]] = field(default_factory=list)

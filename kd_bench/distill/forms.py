@@ -28,7 +28,25 @@ ROLES: dict[str, Literal["user", "assistant", "system"]] = {
     "system": "system",
 }
 IMAGE_KEYS = ("image", "images")
-NOT_SUPPORTED = ("video", "videos", "audio", "audios", "tools")  # keys of rows
+NOT_SUPPORTED = (  # keys of rows
+    "video",
+    "videos",
+    "audio",
+    "audios",
+    "tools",
+    "rejected_response",
+    "rejected",
+    "rejected_messages",
+    "rejected_images",
+)
+NOT_SUPPORTED_IN_TURNS = (
+    "tool_calls",
+    "function_call",
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+)
+MEDIA_MARKS = ("<video>", "<audio>")
 TEXT_KEYS = (
     "conversations",
     "messages",
@@ -44,7 +62,7 @@ TEXT_KEYS = (
     "system_prompt",
     "history",
 )
-NOT_LEARNT = ("weight", "train", "loss")  # keys of turns that some trainers leave out where 0
+NOT_LEARNT = ("weight", "train", "loss", "loss_scale")  # keys of turns that some trainers weigh
 IMAGE_NAME = re.compile(r"\.(png|jpe?g|webp|gif|bmp|tiff?|avif)$", re.IGNORECASE)
 IN_PART = ("image", "image_url", "url", "path", "bytes", "base64")  # where a part has its image
 SHOWN_KEYS = 8
@@ -128,10 +146,12 @@ def conversation_of(row: Any, number: int, folder: Path) -> Conversation:
     form = form_of(row)
     for key in NOT_SUPPORTED:
         if row.get(key):
-            raise Unreadable(f"{key.removesuffix('s')} is not supported")
+            what = key if key.startswith("rejected") else key.removesuffix("s")
+            raise Unreadable(f"{what} is not supported")
     said = FORMS[form](row)
     if not said:
         raise Unreadable("no conversations")
+    _refuse_unused_text(row, form, said)
     listed = [entry for key in IMAGE_KEYS for entry in _listed(row.get(key))]
     turns, entries = _placed(said, listed)
     if not entries:
@@ -174,7 +194,7 @@ def form_of(row: Row) -> str:
 
 def _conversations(row: Row) -> list[_Said]:
     """LLaVA's and ShareGPT's `conversations` (from, value), OpenAI's `messages` (role, content)."""
-    said = row.get("conversations", row.get("messages"))
+    said = _only(row, "conversations", "messages")
     if not isinstance(said, list | tuple):
         raise Unreadable("no conversations")
     return [*_system(row), *map(_message, said)]
@@ -182,7 +202,7 @@ def _conversations(row: Row) -> list[_Said]:
 
 def _texts(row: Row) -> list[_Said]:
     """The Cauldron's `images` and `texts` (user, assistant)."""
-    said: list[_Said] = []
+    said = _system(row)
     for pair in row["texts"] if isinstance(row["texts"], list | tuple) else [None]:
         if not isinstance(pair, Mapping) or not {"user", "assistant"} <= set(pair):
             raise Unreadable("a text is not a pair of user and assistant")
@@ -236,10 +256,20 @@ FORMS: dict[str, Callable[[Row], list[_Said]]] = {
 }
 """How each form's rows are read, by the form's name."""
 
+_SYSTEM = ("system", "system_prompt")
+USED: dict[str, tuple[str, ...]] = {
+    "conversations": ("conversations", "messages", *_SYSTEM),
+    "texts": ("texts", *_SYSTEM),
+    "prompt and completion": ("prompt", "completion", *_SYSTEM),
+    "query and response": ("query", "response", "history", *_SYSTEM),
+    "instruction and output": ("instruction", "input", "output", "history", *_SYSTEM),
+}
+"""The keys of `TEXT_KEYS` that each form reads."""
+
 
 def _system(row: Row) -> list[_Said]:
     """A system message that stands in a key of its own."""
-    text = row.get("system", row.get("system_prompt"))
+    text = _only(row, "system", "system_prompt")
     if text in (None, ""):
         return []
     return [_spoken("system", text)]
@@ -266,12 +296,16 @@ def _message(message: Any) -> _Said:
     role = message.get("from", message.get("role"))
     if not isinstance(role, str) or role.lower() not in ROLES:
         raise Unreadable(f"unknown speaker {_short(role)}")
-    if message.get("tool_calls"):
-        raise Unreadable("tool calls are not supported")
+    other = message.get("role", role)
+    if not isinstance(other, str) or ROLES.get(other.lower()) != ROLES[role.lower()]:
+        raise Unreadable("a turn's from and role contradict each other")
+    for key in NOT_SUPPORTED_IN_TURNS:
+        if message.get(key):
+            raise Unreadable(f"a turn with {key} is not supported")
     for key in NOT_LEARNT:
-        if key in message and not message[key]:
-            raise Unreadable(f"a turn with {key}={message[key]!r} is not supported")
-    return _spoken(role.lower(), message.get("value", message.get("content")))
+        if key in message and message[key] not in (1, True):
+            raise Unreadable(f"a turn with {key}={_short(message[key])} is not supported")
+    return _spoken(role.lower(), _only(message, "value", "content"))
 
 
 def _spoken(role: str, content: Any) -> _Said:
@@ -281,6 +315,9 @@ def _spoken(role: str, content: Any) -> _Said:
         pieces = tuple(map(_part, content))
     else:
         raise Unreadable("a turn has no text")
+    for mark in MEDIA_MARKS:
+        if any(isinstance(piece, str) and mark in piece for piece in pieces):
+            raise Unreadable(f"its text holds {mark}, which is not supported")
     if role in ("assistant", "gpt", "model") and not all(isinstance(p, str) for p in pieces):
         raise Unreadable(f"an answer holds {IMAGE_MARK}")
     return _Said(ROLES[role], pieces)
@@ -404,6 +441,27 @@ def _decoded(text: Any) -> bytes:
 
 
 # Nothing is dropped
+
+
+def _only(row: Row, first: str, second: str) -> Any:
+    """The value under one of two keys for the same thing; both may hold it if they agree."""
+    given = [row[key] for key in (first, second) if row.get(key) not in (None, "", [])]
+    if len(given) == 2 and given[0] != given[1]:
+        raise Unreadable(f"{first} and {second} both say something, and not the same")
+    return given[0] if given else row.get(first, row.get(second))
+
+
+def _refuse_unused_text(row: Row, form: str, said: list[_Said]) -> None:
+    """Refuse rows that say something more under a key that their form does not read."""
+    unused = [key for key in TEXT_KEYS if key not in USED[form] and row.get(key)]
+    if not unused:
+        return
+    pieces = [piece for turn in said for piece in turn.pieces if isinstance(piece, str)]
+    whole = "\n".join(pieces)
+    for key in unused:
+        value = row[key]
+        if not isinstance(value, str) or value.replace(IMAGE_MARK, "").strip() not in whole:
+            raise Unreadable(f"its key {key} is not read from the form {form}")
 
 
 def _refuse_hidden_images(row: Row) -> None:

@@ -45,6 +45,7 @@ class DataPreview:
         tokens: lengths of the encoded ones.
         learnt: how many tokens of each are learnt.
         left_out: answers of them that are context only, see `chat.Turns`.
+        images_left_out: images of them that no learnt answer follows.
         unreadable: (id, reason), of reading and of encoding.
     """
 
@@ -57,6 +58,7 @@ class DataPreview:
     tokens: list[int] = field(default_factory=list)
     learnt: list[int] = field(default_factory=list)
     left_out: int = 0
+    images_left_out: int = 0
     samples: list[SamplePreview] = field(default_factory=list)
     unreadable: list[tuple[str, str]] = field(default_factory=list)
 
@@ -77,6 +79,8 @@ class DataPreview:
             )
         if self.left_out:
             yield f"{self.left_out:,} earlier answers are context only"
+        if self.images_left_out:
+            yield f"{self.images_left_out:,} images that no learnt answer follows are left out"
 
 
 def preview_data(
@@ -117,7 +121,7 @@ def preview_data(
             preview.learnt.append(int((sample["labels"] != IGNORED).sum()))
             if len(preview.samples) < samples:
                 preview.samples.append(_shown(encoder, conversation.id, sample))
-    preview.left_out = encoder.left_out
+    preview.left_out, preview.images_left_out = encoder.left_out, encoder.images_left_out
     return preview
 
 
