@@ -10,7 +10,7 @@ import pytest
 from kd_bench.errors import KdBenchError, UsageError
 from kd_bench.evals.checkpoint import trained_name
 from kd_bench.evals.importing import import_results
-from kd_bench.store import catalogue, find_run
+from kd_bench.store import catalogue, find_run, set_baseline
 
 ANSWERS = ("a", "b", "a", "a")
 
@@ -59,7 +59,7 @@ def test_a_sound_log_is_imported(tmp_path: Path) -> None:
         None,
         "",
     )
-    assert manifest.protocol.limit is None
+    assert manifest.protocol.limit == 4  # of the registry's 5,000
     assert run.samples("textvqa")["answer"].tolist() == list(ANSWERS)
 
 
@@ -198,3 +198,29 @@ def test_two_imports_do_not_replace_each_other(tmp_path: Path) -> None:
 )
 def test_a_checkpoint_is_named_after_its_training(path: str, name: str) -> None:
     assert trained_name(path) == name
+
+
+@pytest.mark.parametrize("told", [{"original": "4", "effective": 4}, {"effective": 4.5}, "4", [4]])
+def test_counts_that_are_no_numbers_are_refused(tmp_path: Path, told: Any) -> None:
+    folder = written(tmp_path / "log", **{"n-samples": {"textvqa_val": told}})
+    assert "not a number of documents" in refused(folder, tmp_path)
+
+
+@pytest.mark.parametrize("labels", [{"seed": -1}, {"name": "a\x1b[2J"}, {"name": "a\nb"}], ids=str)
+def test_labels_that_cannot_be_are_refused(tmp_path: Path, labels: dict[str, Any]) -> None:
+    refused(written(tmp_path / "log"), tmp_path, **labels)
+
+
+def test_results_without_a_log_and_the_reverse_are_said(tmp_path: Path) -> None:
+    folder = written(tmp_path / "log", results={"gqa": {"exact_match,none": 0.5}})
+    (run,) = import_results(folder, tmp_path / "results")
+    assert run.manifest.notes[1:] == [
+        "gqa has a score and no sample log: it is not imported",
+        "textvqa has a sample log and no score in results.json",
+    ]
+
+
+def test_a_few_documents_are_no_baseline(tmp_path: Path) -> None:
+    (run,) = import_results(written(tmp_path / "log"), tmp_path / "results")
+    with pytest.raises(KdBenchError, match="limited to 4 documents"):
+        set_baseline(tmp_path / "results", "main", run)

@@ -91,6 +91,8 @@ def import_runs(
     )
     for run in imported:
         typer.echo(f"Run: {run.path} ({', '.join(run.manifest.tasks)})")
+        for note in run.manifest.notes[1:]:
+            typer.echo(f"Note: {note}")
 
 
 @app.command("fsck")

@@ -99,6 +99,7 @@ def _check(
     """Read and score everything of one results file; whether its name was asked for."""
     outcome = _read_results(file)
     config: Entry = outcome["config"]
+    _check_labels(labels)
     logs = _sample_logs(file)
     specs = [spec for spec in load_tasks() if spec.upstream in logs or _cn(spec) in logs]
     if not specs:
@@ -110,7 +111,7 @@ def _check(
     for spec in specs:
         upstream = spec.upstream if spec.upstream in logs else _cn(spec)
         entries = _entries(spec, logs[upstream], _counts(outcome, upstream))
-        limited = _limit(config, _counts(outcome, upstream), entries)
+        limited = _limit(spec, config, _counts(outcome, upstream), entries)
         limits += [] if limited is None else [limited]
         checked.append(
             _scored(spec, upstream, entries, logs[upstream], outcome, data, trust_samples)
@@ -119,6 +120,33 @@ def _check(
     limit = max(limits, default=None)
     protocol = Protocol("imported", limit=limit, engine="lmms-eval, imported")
     return outcome, model, protocol, checked, labels["name"] is not None
+
+
+def _check_labels(labels: dict[str, Any]) -> None:
+    """Refuse a name or method that is no line of text, and a seed that no training can have.
+
+    Raises:
+        UsageError: one of them is.
+    """
+    for key in ("name", "method"):
+        text = labels[key] or ""
+        if not text.isprintable() or (text and not text.strip()):
+            raise UsageError(f"The {key} {text!r} is not a line of text.", "Give another one.")
+    if labels["seed"] is not None and labels["seed"] < 0:
+        raise UsageError(f"The seed {labels['seed']} is negative.", "Give the training's seed.")
+
+
+def _unmatched(outcome: Entry, logs: dict[str, Path]) -> list[str]:
+    """Known benchmarks that have a score without a log, or a log without a score."""
+    notes = []
+    for spec in load_tasks():
+        names = {spec.upstream, _cn(spec)}
+        scored = names & {k for k, v in outcome["results"].items() if _metrics_of(v)}
+        if scored and not names & logs.keys():
+            notes.append(f"{spec.id} has a score and no sample log: it is not imported")
+        if names & logs.keys() and not scored:
+            notes.append(f"{spec.id} has a sample log and no score in results.json")
+    return notes
 
 
 def _read_results(file: Path) -> Entry:
@@ -159,7 +187,7 @@ def _store(
         versions = {"lmms-eval": str(outcome.get("lmms_eval_version", "unknown"))}
         run.finish(
             "complete",
-            notes=[f"imported from {file.name}"],
+            notes=[f"imported from {file.name}", *_unmatched(outcome, _sample_logs(file))],
             provenance=collect() | {"imported": {"file": file.name, "versions": versions}},
         )
     return run
@@ -223,16 +251,33 @@ def _model(file: Path, config: Entry, labels: dict[str, Any], logs: list[Path]) 
 
 
 def _counts(outcome: Entry, upstream: str) -> dict[str, int]:
-    """lmms-eval's own count of documents: `original` of the data set, `effective` asked."""
+    """lmms-eval's own count of documents: `original` of the data set, `effective` asked.
+
+    Raises:
+        IncompleteRunError: there are counts, and they are no numbers.
+    """
     told = outcome.get("n-samples")
-    told = told.get(upstream) if isinstance(told, dict) else None
-    return {k: v for k, v in told.items() if type(v) is int} if isinstance(told, dict) else {}
+    told = told.get(upstream) if isinstance(told, dict) else told
+    if told is None:
+        return {}
+    known = told if isinstance(told, dict) else {"n-samples": told}
+    for key, value in known.items():
+        if not isinstance(told, dict) or type(value) is not int or value < 0:
+            raise IncompleteRunError(
+                f"n-samples of {upstream}: {key} is {value!r:.40}, not a number of documents.",
+                "Give the results file as lmms-eval wrote it.",
+            )
+    return dict(known)
 
 
-def _limit(config: Entry, counts: dict[str, int], entries: list[Entry]) -> int | None:
-    """Documents that a limited evaluation asked; None for a whole one."""
-    limited = config.get("limit") not in (None, -1, 0) or (
-        counts.get("effective", 0) < counts.get("original", 0)
+def _limit(
+    spec: TaskSpec, config: Entry, counts: dict[str, int], entries: list[Entry]
+) -> int | None:
+    """Documents that a limited evaluation asked; None for one of the whole benchmark."""
+    limited = (
+        config.get("limit") not in (None, -1, 0)
+        or counts.get("effective", 0) < counts.get("original", 0)
+        or len(entries) < spec.documents
     )
     return len(entries) if limited else None
 
@@ -318,7 +363,7 @@ def _scored(
 ) -> _Log:
     """Samples and result of one benchmark, compared with what lmms-eval made of them."""
     told = outcome["results"].get(upstream)
-    metrics = _metrics(told if isinstance(told, dict) else {})
+    metrics = _metrics_of(told)
     try:
         samples = _samples(spec, entries, data)
     except KdBenchError:
@@ -527,6 +572,10 @@ _ROWS = {
     "mmmu": _mmmu,
     "pope": _pope,
 }
+
+
+def _metrics_of(told: Any) -> dict[str, float]:
+    return _metrics(told) if isinstance(told, dict) else {}
 
 
 def _metrics(aggregates: Entry) -> dict[str, float]:
