@@ -11,6 +11,7 @@ With `every: true` in the policy each benchmark must be shown not worse, not onl
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
@@ -44,7 +45,7 @@ from kd_bench.stats import (
 )
 from kd_bench.store import Run, cautions, find_run, suite_tasks
 
-__all__ = ["GateReport", "RuleOutcome", "Verdict", "check", "judge"]
+__all__ = ["GateReport", "RuleOutcome", "Verdict", "check", "counted", "judge", "require_sound"]
 
 # Stored samples must give the stored score back, up to upstream's rounding (points).
 ROUNDING = 0.05
@@ -107,7 +108,7 @@ class Verdict:
             f"Holm); margin {test.margin:g}, bound {test.bound:+.2f} "
             f"({_percent(1 - test.level)}, one-sided); {self.units:,} units"
         )
-        if self.verdict == "inconclusive" and change.interval is not None:
+        if self.verdict == "inconclusive" and change.detectable is not None:
             text += (
                 f"; four times in five these units find a drop of {change.detectable:.1f} points "
                 f"after Holm, and show an equal model not worse than {self.resolves:.1f}"
@@ -255,8 +256,8 @@ def check(
     suite = new[0].manifest.protocol.suite
     _require_rules(new, policy)
     margins = policy.margins_for(suite)
-    notes = _require_sound(new, old, policy)
-    tasks, whole = _counted(new, old, policy)
+    notes = require_sound(new, old, policy)
+    tasks, whole = counted(new, old, policy)
     averaged = whole and policy.benchmarks is None
     if not averaged and set(tasks) <= set(policy.advisory):
         raise UsageError(
@@ -265,6 +266,7 @@ def check(
         )
     if not whole:  # an average of fewer benchmarks is none: each of them must hold
         policy = policy.model_copy(update={"every": True})
+    _require_resamples(len(tasks) + 1, policy)
     sampled = [_resample([*old, *new], task, policy) for task in tasks]
     verdicts = judge(sampled, margins, policy, split=len(old))
     verdicts = [verdict for verdict in verdicts if whole or verdict.name != AVERAGE]
@@ -285,6 +287,21 @@ def check(
         policy_digest=policy.digest,
         warnings=tuple(training_noise(new, old)),
     )
+
+
+def _require_resamples(tests: int, policy: Policy) -> None:
+    """Refuse a policy whose alpha no p can reach: of R draws p is never below 1 / (R + 1).
+
+    Raises:
+        UsageError: the first step of Holm over all tests is out of reach.
+    """
+    needed = math.ceil(tests / policy.alpha - 1e-9) - 1
+    if policy.resamples < needed:
+        raise UsageError(
+            f"With {policy.resamples:,} resamples no p of {tests} tests falls to alpha "
+            f"{policy.alpha:g} after Holm: nothing could be shown.",
+            f"Set resamples: {needed} or more in the policy.",
+        )
 
 
 def _title(runs: Sequence[Run]) -> str:
@@ -446,7 +463,7 @@ def _require_rules(new: Sequence[Run], policy: Policy) -> None:
         )
 
 
-def _require_sound(new: Sequence[Run], old: Sequence[Run], policy: Policy) -> list[str]:
+def require_sound(new: Sequence[Run], old: Sequence[Run], policy: Policy) -> list[str]:
     """Refuse partial and unhealthy runs; what remains worth a note comes back."""
     for run in (*new, *old):
         status = run.manifest.status
@@ -457,7 +474,8 @@ def _require_sound(new: Sequence[Run], old: Sequence[Run], policy: Policy) -> li
                 "Finish it with the same eval command, or look at its errors.",
             )
     results = {run.path: run.results() for run in (*new, *old)}
-    common_tasks([*old, *new])
+    if len(results) > 1:
+        common_tasks([*old, *new])
     expected = dict.fromkeys(task for run in old for task in results[run.path])
     if policy.benchmarks is not None:
         expected = dict.fromkeys(policy.benchmarks)
@@ -486,7 +504,7 @@ def _require_sound(new: Sequence[Run], old: Sequence[Run], policy: Policy) -> li
     return sorted(dict.fromkeys(notes))
 
 
-def _counted(new: Sequence[Run], old: Sequence[Run], policy: Policy) -> tuple[list[str], bool]:
+def counted(new: Sequence[Run], old: Sequence[Run], policy: Policy) -> tuple[list[str], bool]:
     """The benchmarks that are judged, and whether they are the whole suite.
 
     Raises:
@@ -494,7 +512,7 @@ def _counted(new: Sequence[Run], old: Sequence[Run], policy: Policy) -> tuple[li
             count.
     """
     runs = [*old, *new]
-    common = common_tasks(runs)
+    common = common_tasks(runs) if len(runs) > 1 else runs[0].done_tasks()
     suite = dict.fromkeys(task for run in runs for task in suite_tasks(run.manifest))
     suite |= dict.fromkeys(task for run in runs for task in run.done_tasks())
     if policy.benchmarks is not None:

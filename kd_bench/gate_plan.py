@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from scipy.stats import norm
 
 from kd_bench.aggregators import get_aggregator, unit_statistics
-from kd_bench.compare.align import AlignedTask, align, common_tasks, label
+from kd_bench.compare.align import AlignedTask, align, label
 from kd_bench.compare.differences import Resampled, evidence_of, resample
 from kd_bench.compare.estimates import Evidence
 from kd_bench.compare.methods import seeds_of_one_method
 from kd_bench.errors import UsageError
+from kd_bench.gate import counted, require_sound
 from kd_bench.policy import Policy
 from kd_bench.records import AVERAGE
 from kd_bench.stats import FEWEST_UNITS, seed_variance
@@ -86,10 +87,12 @@ def plan(baseline: Run, others: Sequence[Run], policy: Policy) -> Plan:
 
     Raises:
         UsageError: no benchmark has enough units, or the runs are not seeds of one method.
+        NotComparableError, IncompleteRunError: `gate.check` would not judge these runs.
     """
     runs = [baseline, *others]
     seeds_of_one_method(runs)
-    tasks = common_tasks(runs) if others else list(baseline.results())
+    limits = require_sound(others, [baseline], policy)
+    tasks, _ = counted(others, [baseline], policy)
     frames = [_pairs(runs, task, policy) for task in tasks]
     few = [each.aligned.task for each in frames if len(each.aligned.units) < FEWEST_UNITS]
     known = [each for each in frames if each.aligned.task not in few]
@@ -102,9 +105,10 @@ def plan(baseline: Run, others: Sequence[Run], policy: Policy) -> Plan:
     keys = [*(each.aligned.task for each in known), AVERAGE]
     lines = [_line(key, known, evidence, bool(others), policy, len(keys)) for key in keys]
     suite = baseline.manifest.protocol.suite
-    return Plan(
-        label(baseline), suite, lines, _notes(runs, few), _policy_text(suite, lines, policy)
-    )
+    named = few or policy.benchmarks is not None
+    text = _policy_text(suite, lines, policy, [*keys[:-1]] if named else [])
+    notes = (*_notes(runs, few), *limits)
+    return Plan(label(baseline), suite, lines, notes, text)
 
 
 def _line(
@@ -164,15 +168,21 @@ def _notes(runs: Sequence[Run], few: Sequence[str]) -> tuple[str, ...]:
     else:
         notes.append(f"Churn and training noise are measured between {len(runs)} seeds.")
     if few:
-        notes.append(f"Too few units for a margin: {', '.join(few)}. The default serves them.")
+        notes.append(
+            f"Too few units for a margin: {', '.join(few)}. The policy names the others as those "
+            "that count."
+        )
     return tuple(notes)
 
 
-def _policy_text(suite: str, lines: Sequence[PlanLine], policy: Policy) -> str:
-    """The policy file to paste."""
+def _policy_text(
+    suite: str, lines: Sequence[PlanLine], policy: Policy, named: Sequence[str]
+) -> str:
+    """The policy file to paste; `named` are the benchmarks that count where not all do."""
     *benchmarks, average = lines
     tasks = ", ".join(f"{each.name}: {each.margin:g}" for each in benchmarks)
     rule = "every: true\n" if policy.every else ""
+    rule += f"benchmarks: [{', '.join(named)}]\n" if named else ""
     return (
         f"alpha: {policy.alpha:g}\n{rule}margins:\n  {suite}:\n    average: {average.margin:g}\n"
         f"    default: {max(each.margin for each in benchmarks):g}\n    tasks: {{{tasks}}}\n"

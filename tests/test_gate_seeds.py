@@ -1,6 +1,7 @@
 """Checks over training seeds, margins that can be planned, methods against methods, few units."""
 
 import json
+import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,12 +16,13 @@ from kd_bench.cli import app
 from kd_bench.cli.check import _spread
 from kd_bench.compare import Evidence, TaskEvidence, compare, compare_all_methods, headline
 from kd_bench.compare.methods import noise_of
-from kd_bench.errors import ExitCode, UsageError
+from kd_bench.errors import ExitCode, IncompleteRunError, UsageError
 from kd_bench.files import digest_text
 from kd_bench.gate import check
 from kd_bench.gate_plan import plan
 from kd_bench.policy import Policy, load_policy
 from kd_bench.records import AVERAGE
+from kd_bench.report.ci import junit_xml
 from kd_bench.stats import binomial_interval, effective_units, holm_levels, unchanged_draws
 from kd_bench.store import Run
 from tests.report_store import Model, add_run
@@ -333,6 +335,77 @@ def test_too_few_units_have_no_interval_and_no_verdict(tmp_path: Path) -> None:
     report = check(runs[0], runs[1], policy(margins={"default": {"average": 9, "default": 9}}))
     assert report.verdicts[0].verdict == "inconclusive"
     assert "too few units: 1" in report.verdicts[0].sentence
+
+
+def test_an_average_of_parts_with_too_few_units_has_no_interval(tmp_path: Path) -> None:
+    old = {task: samples(task, [1.0] * 6, unit_id=["one"] * 6) for task in ("gqa", "textvqa")}
+    old["mmmu"] = samples("mmmu", right(0, 0.5))
+    new = {**old, "gqa": samples("gqa", [1.0] * 5 + [0.0], unit_id=["one"] * 6)}
+    runs = [write_run(tmp_path, "old", old), write_run(tmp_path, "new", new)]
+    found = compare(runs, categories=False)
+    assert found.average[0].interval is None
+    assert found.average_differences[0].interval is None
+    assert found.average_differences[0].detectable is None
+    report = check(runs[1], runs[0], policy(margins={"default": {"average": 9, "default": 9}}))
+    assert report.verdicts[-1].verdict == "inconclusive"
+    json.loads(report.to_json(), parse_constant=pytest.fail)
+
+
+def test_no_difference_is_larger_than_a_hundred_points() -> None:
+    values = {"a": np.array([[1.0, 1.0]] * 6), "b": np.array([[1.0, 1.0]] + [[0.0, 1.0]] * 5),
+              "c": np.array([[0.0, 1.0]] * 6)}  # fmt: skip
+    one = Evidence({"t": TaskEvidence.of("mean", list("uvwxyz"), values, 500)})
+    for key in ("t", AVERAGE):
+        for first, second in ((["a"], ["b"]), (["a", "b"], ["b", "c"])):
+            interval = one.difference(key, first, second).interval
+            assert interval is not None
+            assert -100 <= interval.low <= interval.high <= 100
+
+
+def test_over_seeds_no_sentence_says_what_the_units_could_find(store: Path) -> None:
+    old, new = _named(store, "sft-seed0", "sft-seed1"), _named(store, "sft-seed2", "kl-seed0")
+    with pytest.raises(UsageError):
+        check(new, old, POLICY)
+    new = _named(store, "switch-kd-seed0", "switch-kd-seed1")
+    report = check(new, old, policy(margins={"default": {"average": 0, "default": 0}}))
+    assert all(each.difference.detectable is None for each in report.verdicts)
+    assert not any("four times in five" in each.sentence for each in report.verdicts)
+
+
+def test_an_alpha_out_of_reach_is_refused_with_the_number_that_reaches_it(store: Path) -> None:
+    runs = _named(store, "switch-kd-seed0", "sft-seed0")
+    with pytest.raises(UsageError, match="no p of 4 tests") as told:
+        check(*runs, policy(alpha=0.003, resamples=1000))
+    assert "1333" in str(told.value.way_out)
+    assert check(*runs, policy(alpha=0.003, resamples=1333))
+
+
+def test_a_plan_asks_whether_the_runs_are_sound(tmp_path: Path) -> None:
+    frames = {task: samples(task, right(n, 0.4)) for n, task in enumerate(TASKS)}
+    frames["gqa"] = samples("gqa", [1.0] * 6, unit_id=["one"] * 6)
+    whole = write_run(tmp_path, "whole", frames)
+    found = plan(whole, [], POLICY)
+    assert yaml.safe_load(found.policy)["benchmarks"] == ["mmmu", "textvqa"]
+    protocol = replace(whole.manifest.protocol, limit=600)
+    whole.write_manifest(replace(whole.manifest, protocol=protocol))
+    assert any("limited to 600" in note for note in plan(whole, [], POLICY).notes)
+    partial = write_run(tmp_path, "part", frames, status="partial")
+    with pytest.raises(IncompleteRunError, match="is partial"):
+        plan(partial, [], POLICY)
+    rates = {"error": 0.5, "empty": 0.0, "truncated": 0.0, "unparsed": 0.0}
+    sick = write_run(tmp_path, "sick", frames, rates=rates)
+    with pytest.raises(IncompleteRunError, match="unhealthy"):
+        plan(sick, [], policy(health={"error": 0.1}))
+
+
+def test_the_junit_file_says_what_limits_the_verdict(store: Path) -> None:
+    report = check(*_named(store, "switch-kd-seed0", "sft-seed0"), POLICY)
+    suite = ET.fromstring(junit_xml(report))
+    told = {each.get("name"): each.get("value") for each in suite.iter("property")}
+    assert told["policy_digest"] == POLICY.digest
+    assert "ONE SEED" in (told["warning"] or "")
+    assert "ONE SEED" in (suite.findtext("system-out") or "")
+    assert suite.get("tests") == str(len(suite.findall("testcase")))
 
 
 def test_ranks_want_units(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 Array = NDArray[np.float64]
+OVER_SEEDS = "Student's t over seeds and documents"
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Difference:
         test: which test gave `p`.
         fixed, broken: items (documents, or groups scored as a whole) that changed.
         detectable: the smallest true difference that the test finds four times in five at the
-            first step of Holm over the benchmarks.
+            first step of Holm over the benchmarks; None without an interval or over seeds.
         standard_error: of the difference.
         units: resampling units.
         items: documents or groups that can change.
@@ -57,7 +58,7 @@ class Difference:
     test: str
     fixed: int
     broken: int
-    detectable: float
+    detectable: float | None
     standard_error: float
     units: int = 0
     items: int = 0
@@ -158,7 +159,7 @@ def seeds_difference(
     return made_difference(
         found,
         found.p,
-        "Student's t over seeds and documents",
+        OVER_SEEDS,
         (round(float(changes[0])), round(float(changes[1]))),
         sum(task.aligned.items for task in chosen),
     )
@@ -176,7 +177,9 @@ def made_difference(
         test=test,
         fixed=changes[0],
         broken=changes[1],
-        detectable=minimum_detectable_effect(found.error, items),
+        detectable=None
+        if found.interval is None or test == OVER_SEEDS
+        else minimum_detectable_effect(found.error, items),
         standard_error=found.error,
         units=found.units,
         items=items,
@@ -191,7 +194,9 @@ def with_holm(differences: list[Difference]) -> list[Difference]:
         replace(
             each,
             p_holm=p,
-            detectable=minimum_detectable_effect(each.standard_error, each.items, alpha),
+            detectable=None
+            if each.detectable is None
+            else minimum_detectable_effect(each.standard_error, each.items, alpha),
         )
         for each, p in zip(differences, adjusted, strict=True)
     ]

@@ -157,9 +157,10 @@ class Evidence:
         )
 
     def units(self, key: str) -> int:
-        """Resampling units behind a key."""
+        """Resampling units behind a key; of an average with too few in a part, that part's."""
         if key == AVERAGE:
-            return sum(task.units for task in self.tasks.values())
+            counts = [task.units for task in self.tasks.values()]
+            return min(counts) if min(counts) < FEWEST_UNITS else sum(counts)
         return self.tasks[key].units
 
     def scores(self, key: str, group: Group) -> Array:
@@ -207,6 +208,7 @@ class Evidence:
             made = stretched(drawn, value, freedom)
         else:
             made = value + error * _grid(drawn.size, freedom)
+        made = np.clip(made, -100, 100)  # no difference of two scores is larger
         return replace(
             self._estimate(key, [first, second], value, made, error, freedom, level), p=two.p
         )

@@ -60,6 +60,7 @@ def junit_xml(report: GateReport | Exception) -> str:
         kind = type(report).__name__
         ET.SubElement(case, "error", message=_xml(_why(report)), type=kind)
         return _suite_xml(suite)
+    _properties(suite, report)
     for verdict in report.verdicts:
         name = _xml(verdict.name)
         case = ET.SubElement(suite, "testcase", classname="kd-bench.check", name=name)
@@ -67,11 +68,30 @@ def junit_xml(report: GateReport | Exception) -> str:
     for rule in report.rules:
         case = ET.SubElement(suite, "testcase", classname="kd-bench.rules", name=_xml(rule.name))
         _outcome(case, rule.state, rule.sentence)
+    ET.SubElement(suite, "system-out").text = _xml(
+        "\n".join((report.statement, *report.warnings, *report.notes, report.policy_line))
+    )
     return _suite_xml(suite)
 
 
+def _properties(suite: ET.Element, report: GateReport) -> None:
+    """What a reader of the file alone must know: who, under which policy, and what limits it."""
+    told = [
+        ("candidate", report.candidate),
+        ("baseline", report.baseline),
+        ("outcome", report.outcome),
+        ("policy", report.policy or "given in code"),
+        ("policy_digest", report.policy_digest),
+        *(("warning", each) for each in report.warnings),
+        *(("note", each) for each in report.notes),
+    ]
+    properties = ET.SubElement(suite, "properties")
+    for name, value in told:
+        ET.SubElement(properties, "property", name=name, value=_xml(value))
+
+
 def _suite_xml(suite: ET.Element) -> str:
-    suite.set("tests", str(len(suite)))
+    suite.set("tests", str(len(suite.findall("testcase"))))
     suite.set("failures", str(len(suite.findall("testcase/failure"))))
     suite.set("skipped", str(len(suite.findall("testcase/skipped"))))
     suite.set("errors", str(len(suite.findall("testcase/error"))))
