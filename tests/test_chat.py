@@ -351,3 +351,59 @@ def test_a_control_token_in_the_text_is_named(kind: str, token: str) -> None:
     for turns in (((f"a {token}",), (FIRST,)), ((QUESTION,), (f"b{token}",))):
         with pytest.raises(Unreadable, match=f"holds {token.replace('|', '.')}"):
             Encoder(processor).encode(conversation(*turns))
+
+
+def with_system(template: str) -> str:
+    """LLaVA-OneVision's turns behind a system message that this template writes."""
+    rest = "{% if messages[0]['role'] == 'system' %}{% set messages = messages[1:] %}{% endif %}"
+    return template + rest + TEMPLATES["chatml"]
+
+
+def chatml(kind: str, template: str) -> Any:
+    processor = PUBLIC["llava, chatml of its own string"].make(kind, template)
+    processor.tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    return processor
+
+
+@pytest.mark.parametrize("wrapped", ["{{ messages[0]['content'] | trim }}", ""])
+def test_a_system_text_is_written_as_text_or_the_row_is_refused(kind: str, wrapped: str) -> None:
+    system = "{% if messages[0]['role'] == 'system' %}" + wrapped + "{% endif %}"
+    encoder = Encoder(chatml(kind, with_system(system)))
+    plain = conversation((None, QUESTION), (FIRST,), images=1)
+    said = Conversation("x", (Turn("system", ("Be brief.",)), *plain.turns), plain.images)
+    encoder.encode(plain)
+    if not wrapped:
+        with pytest.raises(Unreadable, match="leaves out its system text"):
+            encoder.encode(said)
+        return
+    check = encoder.chat.prompt(said.messages[:2])
+    assert check == "Be brief." + encoder.chat.prompt(plain.messages[:1])
+    encoder.encode(said)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("{% if add_generation_prompt %}", "{% if false %}"),
+        ("'<|im_start|>assistant\n' }}{% endif", "'<|im_start|>assistant\n<think>\n' }}{% endif"),
+    ],
+)
+def test_a_prompt_that_answered_turns_do_not_have_is_refused(
+    kind: str, change: tuple[str, str]
+) -> None:
+    template = TEMPLATES["chatml"].replace(*change)
+    assert template != TEMPLATES["chatml"]
+    with pytest.raises(UsageError, match="otherwise than its generation prompt"):
+        ChatFormat(chatml(kind, template))
+
+
+def test_an_end_that_stands_between_turns_alone_is_learnt(kind: str) -> None:
+    ended = "{{ '<|im_end|>\n' }}{% endfor %}"
+    last = "{% if not loop.last or m_last %}{{ '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    last = last.replace("m_last", "message['role'] == 'user'")
+    encoder = Encoder(chatml(kind, TEMPLATES["chatml"].replace(ended, last)))
+    assert encoder.chat.stop == "<|im_end|>"
+    sample = encoder.encode(conversation((QUESTION,), (FIRST,), (FOLLOWING,), (SECOND,)))
+    names = encoder.processor.tokenizer.convert_ids_to_tokens(sample["input_ids"])
+    assert names.count("<|im_end|>") == 4
+    assert encoder.processor.tokenizer.eos_token not in names

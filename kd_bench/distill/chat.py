@@ -10,6 +10,7 @@ from the data, where it begins from the generation prompt, how it ends from what
 writes behind it.
 """
 
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,6 +57,11 @@ HINT = (
 )
 QUESTION, ANSWER = "what is seen here", "a quiet harbour"  # asked of every template once
 ANCHORS = ("\n", ":", "a", "1")  # texts that few tokenizers merge with what follows
+SYSTEM, FOLLOWING = "be brief and kind", "and what else"  # asked where a template takes them
+LIST_IN_TEXT = "{'type': "  # how a list of parts looks where a template takes it for a text
+THOUGHT = re.compile(
+    r"<(think|thinking|thought|reasoning)>.*</\1>|\[THINK\].*\[/THINK\]", re.DOTALL
+)
 KNOWN_ANSWERS = 10_000  # tokenised answers that are remembered
 
 Messages = Sequence[dict[str, Any]]
@@ -116,7 +122,7 @@ class ChatFormat:
         self.plain = self.template is None and type(processor).__name__ in PLAIN_FAMILIES
         self._control_tokens = _control_tokens(self.tokenizer)
         self._answer_ids: OrderedDict[str, tuple[list[int], bool]] = OrderedDict()
-        self._as_text = False  # whether the template takes a message's content as one string
+        self._as_text: frozenset[str] = frozenset()  # roles whose content it takes as one string
         self._trims = False
         self._lead = ""
         if self.template is None and not self.plain:
@@ -148,25 +154,60 @@ class ChatFormat:
         asked = {"role": "user", "content": [{"type": "image"}, _text(QUESTION)]}
         prompt, whole = self._first_rendering([asked], [asked, _said(ANSWER)])
         head, _, tail = whole.rpartition(ANSWER)
+        answered, asked_for = head.rstrip(), prompt.rstrip()
+        added = answered.removeprefix(asked_for).strip()
         if head.startswith(prompt):
             # A thought that the template invents is no part of the answer; a space is.
-            self._lead = "" if head[len(prompt) :].strip() else head[len(prompt) :]
-        elif not prompt.startswith(head.rstrip()):
+            self._lead = "" if added else head[len(prompt) :]
+        elif prompt.startswith(answered):
+            added = asked_for.removeprefix(answered).strip()
+        else:
+            added = answered or "nothing"
+        if added and not THOUGHT.fullmatch(added):
             raise UsageError(
                 "The chat template writes an answered turn otherwise than its generation prompt: "
                 f"{head[-60:]!r} against {prompt[-60:]!r}, so training would not see what "
                 "evaluation sends.",
                 "Use a template whose answered turn starts with the generation prompt.",
             )
+        self._probe_system()
         spaced = f"  {ANSWER}  "
         self._trims = spaced not in self._render([asked, _said(spaced)], False)
-        return prompt.rpartition(QUESTION)[2], self._stop_in(tail) or self.tokenizer.eos_token
+        return prompt.rpartition(QUESTION)[2], self._stop_in(tail) or self._stop_between()
+
+    def _probe_system(self) -> None:
+        """Learn whether a system message's content is taken as parts or as one string."""
+        said = [{"role": "system", "content": [_text(SYSTEM)]}]
+        said.append({"role": "user", "content": [_text(QUESTION)]})
+        kept = self._as_text
+        for roles in (kept, kept ^ {"system"}):
+            self._as_text = roles
+            try:
+                self._render(said, True)
+            except Unreadable:
+                continue
+            return
+        self._as_text = kept  # each row that has one will be told why it cannot be used
+
+    def _stop_between(self) -> str | None:
+        """What ends an answer that another turn follows, else the tokenizer's end token."""
+        asked = {"role": "user", "content": [_text(QUESTION)]}
+        following = {"role": "user", "content": [_text(FOLLOWING)]}
+        try:
+            opened = self._render([asked], True).partition(QUESTION)[0]
+            whole = self._render([asked, _said(ANSWER), following], True)
+        except Unreadable:  # it knows one question, or none without an image
+            return self.tokenizer.eos_token
+        between = whole.rpartition(FOLLOWING)[0].rpartition(ANSWER)[2].lstrip()
+        if opened.endswith(between):  # the next turn's header alone
+            return self.tokenizer.eos_token
+        return self._stop_in(between) or self.tokenizer.eos_token
 
     def _first_rendering(self, asked: Messages, answered: Messages) -> tuple[str, str]:
         """Both renderings, with the content as parts or, where that fails, as one string."""
         problem = ""
-        for as_text in (False, True):
-            self._as_text = as_text
+        for as_text in ((), ("assistant",), ("user", "assistant", "system")):
+            self._as_text = frozenset(as_text)
             try:
                 prompt, whole = self._render(asked, True), self._render(answered, False)
             except Unreadable as error:
@@ -177,7 +218,7 @@ class ChatFormat:
                 problem = problem or f"it writes {pictures} places for one image"
             elif QUESTION not in prompt or ANSWER not in whole:
                 problem = problem or "it leaves out what is said"
-            elif "'type'" not in prompt:
+            else:
                 return prompt, whole
         raise UsageError(f"The chat template cannot be used: {problem}.", HINT)
 
@@ -189,17 +230,20 @@ class ChatFormat:
         return max(found, key=len, default=None)
 
     def _render(self, messages: Messages, prompt: bool) -> str:
-        if self._as_text:
-            messages = [{**m, "content": self._flat(m["content"])} for m in messages]
+        given = [
+            {**m, "content": self._flat(m["content"])} if m["role"] in self._as_text else m
+            for m in messages
+        ]
         try:
             made = self.processor.apply_chat_template(
-                list(messages),
+                given,
                 chat_template=self.template,
                 tokenize=False,
                 add_generation_prompt=prompt,
             )
         except Exception as error:  # a template may raise what it likes
             raise Unreadable(f"the chat template refuses it: {one_line(error)}") from None
+        _refuse_lost_text(str(made), messages)
         return str(made)
 
     def _flat(self, content: Sequence[dict[str, Any]]) -> str:
@@ -420,6 +464,23 @@ def _own_template(processor: Any) -> str | None:
 def images_in(messages: Messages) -> int:
     """How many places for images the messages have."""
     return sum(part["type"] == "image" for m in messages for part in m["content"])
+
+
+def _refuse_lost_text(made: str, messages: Messages) -> None:
+    """Refuse a rendering that leaves out what is said, or writes parts as Python's text.
+
+    Earlier answers may be rewritten (thoughts are dropped), see `Turns`.
+    """
+    lists = made.count(LIST_IN_TEXT)
+    for message in messages:
+        for part in message["content"]:
+            text = part.get("text", "")
+            lists -= text.count(LIST_IN_TEXT)
+            if message["role"] != "assistant" and text.strip() not in made:
+                what = "its system text" if message["role"] == "system" else "what is said"
+                raise Unreadable(f"the chat template leaves out {what}")
+    if lists > 0:
+        raise Unreadable("the chat template writes its parts as Python's text")
 
 
 def _control_tokens(tokenizer: Any) -> tuple[str, ...]:
