@@ -6,6 +6,7 @@ and a missing file read the same everywhere. YAML is read as version 1.2 (`017` 
 """
 
 import io
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -107,7 +108,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         problem = " ".join(problem.split())
         raise UsageError(f"{path}{line}: not valid YAML: {problem}.", "Fix that line.") from None
     if not isinstance(value, dict):
-        raise UsageError(f"{path}: expected `key: value` lines.", "See the examples in the README.")
+        raise UsageError(f"{path}: expected `key: value` lines.", "Write `key: value` lines.")
     return value
 
 
@@ -176,7 +177,7 @@ def validate(
         # A misspelt key often leaves the right one missing: name the cause, not the effect.
         unknown_keys = [each for each in errors if each["type"] == "extra_forbidden"]
         first = (unknown_keys or errors)[0]
-        key = ".".join(str(part) for part in first["loc"])
+        key = ".".join(_written(first["loc"], mapping))
         place = _place(where, key, given)
         if first["type"] == "extra_forbidden":
             unknown = str(first["loc"][-1])
@@ -187,6 +188,23 @@ def validate(
         message = _WORDS.get(first["type"]) or first["msg"].removeprefix("Value error, ")
         subject = f"{place}: {key}" if key else place
         raise UsageError(f"{subject}: {message}.", "Correct that.") from None
+
+
+# What pydantic puts into the place of a problem for the branch of a union that it tried.
+_BRANCH = re.compile(r"(str|int|float|bool|none|list|dict|tuple|literal|constrained|[A-Z]).*")
+
+
+def _written(location: Iterable[int | str], mapping: Any) -> list[str]:
+    """The place of a problem as a file spells it."""
+    keys, node = [], mapping
+    for part in location:
+        there = isinstance(node, dict) and part in node
+        if isinstance(part, str) and not there and _BRANCH.fullmatch(part):
+            continue
+        keys.append(str(part))
+        inside = there or (isinstance(node, list) and isinstance(part, int) and part < len(node))
+        node = node[part] if inside else None
+    return keys
 
 
 # Where pydantic speaks of Python's types, a reader of YAML does not.

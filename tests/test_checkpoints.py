@@ -519,3 +519,76 @@ def loads_rightly(folder: Path, expected: Tensors, what: str) -> None:
     for name, tensor in expected.items():
         close = torch.allclose(found[name], tensor, rtol=1e-3, atol=1e-6)
         assert close or "flipped" in what, f"{what}: {name} was loaded with other values"
+
+
+# --- what fits, before a step or an answer -----------------------------------------------------
+
+
+def test_a_config_of_another_size_takes_no_memory(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    del config["text_config"]
+    (copy / "config.json").write_text(json.dumps(config))
+    line = refusal(copy)
+    assert "6,624,202,192 weights" in line or "weights, and the files hold 30," in line
+    assert "Restore text_config in config.json" in line
+
+
+@pytest.mark.parametrize("layer, fits", [(-3, True), (2, True), (-4, False), (3, False)])
+def test_the_projected_layer_is_one_of_the_tower(copy: Path, layer: int, fits: bool) -> None:
+    set_config(copy, vision_feature_layer=layer)
+    if fits:
+        load_model(copy)
+    else:
+        assert f"vision_feature_layer is {layer}, and the vision tower has 2" in refusal(copy)
+
+
+def test_another_image_token_is_refused_by_eval_and_train(
+    checkpoint: Path, copy: Path, rows: Path, tmp_path: Path
+) -> None:
+    set_config(copy, image_token_id=5)
+    message = "image_token_id is 5 in config.json"
+    with pytest.raises(UsageError, match=message):
+        load_as_eval(copy)
+    shutil.copytree(checkpoint, rows.parent / "whole", dirs_exist_ok=True)
+    for role in ("student", "teacher"):
+        with pytest.raises(UsageError, match=message):
+            load_as_train(copy, rows, tmp_path / role, role)
+
+
+def test_an_adapters_own_tokenizer_and_template_count(checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    adapted(checkpoint, folder)
+    (folder / "chat_template.jinja").write_text("OWN")
+    processor = load_processor(folder)
+    assert processor.chat_template == "OWN"
+    assert processor.apply_chat_template([{"role": "user", "content": "a"}]) == "OWN"
+    tokenizer = load_processor(checkpoint).tokenizer
+    tokenizer.chat_template = "TUNED"
+    tokenizer.eos_token = "<image>"
+    (folder / "chat_template.jinja").unlink()
+    tokenizer.save_pretrained(folder)
+    processor = load_processor(folder)
+    assert (processor.chat_template, processor.tokenizer.eos_token) == ("TUNED", "<image>")
+    assert processor.image_processor is not None
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(UsageError, match="adapter has no usable tokenizer"):
+        load_processor(folder)
+
+
+def test_a_faulty_adapter_file_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    adapted(checkpoint, folder)
+    file = folder / "adapter_config.json"
+    settings = json.loads(file.read_text())
+    for kind, message in (("NOPE", "no peft_type 'NOPE'"), ("PREFIX_TUNING", "cannot be merged")):
+        file.write_text(json.dumps(settings | {"peft_type": kind}))
+        assert message in refusal(folder)
+    file.write_text(json.dumps(settings))
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    assert f"{weights} is damaged" in refusal(folder)
+
+
+def test_a_common_prefix_of_all_names_is_named(copy: Path) -> None:
+    with_tensors(copy, lambda t: {f"model.model.{k}": v for k, v in t.items()})
+    assert "All its names begin with 'model'" in refusal(copy)

@@ -81,6 +81,7 @@ def test_a_stage_is_dropped_by_null():
         ("distil.data.path=nowhere.json", r"'distil': There is no training data at nowhere"),
         ("data.images=nowhere", r"no folder of images at nowhere"),
         ("distil.lora.target_modules=[nothing]", r"No layer of the language model"),
+        ("distil.batch_size=999", r"'distil': the data holds \d+ usable samples, fewer than one"),
         ("report_to=[trackio]", r"package trackio is not installed"),
         ("distil.method=switch-kd distil.trainable=[projector]", r"'distil'.*freezes"),
     ],
@@ -252,3 +253,32 @@ def test_the_shipped_recipes_are_listed_and_shown_as_they_are_written():
     shown = subprocess.run([*line, "show", "mini"], capture_output=True, text=True, check=True)
     assert all(name in listed for name in list_recipes())
     assert shown.stdout == list_recipes()["mini"].read_text(encoding="utf-8")
+
+
+def test_a_part_of_a_student_that_is_a_path_names_the_override():
+    with pytest.raises(UsageError, match=r"^'student.vision_tower=x': student is a checkpoint"):
+        load_recipe("mini", ["student=somewhere", "student.vision_tower=x"])
+    both = ["student.vision_tower=x", "student.language_model=y"]
+    assert load_recipe("mini", both).student == StudentParts(vision_tower="x", language_model="y")
+
+
+def test_no_key_shows_the_branch_that_was_tried():
+    for override in ("data.path=5", "data.path=[5]", "student=5", "student={vision_tower: x}"):
+        with pytest.raises(UsageError) as caught:
+            load_recipe("mini", [override])
+        assert not any(sign in str(caught.value) for sign in (".str", ".list", "StudentParts"))
+    with pytest.raises(UsageError, match="names no file"):
+        load_recipe("mini", ["data.path=[]"])
+
+
+def test_a_checkpoint_is_no_recipe(place):
+    with pytest.raises(UsageError, match="is a checkpoint, not a recipe.*student="):
+        load_recipe(place / "student")
+    with pytest.raises(UsageError, match=r"is a folder, not a recipe.*recipe\.yaml"):
+        load_recipe(place)
+
+
+def test_the_folder_of_a_stages_own_images_is_named_as_its_own(place):
+    own = ["distil.data.path=nowhere.json", "distil.data.images=nowhere"]
+    with pytest.raises(UsageError, match=r"Set distil\.data\.images="):
+        train(two_stages(place, "images", *own))

@@ -8,6 +8,7 @@ weights_digest identity of the weights, however they are spread over files
 
 import hashlib
 import json
+import math
 import mmap
 import re
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ __all__ = [
     "read_config",
     "stored_dtype",
     "stored_dtypes",
+    "stored_weights",
     "weights_digest",
 ]
 
@@ -152,6 +154,16 @@ def quantization_of(config: dict[str, Any]) -> str:
     if settings.get("load_in_4bit"):
         return str(settings.get("bnb_4bit_quant_type", "fp4"))
     return str(settings.get("quant_method", "quantized"))
+
+
+def stored_weights(folder: Path) -> int:
+    """Number of weights in a folder's safetensors files, by their headers; 0 where there are none.
+
+    Raises:
+        UsageError: a file is damaged.
+    """
+    headers = (_header(file)[0] for file in folder.glob("*.safetensors"))
+    return sum(math.prod(entry["shape"]) for header in headers for entry in header.values())
 
 
 def stored_dtype(folder: Path) -> str:

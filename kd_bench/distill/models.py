@@ -1,6 +1,8 @@
 """Load checkpoints whole, count their weights, and freeze what shall not learn."""
 
+import json
 import os
+import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -18,6 +20,7 @@ from kd_bench.distill.checkpoints import (
     read_config,
     stored_dtype,
     stored_dtypes,
+    stored_weights,
 )
 from kd_bench.distill.vision_language import VisionLanguageModel
 from kd_bench.errors import MissingExtraError, UsageError, explained, one_line
@@ -25,6 +28,7 @@ from kd_bench.errors import MissingExtraError, UsageError, explained, one_line
 __all__ = [
     "PARTS",
     "QUANTIZATIONS",
+    "check_image_token",
     "checkpoint_activations",
     "load_model",
     "load_part",
@@ -39,6 +43,7 @@ __all__ = [
 PARTS: tuple[str, ...] = ("vision_tower", "projector", "language_model")
 QUANTIZATIONS: tuple[str, ...] = ("nf4", "int8")
 """What a checkpoint can be rounded to while it is loaded, by bitsandbytes."""
+SURPLUS = 50_000_000  # weights that a config may describe beyond the files', e.g. a new projector
 TINY = 10_000_000  # parameters
 NAMED = 5  # tensors that an error names
 
@@ -75,12 +80,15 @@ def load_model(
     if not allow_pickle:
         settings["use_safetensors"] = True
     settings |= _quantized(path, whole, quantize, base is not None, dtype, device)
+    if not trust_remote_code and not quantization_of(read_config(whole)):
+        _check_size(path, whole)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(projector_seed or 0)  # what is new is drawn while the rest is read
         model, told = _read(
             AutoModelForImageTextToText, path, whole, "vision-language model", **settings
         )
     _check_loaded(path, model, told, projector_seed is not None)
+    _check_feature_layers(path, model)
     if base is not None:
         model = _with_adapter(model, folder, allow_pickle)
     _check_finite(path, model)
@@ -89,6 +97,67 @@ def load_model(
     _spare_threads(model)
     placed = device is None or "device_map" in settings
     return model if placed else model.to(device)
+
+
+def _check_size(path: str | Path, folder: Path) -> None:
+    """Refuse a config of a far larger model than the files hold, before memory is taken for it.
+
+    A config without its `text_config` means transformers' default, a model of seven billion.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    held = stored_weights(folder)
+    try:
+        config = AutoConfig.from_pretrained(str(folder))
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config)
+    except Exception:  # told by the loader, which meets the same
+        return
+    described = _count(model.parameters())
+    if held and described > 1.5 * held and described - held > SURPLUS:
+        lacks = [
+            name for name in ("text_config", "vision_config") if name not in read_config(folder)
+        ]
+        raise UsageError(
+            f"{path}: config.json describes a {type(model).__name__} of {described:,} weights, and "
+            f"the files hold {held:,}.",
+            f"Restore {' and '.join(lacks)} in config.json."
+            if lacks
+            else "Do config.json and weights belong together? Restore the one that is not its own.",
+        )
+
+
+def _check_feature_layers(path: str | Path, model: Any) -> None:
+    """The layers whose output is projected must be layers of the vision tower."""
+    layers = getattr(model.config, "vision_feature_layer", None)
+    depth = getattr(getattr(model.config, "vision_config", None), "num_hidden_layers", None)
+    if layers is None or not isinstance(depth, int):
+        return
+    for layer in layers if isinstance(layers, list | tuple) else [layers]:
+        if not isinstance(layer, int) or not -depth - 1 <= layer <= depth:
+            raise UsageError(
+                f"{path}: vision_feature_layer is {layer!r}, and the vision tower has {depth} "
+                "layers.",
+                f"Set it in config.json to one from {-depth - 1} to {depth}.",
+            )
+
+
+def check_image_token(path: str | Path, model: Any, processor: Any) -> None:
+    """The token that the model puts an image's features at must be the processor's for images.
+
+    Raises:
+        UsageError: they are two tokens, so that no image would arrive.
+    """
+    ours = getattr(model.config, "image_token_id", None)
+    theirs = getattr(processor, "image_token_id", None)
+    if theirs is None and isinstance(token := getattr(processor, "image_token", None), str):
+        theirs = processor.tokenizer.convert_tokens_to_ids(token)
+    if isinstance(ours, int) and isinstance(theirs, int) and ours != theirs:
+        raise UsageError(
+            f"{path}: image_token_id is {ours} in config.json, and the processor's image token is "
+            f"{theirs}.",
+            "Do config.json and processor belong together? Set image_token_id to the processor's.",
+        )
 
 
 def load_part(kind: Any, path: str, what: str, *, surplus: bool = False, **settings: Any) -> Any:
@@ -253,8 +322,12 @@ def _way_out(model: Any, missing: set[str], unexpected: set[str], reshaped: set[
     if missing and missing == _projector_names(model) and not unexpected:
         return "To train a new projector set new_projector=true; to evaluate, train one first."
     heads = {name.partition(".")[0] for name in unexpected}
-    if missing and len(heads) == 1 and not any(hasattr(model, head) for head in heads):
-        return f"All its names begin with {heads.pop()!r}: save the model inside that wrapper."
+    if missing and len(heads) == 1:
+        head = heads.pop()
+        twice = all(name.startswith(f"{head}.{head}.") for name in unexpected)
+        inside = getattr(model, head, None)
+        if inside is None or (twice and not hasattr(inside, head)):
+            return f"All its names begin with {head!r}: save the model inside that wrapper."
     if missing == {"lm_head.weight"} and not unexpected:
         return "Save the head with it, or set tie_word_embeddings in config.json if it is tied."
     if unexpected and not missing and not reshaped:
@@ -293,10 +366,10 @@ def _with_adapter(model: Any, folder: Path, allow_pickle: bool) -> Any:
             f"{folder} holds no adapter_model.safetensors.",
             "Save the adapter again with safetensors, or allow pickles with allow_pickle=true.",
         )
+    stored_weights(folder)  # says which file is damaged
+    config = _adapter_config(PeftConfig, folder)
     way_out = "Is base_model_name_or_path the model that it was trained on?"
     with explained(f"{folder} could not be read as an adapter of its base", way_out):
-        config = PeftConfig.from_pretrained(str(folder))
-        config.inference_mode = True
         wrapped = PeftModel(model, config)
         told = set_peft_model_state_dict(wrapped, load_peft_weights(str(folder), device="cpu"))
         learned = {name for name, _ in wrapped.named_parameters() if wrapped.prefix in name}
@@ -304,11 +377,43 @@ def _with_adapter(model: Any, folder: Path, allow_pickle: bool) -> Any:
     if problem := _listed(kinds):
         raise UsageError(f"{folder} is no adapter of its base: {problem}.", way_out)
     if not hasattr(wrapped, "merge_and_unload"):
-        raise UsageError(
-            f"{folder} is a {config.peft_type} adapter, which cannot be merged into its base.",
-            "Use an adapter of low rank (LoRA and its kin).",
-        )
+        raise _not_merged(folder, config)
     return wrapped.merge_and_unload()
+
+
+def _adapter_config(kind: Any, folder: Path) -> Any:
+    """The adapter's own settings.
+
+    Args:
+        kind: peft's `PeftConfig`.
+
+    Raises:
+        UsageError: they cannot be read, or are of a kind that cannot be merged.
+    """
+    from peft import PeftType
+
+    file = folder / "adapter_config.json"
+    with explained(f"{file} could not be read", "Restore the file."):
+        named = json.loads(file.read_text(encoding="utf-8")).get("peft_type")
+        if named not in {each.value for each in PeftType}:
+            raise UsageError(
+                f"{file}: there is no peft_type {named!r}.", "Restore it; of LoRA it is LORA."
+            )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # keys of another version or another peft_type
+            config = kind.from_pretrained(str(folder))
+    config.inference_mode = True
+    if config.is_prompt_learning:
+        raise _not_merged(folder, config)
+    return config
+
+
+def _not_merged(folder: Path, config: Any) -> UsageError:
+    named = getattr(config.peft_type, "value", config.peft_type)
+    return UsageError(
+        f"{folder} is a {named} adapter, which cannot be merged into its base.",
+        "Use an adapter of low rank (LoRA and its kin).",
+    )
 
 
 def _plain_arithmetic(model: nn.Module) -> None:
@@ -352,7 +457,8 @@ def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoProcessor
 
-    folder = processor_folder(locate(path, trust_remote_code=trust_remote_code))
+    own = locate(path, trust_remote_code=trust_remote_code)
+    folder = processor_folder(own)
     way_out = "Save it there with processor.save_pretrained."
     with explained(f"{path} has no usable processor", way_out):
         try:
@@ -366,7 +472,40 @@ def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Any:
             f"{path} has a {type(processor).__name__}, not a processor for text and pictures.",
             "Save tokenizer, image processor and processor_config.json there.",
         )
+    if folder != own:
+        _use_adapters_own(processor, own, trust_remote_code)
     return processor
+
+
+def _use_adapters_own(processor: Any, adapter: Path, trust_remote_code: bool) -> None:
+    """Put an adapter's tokenizer and chat template, where it brings them, into its base's processor.
+
+    Raises:
+        UsageError: they cannot be read, or the tokenizer has another image token.
+    """
+    from transformers import AutoTokenizer
+
+    token = getattr(processor, "image_token", None)
+    template = adapter / "chat_template.jinja"
+    with explained(f"{adapter} has no usable tokenizer", "Save it again, or take its files out."):
+        if (adapter / "tokenizer_config.json").is_file() or (adapter / "tokenizer.json").is_file():
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(adapter), trust_remote_code=trust_remote_code
+            )
+            places = [
+                each.convert_tokens_to_ids(token) for each in (processor.tokenizer, tokenizer)
+            ]
+            if token is not None and places[0] != places[1]:
+                raise UsageError(
+                    f"The tokenizer of {adapter} has {token} as {places[1]}, its base's as "
+                    f"{places[0]}.",
+                    "Save the whole processor beside the adapter, or take its tokenizer out.",
+                )
+            processor.tokenizer = tokenizer
+            if tokenizer.chat_template:
+                processor.chat_template = tokenizer.chat_template
+        if template.is_file():
+            processor.chat_template = template.read_text(encoding="utf-8")
 
 
 def part(parts: VisionLanguageModel, name: str) -> nn.Module:

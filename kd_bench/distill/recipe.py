@@ -58,6 +58,13 @@ class DataSource(StrictModel):
     unreadable_limit: int = Field(default=10, ge=0)
     max_image_pixels: Count = MAX_PIXELS
 
+    @field_validator("path")
+    @classmethod
+    def _names_a_file(cls, path: str | list[str]) -> str | list[str]:
+        if not path:
+            raise ValueError("names no file; give one, or several: [a.json, b.json]")
+        return path
+
 
 class StudentParts(StrictModel):
     """A student put together from pretrained parts, with a fresh projector.
@@ -285,7 +292,9 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Reci
     mapping = _short_form(read_yaml(path), path)
     names = [_stage_name(stage) for stage in mapping["stages"]]
     given: dict[str, str] = {}
+    overrides = list(overrides)
     for override in overrides:
+        _check_student_is_built(override, overrides, mapping.get("student"))
         addressed = _address(override, names)
         key, _, value = addressed.partition("=")
         where, *rest = key.split(".")[1:] if key.startswith("stages.") else [""]
@@ -296,6 +305,18 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Reci
         if where and len(rest) == 1 and rest[0] in _INSTEAD_OF:
             mapping["stages"][int(where)].pop(_INSTEAD_OF[rest[0]], None)
     return validate(Recipe, *_without_needless_stages(mapping, str(path), given))
+
+
+def _check_student_is_built(override: str, overrides: list[str], student: Any) -> None:
+    """A part of the student can be set where the student is made of parts, or becomes so."""
+    if not override.startswith("student.") or not isinstance(student, str):
+        return
+    set_here = {each.partition("=")[0] for each in overrides}
+    if not {"student.vision_tower", "student.language_model"} <= set_here:
+        raise UsageError(
+            f"{override!r}: student is a checkpoint path ({student}), not built of parts.",
+            "Set student.vision_tower= and student.language_model= both, or student= alone.",
+        )
 
 
 # Of two settings that exclude each other, the one that is given on the command line counts.
@@ -386,6 +407,8 @@ def find_recipe(name_or_path: str | Path) -> Path:
     known = list_recipes()
     if str(name_or_path) in known:
         return known[str(name_or_path)]
+    if path.is_dir():
+        raise _no_recipe_but_folder(path)
     if path.suffix in {".yaml", ".yml"} or path.exists():
         return path
     hint = closest(str(name_or_path), list(known))
@@ -393,6 +416,17 @@ def find_recipe(name_or_path: str | Path) -> Path:
         f"There is no recipe {str(name_or_path)!r}.{hint}",
         f"Shipped recipes: {', '.join(known) or 'none'}; or give the path of a YAML file.",
     )
+
+
+def _no_recipe_but_folder(path: Path) -> UsageError:
+    if any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+        return UsageError(
+            f"{path} is a checkpoint, not a recipe.",
+            f"Name a recipe and set it in there: kd-bench train RECIPE student={path}",
+        )
+    inside = path / "recipe.yaml"
+    way_out = f"Give {inside}." if inside.is_file() else "Give a YAML file or a shipped recipe."
+    return UsageError(f"{path} is a folder, not a recipe.", way_out)
 
 
 def recipe_yaml(recipe: Recipe) -> str:

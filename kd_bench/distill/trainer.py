@@ -38,6 +38,7 @@ from kd_bench.distill.encoding import Encoder, PairEncoder
 from kd_bench.distill.engine import DistillationTrainer, checkpoints, last_checkpoint
 from kd_bench.distill.methods import needs_teacher
 from kd_bench.distill.models import (
+    check_image_token,
     checkpoint_activations,
     load_model,
     load_processor,
@@ -237,6 +238,7 @@ def _run_stages(run: Run) -> Any:
         start = stage_folder(run.folder, last, recipe.stages[last]) / "model"
     student = _load(recipe, start, recipe.seed if recipe.new_projector and not run.done else None)
     _check_weights_learn(recipe, student)
+    check_image_token(start, student, run.processor)
     with explained("Student and teacher cannot be trained together", TOGETHER):
         for stage, _ in left:
             _check_models(run, stage, student)
@@ -262,12 +264,12 @@ def _check_settings(run: Run, stages: list[Stage]) -> None:
         if images is not None and not resolve(images).is_dir():
             raise UsageError(
                 f"Stage {stage.name!r}: there is no folder of images at {images}.",
-                "Set data.images= to the folder that image names are relative to.",
+                f"Set {_data_key(stage)}.images= to the folder that image names are relative to.",
             )
         try:
             sound, _ = run.conversations(stage)
         except UsageError as error:
-            setting = f"{stage.name}.data.path" if stage.data else "data.path"
+            setting = f"{_data_key(stage)}.path"
             raise UsageError(
                 f"Stage {stage.name!r}: {error.problem}",
                 f"Set {setting}=, or leave the stage out with {stage.name}=null."
@@ -278,6 +280,17 @@ def _check_settings(run: Run, stages: list[Stage]) -> None:
             raise UsageError(
                 f"Stage {stage.name!r}: none of its conversations can be used.", "Check data.path."
             )
+        if len(sound) < stage.batch_size:
+            raise UsageError(
+                f"Stage {stage.name!r}: the data holds {len(sound)} usable samples, fewer than one "
+                f"batch of {stage.batch_size}.",
+                f"Lower {stage.name}.batch_size, or give more data.",
+            )
+
+
+def _data_key(stage: Stage) -> str:
+    """The setting that names a stage's data: its own, or the recipe's."""
+    return f"{stage.name}.data" if stage.data else "data"
 
 
 def _check_models(run: Run, stage: Stage, student: Any) -> int | None:
@@ -348,6 +361,7 @@ def _load_teacher(run: Run) -> None:
         trust_remote_code=recipe.trust_remote_code,
     )
     run.teacher_processor = load_processor(path, trust_remote_code=recipe.trust_remote_code)
+    check_image_token(path, run.teacher, run.teacher_processor)
     run.note(teacher={"path": recipe.teacher, "weights_sha256": weights_digest(path)})
 
 

@@ -9,7 +9,7 @@ from lmms_eval.api.model import lmms
 
 from kd_bench.distill.chat import use_template
 from kd_bench.distill.checkpoints import locate, stored_dtype
-from kd_bench.distill.models import load_model, load_processor, weight_count
+from kd_bench.distill.models import check_image_token, load_model, load_processor, weight_count
 from kd_bench.errors import IncompleteRunError, UsageError, one_line
 from kd_bench.evals.cost import MemoryMeter, measure
 from kd_bench.evals.engine import NOT_FINITE, Engine
@@ -79,6 +79,7 @@ class KdBench(_Generative):
             kind = torch_dtype(dtype)
             model = load_model(pretrained, dtype=kind, device=place, quantize=quantize)
             processor = load_processor(pretrained)
+            check_image_token(pretrained, model, processor)
         if prompt_template:
             use_template(processor, prompt_template)
         size = None if batch_size in (None, "auto") else int(batch_size)

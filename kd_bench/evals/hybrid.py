@@ -10,7 +10,7 @@ import torch
 
 from kd_bench.distill.compatibility import check_pair
 from kd_bench.distill.methods import Term
-from kd_bench.distill.models import load_model, load_processor
+from kd_bench.distill.models import check_image_token, load_model, load_processor
 from kd_bench.distill.vision_language import VisionLanguageModel, put_vision
 
 __all__ = ["load_hybrid"]
@@ -29,6 +29,7 @@ def load_hybrid(vision: Path, language: Path, dtype: str, quantize: str = "") ->
     student = load_model(vision, dtype=kind, device=place, quantize=quantize)
     teacher = load_model(language, dtype=kind, device=place, quantize=quantize)
     eyes, words = load_processor(vision), load_processor(language)
+    check_image_token(language, teacher, words)
     switch = [Term(loss="dbild", of="switch")]
     check_pair(student, teacher, eyes, words, switch, truncate_vocabulary=True)
     put_vision(VisionLanguageModel(student), into=VisionLanguageModel(teacher))
