@@ -272,7 +272,7 @@ def test_no_key_shows_the_branch_that_was_tried():
 
 
 def test_a_checkpoint_is_no_recipe(place):
-    with pytest.raises(UsageError, match="is a checkpoint, not a recipe.*student="):
+    with pytest.raises(UsageError, match=r"is a checkpoint, not a recipe.*student="):
         load_recipe(place / "student")
     with pytest.raises(UsageError, match=r"is a folder, not a recipe.*recipe\.yaml"):
         load_recipe(place)

@@ -478,7 +478,7 @@ def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def _use_adapters_own(processor: Any, adapter: Path, trust_remote_code: bool) -> None:
-    """Put an adapter's tokenizer and chat template, where it brings them, into its base's processor.
+    """Put an adapter's tokenizer and chat template, where it has them, into its base's processor.
 
     Raises:
         UsageError: they cannot be read, or the tokenizer has another image token.

@@ -175,12 +175,15 @@ def _fingerprint(prepared: "PreparedTask", protocol: Protocol) -> str:
 
 def _load(plan: Plan) -> Any:
     """What answers: our engine on a checkpoint or hybrid, or a stock model of lmms-eval."""
+    from kd_bench.distill import models
     from kd_bench.evals.adapter import KdBench
     from kd_bench.evals.hybrid import load_hybrid
     from kd_bench.evals.stock import load_stock
     from kd_bench.evals.upstream import quiet
 
     checkpoint, protocol = plan.checkpoint, plan.protocol
+    if not plan.debug:
+        models.quiet()  # what did not load is told in one line of ours
     with quiet(plan.debug):
         if checkpoint.stock is not None:
             return load_stock(*checkpoint.stock, protocol.batch_size)
