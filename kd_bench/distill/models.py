@@ -152,6 +152,8 @@ def check_image_token(path: str | Path, model: Any, processor: Any) -> None:
     theirs = getattr(processor, "image_token_id", None)
     if theirs is None and isinstance(token := getattr(processor, "image_token", None), str):
         theirs = processor.tokenizer.convert_tokens_to_ids(token)
+    if ours == getattr(processor.tokenizer, "image_token_id", None):  # Gemma 3 has two
+        return
     if isinstance(ours, int) and isinstance(theirs, int) and ours != theirs:
         raise UsageError(
             f"{path}: image_token_id is {ours} in config.json, and the processor's image token is "
