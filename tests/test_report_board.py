@@ -11,6 +11,8 @@ from kd_bench.records import AVERAGE
 from kd_bench.report import print_report, render_report
 from kd_bench.report.board import task_infos
 from kd_bench.report.board_loading import load_board
+from kd_bench.report.leaderboard import leaderboard
+from kd_bench.report.relations import read_evidence, relate
 from tests.report_store import TASKS, Model, add_run, result, samples, with_status
 
 SFT = [Model(f"sft-{seed}", "sft", "sft", 0.0, seed) for seed in range(3)]
@@ -201,3 +203,62 @@ def test_a_damaged_run_is_named_in_every_rendering(tmp_path: Path) -> None:
     assert len(texts) == 6
     for name, text in texts.items():
         assert run.path.name in " ".join(text.split()).replace("\\_", "_"), name
+
+
+@pytest.mark.parametrize("status", ["partial", "unhealthy"])
+def test_an_unsound_seed_stands_beside_the_mean(tmp_path: Path, status: str) -> None:
+    runs = [add_run(tmp_path, model, tasks=("gqa",), units=10) for model in SFT]
+    with_status(runs[2], status)  # type: ignore[arg-type]
+    board = load_board(tmp_path)
+    mean, beside = sorted(board.entries, key=lambda entry: -len(entry.runs))
+    assert mean.seeds == (0, 1)
+    assert mean.score("gqa").value == sum(r.result("gqa").score for r in runs[:2]) / 2
+    assert (beside.name, bool(beside.health)) == ("sft-2", True)
+    related = relate(board, read_evidence(board, 50))
+    assert related.floor is not None
+    assert related.floor.seeds == (0, 1)
+    headings = {row.key: row.section for row in leaderboard(related).rows}
+    assert headings == {mean.key: "SFT (floor)", beside.key: "SFT, not the floor"}
+
+
+def test_no_average_over_mixed_seeds(tmp_path: Path) -> None:
+    add_run(tmp_path, SFT[0], tasks=("gqa", "pope"), units=5)
+    add_run(tmp_path, SFT[1], tasks=("gqa",), units=5)
+    (entry,) = load_board(tmp_path).entries
+    assert entry.score("gqa").known
+    assert not entry.score(AVERAGE).known
+
+
+def test_a_limited_run_is_related_to_nothing_else(tmp_path: Path) -> None:
+    add_run(tmp_path, Model("big", "teacher", "", 1.5), tasks=("gqa",), units=20)
+    add_run(tmp_path, SFT[0], tasks=("gqa",), units=20)
+    run = add_run(tmp_path, Model("few", "kd", "kl", 0.9, 0), tasks=("gqa",), units=8)
+    limited = replace(run.manifest.protocol, limit=8)
+    run.write_manifest(replace(run.manifest, protocol=limited))
+    board = load_board(tmp_path)
+    few = next(e for e in relate(board, read_evidence(board, 50)).entries if e.name == "few")
+    assert few.score("gqa").known
+    assert (few.differences, few.retentions, few.gap_closed.known) == ({}, {}, False)
+    assert few.score("gqa").rank is None
+
+
+def test_number_types_that_differ_are_said(tmp_path: Path) -> None:
+    run = [add_run(tmp_path, model, tasks=("gqa",), units=5)
+           for model in (SFT[0], Model("kl", "kd", "kl", 0.5, 0))][1]  # fmt: skip
+    assert "number types" not in print_report(tmp_path)
+    coarse = replace(run.manifest.protocol, dtype="bfloat16", quantize="nf4")
+    run.write_manifest(replace(run.manifest, protocol=coarse))
+    told = "float32: sft-0; bfloat16, nf4: kl"
+    page = render_report(tmp_path, tmp_path / "page").parent
+    for text in (print_report(tmp_path), *(p.read_text("utf-8") for p in page.glob("*.csv"))):
+        assert "different number types" in " ".join(text.split())
+    assert all(part in " ".join(print_report(tmp_path).split()) for part in told.split("; "))
+
+
+def test_one_name_in_two_roles_is_two_labels(tmp_path: Path) -> None:
+    for role in ("sft", "kd"):
+        add_run(tmp_path, Model("same", role, "", 0.0), tasks=("gqa",), units=5)
+    board = load_board(tmp_path)
+    assert len({entry.label for entry in board.entries}) == 2
+    sections = [row.section for row in leaderboard(relate(board, read_evidence(board, 50))).rows]
+    assert sections.count("SFT (floor)") == 1

@@ -106,7 +106,8 @@ def _fold(runs: Sequence[Loaded]) -> list[list[Loaded]]:
         model = manifest.model
         alone = (model.role, "", model.name, None, None, loaded[0].path.name)
         key: tuple[object, ...] = alone
-        if model.method and model.seed is not None:
+        # An unfinished or unhealthy run stands beside its method's mean, not in it.
+        if model.method and model.seed is not None and manifest.status == "complete":
             key = (
                 model.role,
                 model.method,
@@ -206,8 +207,10 @@ def _spread(values: Sequence[float]) -> float | None:
 
 
 def average(scores: list[Score]) -> Score:
-    """The mean over all benchmarks; missing as soon as one of them is."""
+    """The mean over all benchmarks; missing as soon as one is, or comes from other seeds."""
     if not scores or not all(score.known for score in scores):
+        return MISSING
+    if len({tuple(map(math.isfinite, score.seeds)) for score in scores if score.seeds}) > 1:
         return MISSING
     seeds: tuple[float, ...] = ()
     if len({len(score.seeds) for score in scores}) == 1:
@@ -262,7 +265,22 @@ def _name(entries: list[Entry]) -> list[Entry]:
         keys[key] += 1
         key = key if keys[key] == 1 else f"{key}-{keys[key]}"
         named.append(replace(entry, name=name, key=key))
-    return named
+    return _apart(named)
+
+
+def _apart(entries: list[Entry]) -> list[Entry]:
+    """Rows that still share a name get their role behind it, or what ends their run's folder."""
+    for several in (lambda e: e.role, lambda e: e.runs[0].path.name):
+        names = Counter(entry.label for entry in entries)
+        told = {entry.label: {several(e) for e in entries if e.label == entry.label}
+                for entry in entries if names[entry.label] > 1}  # fmt: skip
+        entries = [
+            replace(entry, name=f"{entry.name}, {several(entry)}")
+            if len(told.get(entry.label, ())) > 1
+            else entry
+            for entry in entries
+        ]
+    return entries
 
 
 def _millions(parameters: int) -> str:

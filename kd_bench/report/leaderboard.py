@@ -173,8 +173,19 @@ def _table(
 
 
 def _remarks(board: Board) -> list[str]:
-    """Notes on the whole table: what is not in it."""
-    return ["Left out: " + "; ".join(board.left_out) + "."] if board.left_out else []
+    """Notes on the whole table: rows of several number types, and what is not in it."""
+    notes = []
+    types: dict[str, list[str]] = {}
+    for entry in board.entries:
+        protocols = (manifest.protocol for manifest in entry.manifests)
+        kinds = {f"{p.dtype}, {p.quantize}" if p.quantize else p.dtype for p in protocols}
+        types.setdefault(" and ".join(sorted(kinds)), []).append(entry.label)
+    if len(types) > 1:
+        told = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in types.items())
+        notes.append(f"The rows were computed in different number types: {told}.")
+    if board.left_out:
+        notes.append("Left out: " + "; ".join(board.left_out) + ".")
+    return notes
 
 
 BOLD = "Bold: the best student, and all that are not shown to be behind it; {second}: the next."
@@ -222,11 +233,18 @@ def _row(board: Board, entry: Entry, cells: tuple[Cell, ...]) -> Row:
     return Row(
         entry.key,
         cells,
-        ROLE_TITLES.get(entry.role, entry.role),
+        _section(board, entry),
         entry.role,
         colours(board)[entry.key],
         status_of(entry) if entry.health else "",
     )
+
+
+def _section(board: Board, entry: Entry) -> str:
+    """The heading of a row; there is one floor, other SFT models stand beside it."""
+    if entry.role == "sft" and board.floor is not None and entry.key != board.floor.key:
+        return "SFT, not the floor"
+    return ROLE_TITLES.get(entry.role, entry.role)
 
 
 def _seeds(entry: Entry) -> str:

@@ -37,7 +37,7 @@ def _task_evidence(board: Board, info: TaskInfo, resamples: int) -> TaskEvidence
     aggregator = get_aggregator(info.aggregator(profile_of(board, task)))
     by_run: dict[str, NDArray[np.float64]] = {}
     units: NDArray[np.object_] | None = None
-    for entry in board.entries:
+    for entry in sorted(board.entries, key=_limited):  # a limited one sets no units for the others
         if not entry.score(task).comparable:
             continue
         for run, results in zip(entry.runs, entry.results, strict=True):
@@ -86,8 +86,7 @@ def relate(board: Board, evidence: Evidence, main: str | None = None) -> Board:
     Raises:
         UsageError: no student is called `main`.
     """
-    teacher = next((e for e in board.entries if e.role == "teacher"), None)
-    floor = next((e for e in board.entries if e.role == "sft"), None)
+    teacher, floor = _reference(board, "teacher"), _reference(board, "sft")
     asked = _Asked(board, evidence)
     named = _named(board, main, floor)
     entries = [asked.entry(entry, floor, teacher) for entry in board.entries]
@@ -108,6 +107,20 @@ def relate(board: Board, evidence: Evidence, main: str | None = None) -> Board:
         main=by_key[named.key] if named else None,
         claim=claim,
     )
+
+
+def _reference(board: Board, role: str) -> Entry | None:
+    """The first row of a role; a sound and unlimited one where there is one."""
+
+    def doubt(entry: Entry) -> tuple[bool, bool]:
+        unsound = any(manifest.status != "complete" for manifest in entry.manifests)
+        return unsound, _limited(entry)
+
+    return min((e for e in board.entries if e.role == role), key=doubt, default=None)
+
+
+def _limited(entry: Entry) -> bool:
+    return any(manifest.protocol.limit is not None for manifest in entry.manifests)
 
 
 def _named(board: Board, main: str | None, floor: Entry | None) -> Entry | None:
@@ -220,8 +233,16 @@ class _Asked:
 
 
 def _comparable(key: str, *entries: Entry) -> bool:
-    """Whether the numbers were measured, and under one protocol."""
+    """Whether the numbers were measured, under one protocol and, where limited, on as much."""
+    if any(map(_limited, entries)) and len({_documents(entry, key) for entry in entries}) > 1:
+        return False
     return all(entry.score(key).known and entry.score(key).comparable for entry in entries)
+
+
+def _documents(entry: Entry, key: str) -> tuple[int, ...]:
+    """Documents of a benchmark, or of each of them behind an average."""
+    keys = [task for task in entry.scores if task != AVERAGE] if key == AVERAGE else [key]
+    return tuple(entry.score(task).documents for task in sorted(keys))
 
 
 def _as_score(value: float, found: Estimate | None) -> Score:
