@@ -269,16 +269,15 @@ def _name(entries: list[Entry]) -> list[Entry]:
 
 
 def _apart(entries: list[Entry]) -> list[Entry]:
-    """Rows that still share a name get their role behind it, or what ends their run's folder."""
-    for several in (lambda e: e.role, lambda e: e.runs[0].path.name):
-        names = Counter(entry.label for entry in entries)
-        told = {entry.label: {several(e) for e in entries if e.label == entry.label}
-                for entry in entries if names[entry.label] > 1}  # fmt: skip
+    """Rows that still share a name get their role behind it, or their run's folder."""
+    for place in (0, 1):
+        tellers = [(entry.role, entry.runs[0].path.name)[place] for entry in entries]
+        told: dict[str, set[str]] = {}
+        for entry, teller in zip(entries, tellers, strict=True):
+            told.setdefault(entry.label, set()).add(teller)
         entries = [
-            replace(entry, name=f"{entry.name}, {several(entry)}")
-            if len(told.get(entry.label, ())) > 1
-            else entry
-            for entry in entries
+            replace(entry, name=f"{entry.name}, {teller}") if len(told[entry.label]) > 1 else entry
+            for entry, teller in zip(entries, tellers, strict=True)
         ]
     return entries
 
