@@ -119,9 +119,9 @@ def test_every_section_and_plot_is_there(report: Path) -> None:
 @pytest.mark.slow
 def test_two_renderings_are_equal_byte_for_byte(demo: Path, report: Path, tmp_path: Path) -> None:
     """In another process with another hash seed, time zone and locale, over an older report."""
-    again = tmp_path / "again"
-    (again / "plots").mkdir(parents=True)
-    (again / "plots" / "radar.svg").write_text("older")
+    again = Path(shutil.copytree(report, tmp_path / "again"))
+    for name in ("index.html", "leaderboard.md", "plots/radar.svg"):
+        (again / name).write_text("older")
     code = "import sys; from pathlib import Path; from kd_bench.report import render_report; " \
            "render_report(Path(sys.argv[1]), Path(sys.argv[2]))"  # fmt: skip
     environment = {"PYTHONHASHSEED": "77", "TZ": "Asia/Tokyo", "LC_ALL": "C", "PATH": "/usr/bin"}
