@@ -395,6 +395,11 @@ def test_a_prompt_that_answered_turns_do_not_have_is_refused(
     assert template != TEMPLATES["chatml"]
     with pytest.raises(UsageError, match="otherwise than its generation prompt"):
         ChatFormat(chatml(kind, template))
+    asked = PromptBuilder(chatml(kind, template))  # a thinking model can be evaluated
+    assert "What?" in asked.render("What?", 1)
+    assert asked.chat.stop == "<|im_end|>"
+    if "think" in change[1]:
+        assert asked.render("What?", 1).endswith("assistant\n<think>\n")
 
 
 def test_an_end_that_stands_between_turns_alone_is_learnt(kind: str) -> None:

@@ -109,12 +109,16 @@ class ChatFormat:
 
     Args:
         processor: its processor; the template is its own, else its tokenizer's.
+        learns: refuse a template that cannot teach: answered turns begin otherwise than its
+            generation prompt (a thinking model's opens a thought), or nothing ends an answer.
+            A model that is only asked needs neither.
 
     Raises:
-        UsageError: there is no template, it cannot be used, or nothing ends an answer.
+        UsageError: there is no template, it cannot be used, or cannot teach.
     """
 
-    def __init__(self, processor: Any) -> None:
+    def __init__(self, processor: Any, learns: bool = True) -> None:
+        self._learns = learns
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.image_token = str(getattr(processor, "image_token", None) or "<image>")
@@ -135,14 +139,14 @@ class ChatFormat:
             self._anchor, stop = "\n", self.tokenizer.eos_token
         else:
             self._anchor, stop = self._probe()
-        if stop is None:
+        if stop is None and learns:
             raise UsageError(
                 "The chat template writes nothing behind an answer and the tokenizer has no end "
                 "token, so a model could not learn to stop.",
                 "Set the tokenizer's eos_token, or use a template that ends its turns.",
             )
-        self.stop = str(stop)
-        self.stop_ids = [int(self.tokenizer.convert_tokens_to_ids(self.stop))]
+        self.stop = stop or ""
+        self.stop_ids = [int(self.tokenizer.convert_tokens_to_ids(stop))] if stop else []
 
     # What the template does
 
@@ -163,7 +167,7 @@ class ChatFormat:
             added = asked_for.removeprefix(answered).strip()
         else:
             added = answered or "nothing"
-        if added and not THOUGHT.fullmatch(added):
+        if added and not THOUGHT.fullmatch(added) and self._learns:
             raise UsageError(
                 "The chat template writes an answered turn otherwise than its generation prompt: "
                 f"{head[-60:]!r} against {prompt[-60:]!r}, so training would not see what "

@@ -13,10 +13,12 @@ class PromptBuilder:
 
     Raises:
         UsageError: the checkpoint has no chat template, or one that cannot be used.
+
+    A template that could not teach (its prompt opens a thought) is asked all the same.
     """
 
     def __init__(self, processor: Any) -> None:
-        self.chat = ChatFormat(processor)
+        self.chat = ChatFormat(processor, learns=False)
         self.image_token = self.chat.image_token
 
     def render(self, text: str, pictures: int) -> str:
