@@ -118,7 +118,12 @@ class Problem:
 
 ENGINES = {
     "train": ("kd_bench.distill.trainer",),
-    "eval": ("kd_bench.evals.worker", "kd_bench.evals.adapter", "lmms_eval.evaluator"),
+    "eval": (
+        "kd_bench.evals.worker",
+        "kd_bench.evals.adapter",
+        "lmms_eval.evaluator",
+        "filelock._api",  # lmms-eval 0.7.3 imports it when it evaluates
+    ),
 }
 """What `kd-bench train` and `kd-bench eval` import, which is more than their packages' faces."""
 
