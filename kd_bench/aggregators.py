@@ -19,17 +19,6 @@ from kd_bench.errors import UsageError, closest
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = [
-    "AGGREGATORS",
-    "MME_COGNITION",
-    "MME_PERCEPTION",
-    "Aggregator",
-    "UnitStatistics",
-    "aggregate",
-    "by_content",
-    "get_aggregator",
-    "unit_statistics",
-]
 
 Array = NDArray[np.float64]
 

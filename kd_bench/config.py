@@ -18,16 +18,6 @@ from ruamel.yaml.error import YAMLError
 
 from kd_bench.errors import UsageError, closest
 
-__all__ = [
-    "StrictModel",
-    "apply_overrides",
-    "dump_yaml",
-    "load",
-    "parse_yaml",
-    "read_yaml",
-    "validate",
-]
-
 
 class StrictModel(BaseModel):
     """Base of everything a user can write in YAML.

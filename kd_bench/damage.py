@@ -18,8 +18,6 @@ from kd_bench.files import Journal
 from kd_bench.records import RunManifest
 from kd_bench.store import Run, baselines
 
-__all__ = ["Finding", "State", "examine"]
-
 State = Literal["damaged", "unfinished", "harmless", "repaired"]
 
 AGAIN = "Run the same eval command again: what is damaged is made anew, answers are kept."

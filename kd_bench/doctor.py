@@ -21,17 +21,6 @@ from pathlib import Path
 
 from kd_bench.errors import one_line
 
-__all__ = [
-    "Folder",
-    "Package",
-    "Problem",
-    "Step",
-    "folders",
-    "import_problems",
-    "packages",
-    "self_test",
-]
-
 EXTRAS = ("train", "eval", "quantize", "all")
 """From the smallest to the largest; a package is named with the first that installs it."""
 

@@ -12,19 +12,6 @@ import contextlib
 from collections.abc import Iterator
 from enum import IntEnum
 
-__all__ = [
-    "ExitCode",
-    "IncompleteRunError",
-    "KdBenchError",
-    "MissingExtraError",
-    "NotComparableError",
-    "TrainingError",
-    "UsageError",
-    "closest",
-    "explained",
-    "one_line",
-]
-
 
 class ExitCode(IntEnum):
     """What the shell learns from a command."""

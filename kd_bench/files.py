@@ -12,23 +12,6 @@ from typing import Any
 
 from kd_bench.errors import UsageError
 
-__all__ = [
-    "MARKER",
-    "Journal",
-    "atomic_path",
-    "claim_folder",
-    "digest_bytes",
-    "digest_files",
-    "digest_text",
-    "parse_json",
-    "read_json",
-    "unsound",
-    "write_bytes",
-    "write_digests",
-    "write_json",
-    "write_text",
-]
-
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:

@@ -45,8 +45,6 @@ from kd_bench.stats import (
 )
 from kd_bench.store import Run, cautions, find_run, suite_tasks
 
-__all__ = ["GateReport", "RuleOutcome", "Verdict", "check", "counted", "judge", "require_sound"]
-
 # Stored samples must give the stored score back, up to upstream's rounding (points).
 ROUNDING = 0.05
 

@@ -31,7 +31,6 @@ from kd_bench.store import Run
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["ASSUMED_CHURN", "Plan", "PlanLine", "plan"]
 
 # Share of answers that change between equal students where no second seed tells it.
 ASSUMED_CHURN = 0.15

@@ -12,8 +12,6 @@ from kd_bench.config import StrictModel
 from kd_bench.errors import UsageError, closest
 from kd_bench.files import digest_text
 
-__all__ = ["CostLimits", "HealthLimits", "Margins", "Policy", "Retention", "load_policy"]
-
 Share = Annotated[float, Field(ge=0, le=1)]
 Points = Annotated[float, Field(ge=0, le=100)]
 

@@ -15,8 +15,6 @@ from typing import Any
 
 import kd_bench
 
-__all__ = ["PACKAGES", "code_version", "collect", "hardware", "versions"]
-
 PACKAGES: tuple[str, ...] = (
     "torch",
     "torchvision",

@@ -12,25 +12,6 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, TypeVar
 
-__all__ = [
-    "AVERAGE",
-    "CONTENT_COLUMNS",
-    "FORMAT",
-    "ROLES",
-    "SAMPLE_COLUMNS",
-    "STATUSES",
-    "Cost",
-    "Identity",
-    "Interval",
-    "ModelRef",
-    "Protocol",
-    "RunManifest",
-    "Sample",
-    "TaskResult",
-    "from_json",
-    "to_json",
-]
-
 FORMAT = 2
 """Of a manifest. 1: no digests of files, nothing on the data; 2: both."""
 

@@ -17,23 +17,6 @@ from kd_bench.errors import UsageError, closest
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = [
-    "COLUMN_KINDS",
-    "SKILLS",
-    "Dataset",
-    "Generation",
-    "Profile",
-    "Published",
-    "Suite",
-    "TaskSpec",
-    "load_suite",
-    "load_task",
-    "load_tasks",
-    "published",
-    "suite_names",
-    "task_names",
-    "tasks_folder",
-]
 
 # In the order of the paper's columns (github.com/haoyi199815/Switch-KD, README): three benchmarks
 # of perception, four of cognition, then text in pictures, one domain's pictures, hallucination.

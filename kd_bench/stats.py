@@ -23,35 +23,6 @@ from kd_bench.records import Interval
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = [
-    "FEWEST_UNITS",
-    "RESAMPLES",
-    "MethodDifference",
-    "NonInferiority",
-    "binomial_interval",
-    "bootstrap_sums",
-    "effective_units",
-    "exact_or_swap",
-    "gap_closed",
-    "holm",
-    "holm_levels",
-    "mcnemar",
-    "method_difference",
-    "minimum_detectable_effect",
-    "non_inferiority",
-    "paired_bootstrap",
-    "percentile_interval",
-    "pooled_freedom",
-    "ratio_interval",
-    "score_interval",
-    "seed_variance",
-    "smoothed",
-    "stretched",
-    "swap_draws",
-    "two_sided",
-    "unchanged_draws",
-    "unit_seed",
-]
 
 Array = NDArray[np.float64]
 

@@ -21,8 +21,8 @@ from kd_bench.report.tables_markup import to_markdown
 from kd_bench.report.verdicts import verdict_table
 from kd_bench.stats import NonInferiority
 from kd_bench.store import Run, find_run
+from tests.compare.test_compare import samples
 from tests.statistics.simulate import small_frames, write_run
-from tests.test_compare import samples
 
 POLICY = load_policy().model_copy(update={"resamples": 2000})
 

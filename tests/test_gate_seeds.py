@@ -25,9 +25,9 @@ from kd_bench.records import AVERAGE
 from kd_bench.report.ci import junit_xml
 from kd_bench.stats import binomial_interval, effective_units, holm_levels, unchanged_draws
 from kd_bench.store import Run
-from tests.report_store import Model, add_run
+from tests.compare.test_compare import samples
 from tests.statistics.simulate import write_run
-from tests.test_compare import samples
+from tests.support.report_store import Model, add_run
 
 POLICY = load_policy().model_copy(update={"resamples": 2000})
 TASKS = ("gqa", "mmmu", "textvqa")

@@ -17,7 +17,7 @@ from kd_bench.registry import (
     suite_names,
     tasks_folder,
 )
-from tests.eval_world import TEN
+from tests.support.eval_world import TEN
 
 
 def test_the_ten_in_the_papers_order() -> None:

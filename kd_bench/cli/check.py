@@ -12,8 +12,6 @@ from kd_bench.errors import ExitCode, UsageError
 if TYPE_CHECKING:
     from kd_bench.gate import GateReport
 
-__all__ = ["SeveralBaselines", "check"]
-
 
 class SeveralBaselines(TyperCommand):
     """`check A0 A1 --against B0 B1`: every name after --against is a baseline's seed.

@@ -20,8 +20,6 @@ import typer
 
 from kd_bench.errors import IncompleteRunError
 
-__all__ = ["run_jobs"]
-
 GRACE = 3.0
 """Seconds that a command has to end by itself before it is killed; its state survives both."""
 

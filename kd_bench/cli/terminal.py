@@ -13,8 +13,6 @@ import sys
 from types import FrameType
 from typing import Any
 
-__all__ = ["interrupted_by", "lost_output", "prepare"]
-
 PLAIN = {
     "−": "-", "–": "-", "—": "-", "→": ">", "±": "~", "Δ": "d", "×": "x", "·": ".", "…": "...",
     "▲": "^", "▼": "v", "≤": "<=", "≥": ">=", "≈": "~", "•": "*", "†": "+", "‡": "+", "●": "*",

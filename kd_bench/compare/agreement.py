@@ -11,7 +11,6 @@ from kd_bench.compare.align import AlignedTask
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Agreement", "Flip", "agreement", "flips"]
 
 # A soft score of half or more counts as right (VQAv2: two of ten people gave that answer).
 RIGHT = 0.5

@@ -17,15 +17,6 @@ from kd_bench.store import Run
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = [
-    "STATISTICS_COLUMNS",
-    "AlignedTask",
-    "aggregator_of",
-    "align",
-    "common_tasks",
-    "label",
-    "numeric_notes",
-]
 
 Array = NDArray[np.float64]
 

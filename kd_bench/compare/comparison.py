@@ -28,17 +28,6 @@ from kd_bench.records import AVERAGE, SAMPLE_COLUMNS, Interval
 from kd_bench.stats import RESAMPLES
 from kd_bench.store import Run, cautions
 
-__all__ = [
-    "CategoryComparison",
-    "Comparison",
-    "Measure",
-    "Relation",
-    "RunFacts",
-    "TaskComparison",
-    "compare",
-    "list_flips",
-]
-
 Array = NDArray[np.float64]
 # Categories are many and small: enough draws for a 95 % interval.
 CATEGORY_RESAMPLES = 2_000

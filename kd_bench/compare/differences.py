@@ -20,17 +20,6 @@ from kd_bench.stats import (
     unit_seed,
 )
 
-__all__ = [
-    "Difference",
-    "Resampled",
-    "average_difference",
-    "evidence_of",
-    "resample",
-    "seeds_difference",
-    "task_difference",
-    "with_holm",
-]
-
 Array = NDArray[np.float64]
 OVER_SEEDS = "Student's t over seeds and documents"
 

@@ -31,8 +31,6 @@ from kd_bench.stats import (
     unit_seed,
 )
 
-__all__ = ["Claim", "Estimate", "Evidence", "Group", "TaskEvidence", "headline"]
-
 Array = NDArray[np.float64]
 
 Group = Sequence[str]

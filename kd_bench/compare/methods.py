@@ -16,19 +16,6 @@ from kd_bench.records import AVERAGE
 from kd_bench.stats import RESAMPLES, MethodDifference, holm, seed_variance
 from kd_bench.store import Run, catalogue, list_runs, shortcomings
 
-__all__ = [
-    "MethodComparison",
-    "MethodPair",
-    "MethodsComparison",
-    "TrainingNoise",
-    "compare_all_methods",
-    "compare_methods",
-    "noise_of",
-    "runs_of_method",
-    "seeds_of_one_method",
-    "training_noise",
-]
-
 # Roles that carry a method and are no student of it.
 NOT_STUDENTS = ("teacher", "switch")
 

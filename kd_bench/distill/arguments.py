@@ -12,8 +12,6 @@ from transformers import TrainingArguments
 from kd_bench.distill.recipe import Recipe, Stage
 from kd_bench.errors import UsageError
 
-__all__ = ["check_loggers", "trainer_arguments"]
-
 
 def check_loggers(names: Sequence[str]) -> None:
     """Whether the loggers of `report_to` can start here.

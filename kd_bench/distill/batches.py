@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from kd_bench.distill.data import Conversation, Unreadable
 from kd_bench.distill.encoding import IGNORED, PER_TOKEN, EncodedSample, Encoder
+from kd_bench.distill.forms import Conversation
+from kd_bench.distill.images import Unreadable
 from kd_bench.distill.vision_language import TEACHERS
 from kd_bench.errors import TrainingError, UsageError
-
-__all__ = ["BatchOrder", "Collator", "ConversationDataset"]
 
 MEMORY_BUDGET = 2 << 30  # bytes of encoded samples that are kept in memory
 FIRST, AT_A_TIME = 8, 256  # conversations encoded at a time

@@ -12,8 +12,6 @@ from kd_bench.distill.recipe import NEW, LoraSettings, StudentParts
 from kd_bench.distill.vision_language import VisionLanguageModel
 from kd_bench.errors import MissingExtraError, UsageError, explained
 
-__all__ = ["NEW", "add_lora", "build_start", "build_student", "merge_lora", "tinyllava_template"]
-
 TEMPLATES = Path(__file__).parent / "templates"
 IMAGE_TOKEN = "<image>"
 

@@ -20,8 +20,6 @@ from typing import Any
 from kd_bench.distill.images import Unreadable
 from kd_bench.errors import UsageError, closest, one_line
 
-__all__ = ["TEMPLATES", "ChatFormat", "Turns", "read_template", "use_template"]
-
 _TURN = (
     "{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}{{ '<image>\n' }}{% else %}{{ part['text'] }}"

@@ -18,20 +18,6 @@ from typing import Any
 from kd_bench.errors import UsageError, one_line
 from kd_bench.files import digest_files, digest_text
 
-__all__ = [
-    "PICKLES",
-    "base_of",
-    "check_files",
-    "locate",
-    "processor_folder",
-    "quantization_of",
-    "read_config",
-    "stored_dtype",
-    "stored_dtypes",
-    "stored_weights",
-    "weights_digest",
-]
-
 PICKLES: tuple[str, ...] = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")

@@ -19,16 +19,6 @@ from kd_bench.distill.vision_language import (
 )
 from kd_bench.errors import TrainingError, UsageError
 
-__all__ = [
-    "check_pair",
-    "check_terms",
-    "image_difference",
-    "self_divergence",
-    "step_zero",
-    "switch_gap",
-]
-
-
 TOKENS = "number of image tokens an image"
 NOT_OF_PIXELS = {
     "auto_map",

@@ -23,8 +23,6 @@ from kd_bench.distill.build import (
 from kd_bench.errors import UsageError
 from kd_bench.files import write_json
 
-__all__ = ["convert_tinyllava", "from_tinyllava_key", "to_tinyllava", "to_tinyllava_key"]
-
 TINYLLAVA_TO_TRANSFORMERS = (
     ("vision_tower._vision_tower.", "vision_tower."),
     ("connector._connector.0.", "multi_modal_projector.linear_1."),

@@ -10,13 +10,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from kd_bench.distill.forms import Conversation, Turn, conversation_of, identifier_of
-from kd_bench.distill.images import Unreadable, open_image
+from kd_bench.distill.forms import Conversation, conversation_of, identifier_of
+from kd_bench.distill.images import Unreadable
 from kd_bench.distill.recipe import DataSource
 from kd_bench.errors import UsageError, one_line
 from kd_bench.world.embedded import resolve
-
-__all__ = ["Conversation", "Turn", "Unreadable", "data_digest", "open_image", "read_conversations"]
 
 CONTENT_LIMIT = 1 << 30  # pictures beyond this many bytes enter the digest by name and size
 

@@ -39,8 +39,6 @@ from kd_bench.distill.vision_language import (
 )
 from kd_bench.errors import UsageError
 
-__all__ = ["Distiller", "Passes", "default_chunk"]
-
 LOGITS_AT_ONCE = 2**24
 
 

@@ -13,12 +13,10 @@ from PIL.Image import Image
 from torch import Tensor
 
 from kd_bench.distill.chat import ChatFormat, Turns
-from kd_bench.distill.data import Conversation
+from kd_bench.distill.forms import Conversation
 from kd_bench.distill.images import MAX_PIXELS, Unreadable, open_image
 from kd_bench.distill.vision_language import TEACHERS
 from kd_bench.errors import KdBenchError, one_line
-
-__all__ = ["IGNORED", "PER_TOKEN", "EncodedSample", "Encoder", "PairEncoder"]
 
 IGNORED = -100
 PER_TOKEN = ("token_type_ids", "mm_token_type_ids")  # what processors give beside `input_ids`

@@ -26,8 +26,6 @@ from kd_bench.distill.progress import TERM, ProgressReport
 from kd_bench.errors import TrainingError, one_line
 from kd_bench.files import read_json, unsound, write_digests
 
-__all__ = ["DistillationTrainer", "checkpoints", "last_checkpoint"]
-
 STATE = "weights.safetensors"
 STAGING = ".saving"
 

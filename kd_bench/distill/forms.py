@@ -16,8 +16,6 @@ from typing import Any, Literal, TypeAlias
 from kd_bench.distill.images import Unreadable
 from kd_bench.errors import UsageError
 
-__all__ = ["FORMS", "IMAGE_MARK", "Conversation", "Turn", "conversation_of", "form_of"]
-
 IMAGE_MARK = "<image>"
 ROLES: dict[str, Literal["user", "assistant", "system"]] = {
     "human": "user",

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from kd_bench.distill.vision_language import VisionLanguageModel
 from kd_bench.errors import UsageError
 
-__all__ = ["FirstLayerProbe", "attention_mse", "count_items", "image_correlation", "image_mse"]
-
 
 def count_items(batch: Mapping[str, Tensor], image_token_id: int) -> dict[str, Tensor]:
     """What the sums of the terms are divided by, so that they are the same on any number of

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from PIL import Image, ImageFile
 
-__all__ = ["MAX_PIXELS", "Unreadable", "open_image"]
-
 MAX_PIXELS = 100_000_000
 """Larger images are not decoded: 0.3 GB as RGB, and every processor scales them down anyway."""
 

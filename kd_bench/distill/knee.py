@@ -20,8 +20,6 @@ from torch import Tensor
 
 from kd_bench.errors import UsageError
 
-__all__ = ["Candidates", "Curve", "Lead", "join", "knee", "leading"]
-
 Curve = Literal["logits", "probs"]
 Candidates = Literal["full"] | int
 

@@ -12,23 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_bench.distill.knee import Candidates, Curve, Lead, join, knee, leading
+from kd_bench.distill.knee import Candidates, Curve, Lead, join, leading
 from kd_bench.distill.pairs import PairForm, pair_divergence
 from kd_bench.errors import UsageError
-
-__all__ = [
-    "Direction",
-    "Ids",
-    "Lead",
-    "Weighting",
-    "bild",
-    "dbild",
-    "jsd",
-    "kl",
-    "knee",
-    "leading",
-    "rkl",
-]
 
 Direction = Literal["forward", "reverse", "led"]
 Ids = Literal["each", "union"]

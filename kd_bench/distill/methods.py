@@ -12,15 +12,6 @@ from pydantic import Field, model_validator
 
 from kd_bench.config import StrictModel
 
-__all__ = [
-    "METHODS",
-    "Term",
-    "needs_student_logits",
-    "needs_switch",
-    "needs_teacher",
-    "sharing_images",
-]
-
 Loss = Literal[
     "ce",
     "kl",

@@ -25,21 +25,6 @@ from kd_bench.distill.checkpoints import (
 from kd_bench.distill.vision_language import VisionLanguageModel
 from kd_bench.errors import MissingExtraError, UsageError, explained, one_line
 
-__all__ = [
-    "PARTS",
-    "QUANTIZATIONS",
-    "check_image_token",
-    "checkpoint_activations",
-    "load_model",
-    "load_part",
-    "load_processor",
-    "parameter_counts",
-    "quiet",
-    "restore_dtypes",
-    "set_trainable",
-    "weight_count",
-]
-
 PARTS: tuple[str, ...] = ("vision_tower", "projector", "language_model")
 QUANTIZATIONS: tuple[str, ...] = ("nf4", "int8")
 """What a checkpoint can be rounded to while it is loaded, by bitsandbytes."""

@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd_bench.distill import losses
+from kd_bench.distill.knee import Lead, knee, leading
 from kd_bench.distill.methods import Term
-
-__all__ = ["Heads", "KneeLog", "token_terms"]
 
 KNEE_OPTIONS = ("curve", "candidates", "k_min", "k_max")
 
@@ -139,20 +138,20 @@ class _Leads:
     def __init__(self, logits: Mapping[str, Tensor], knee_log: KneeLog | None) -> None:
         self.logits = logits
         self.knee_log = knee_log
-        self.found: dict[tuple[tuple[str, object], ...], losses.Lead] = {}
+        self.found: dict[tuple[tuple[str, object], ...], Lead] = {}
         self.logged: set[str] = set()
 
-    def teacher(self, term: Term) -> losses.Lead:
+    def teacher(self, term: Term) -> Lead:
         options: dict[str, Any] = {
             name: value for name, value in term.options.items() if name in KNEE_OPTIONS
         }
         key = tuple(sorted(options.items()))
         if key not in self.found:
-            self.found[key] = losses.leading(self.logits["teacher"], **options)
+            self.found[key] = leading(self.logits["teacher"], **options)
         if self.knee_log is not None:
             self._log("teacher", self.found[key].k)
             if term.of not in self.logged:
-                self._log(term.of, losses.knee(self.logits[term.of].detach(), **options))
+                self._log(term.of, knee(self.logits[term.of].detach(), **options))
         return self.found[key]
 
     def _log(self, side: str, k: Tensor) -> None:

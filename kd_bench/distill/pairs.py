@@ -28,8 +28,6 @@ from torch import Tensor
 
 from kd_bench.distill.knee import Lead
 
-__all__ = ["PairForm", "pair_divergence"]
-
 PairForm = Literal["flat", "row-wise", "none"]
 
 LARGEST_SPREAD = 300.0  # exp(-2 * 300) is an ordinary double

@@ -8,13 +8,13 @@ from statistics import median
 from typing import Any
 
 from kd_bench.distill.chat import use_template
-from kd_bench.distill.data import Conversation, Unreadable, read_conversations
+from kd_bench.distill.data import read_conversations
 from kd_bench.distill.encoding import IGNORED, EncodedSample, Encoder
+from kd_bench.distill.forms import Conversation
+from kd_bench.distill.images import Unreadable
 from kd_bench.distill.models import load_processor
 from kd_bench.distill.recipe import DataSource
 from kd_bench.world.embedded import resolve
-
-__all__ = ["DataPreview", "SamplePreview", "preview_data"]
 
 AT_A_TIME = 64  # conversations encoded at a time
 

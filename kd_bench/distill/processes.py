@@ -7,8 +7,6 @@ writes it, and in an evaluation the others only append answers to journals of th
 import os
 from typing import Any
 
-__all__ = ["barrier", "broadcast", "gather", "join", "rank", "world_size"]
-
 
 def rank() -> int:
     """Number of this process, 0 when it is alone."""

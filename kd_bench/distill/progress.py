@@ -12,8 +12,6 @@ from transformers import TrainerCallback
 
 from kd_bench.files import write_text
 
-__all__ = ["TERM", "LogWriter", "ProgressReport", "cut_log", "duration"]
-
 TERM = "term_"
 
 

@@ -17,18 +17,6 @@ from kd_bench.distill.images import MAX_PIXELS
 from kd_bench.distill.methods import METHODS, Term
 from kd_bench.errors import UsageError, closest
 
-__all__ = [
-    "DataSource",
-    "LoraSettings",
-    "Recipe",
-    "Stage",
-    "StudentParts",
-    "find_recipe",
-    "list_recipes",
-    "load_recipe",
-    "recipe_yaml",
-]
-
 RECIPES = Path(__file__).parent / "recipes"
 NEW = "embedded:new/"
 """Before the name of an untrained model of the embedded world."""

@@ -11,8 +11,6 @@ from torch import nn
 
 from kd_bench.errors import UsageError
 
-__all__ = ["begin_sharding", "gather_weights"]
-
 
 def begin_sharding() -> None:
     """Settle, before any checkpoint is loaded, how a sharded training loads and splits weights.

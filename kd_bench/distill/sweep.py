@@ -9,8 +9,6 @@ from kd_bench.distill.methods import METHODS
 from kd_bench.distill.recipe import Recipe, load_recipe
 from kd_bench.errors import TrainingError, UsageError, closest
 
-__all__ = ["plan", "sweep"]
-
 
 def plan(
     recipe: str | Path,

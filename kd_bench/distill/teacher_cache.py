@@ -22,8 +22,6 @@ from torch import Tensor
 from kd_bench.errors import UsageError
 from kd_bench.files import digest_text, read_json, write_json
 
-__all__ = ["TeacherCache", "cache_folder"]
-
 RECORD = np.dtype(
     [("sample", "<i8"), ("row", "<i8"), ("rows", "<i8"), ("values", "<u4"), ("check", "<u4")]
 )

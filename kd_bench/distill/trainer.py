@@ -32,10 +32,11 @@ from kd_bench.distill.compatibility import (
     image_difference,
     step_zero,
 )
-from kd_bench.distill.data import Conversation, data_digest, read_conversations
+from kd_bench.distill.data import data_digest, read_conversations
 from kd_bench.distill.distiller import Distiller
 from kd_bench.distill.encoding import Encoder, PairEncoder
 from kd_bench.distill.engine import DistillationTrainer, checkpoints, last_checkpoint
+from kd_bench.distill.forms import Conversation
 from kd_bench.distill.methods import needs_teacher
 from kd_bench.distill.models import (
     check_image_token,
@@ -63,8 +64,6 @@ from kd_bench.distill.teacher_cache import TeacherCache, cache_folder
 from kd_bench.errors import KdBenchError, UsageError, explained
 from kd_bench.files import digest_text, write_json, write_text
 from kd_bench.world.embedded import resolve
-
-__all__ = ["train"]
 
 TOGETHER = "Do config.json, processor and weights of each checkpoint belong together?"
 SMALL_DATA = 50_000  # conversations that are encoded before the first step and kept in memory

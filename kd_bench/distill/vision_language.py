@@ -21,19 +21,6 @@ from torch import Tensor, nn
 
 from kd_bench.errors import UsageError
 
-__all__ = [
-    "FAMILIES",
-    "Inputs",
-    "KeptVision",
-    "VisionLanguageModel",
-    "answer_positions",
-    "has_images",
-    "keeping_vision",
-    "put_vision",
-    "seeing_with",
-    "teacher_inputs",
-]
-
 Inputs = Mapping[str, Any]
 """What the processor returns: `input_ids`, `attention_mask`, `pixel_values`, ..."""
 

@@ -17,8 +17,6 @@ from kd_bench.evals.pictures import PictureStore
 from kd_bench.evals.questions import Answer, Question, Settings, settings_of
 from kd_bench.records import Cost
 
-__all__ = ["DTYPES", "Journalled", "KdBench", "StockModel", "torch_dtype"]
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

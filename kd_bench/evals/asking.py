@@ -15,7 +15,6 @@ from kd_bench.store import Run
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Asked", "TaskJournal", "answer_keys", "ask"]
 
 _FIELDS = tuple(field.name for field in fields(Answer) if field.name != "index")
 

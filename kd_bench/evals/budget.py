@@ -7,8 +7,6 @@ import torch
 
 from kd_bench.evals.questions import Question, Settings
 
-__all__ = ["MOST_ROWS", "MemoryBudget"]
-
 MOST_ROWS = {"cpu": 64, "cuda": 256}
 """Above this a batch gains nothing more."""
 

@@ -11,8 +11,6 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
-__all__ = ["BatchCache", "grows_by_column"]
-
 
 def grows_by_column(cache: DynamicCache) -> bool:
     """Whether every layer keeps every token: no sliding windows, no recurrent states."""

@@ -14,16 +14,6 @@ from kd_bench.errors import UsageError, closest
 from kd_bench.files import digest_files, digest_text, read_json
 from kd_bench.records import ROLES, ModelRef, Role
 
-__all__ = [
-    "Checkpoint",
-    "chosen_dtype",
-    "inspect_checkpoint",
-    "inspect_hybrid",
-    "inspect_stock",
-    "trained_name",
-    "with_role",
-]
-
 # Files that change answers although the weights stay the same.
 SETUP_FILES = (
     "config.json",

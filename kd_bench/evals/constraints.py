@@ -17,8 +17,6 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from kd_bench.errors import UsageError, one_line
 
-__all__ = ["Constraints", "end_ids"]
-
 
 @dataclass(frozen=True)
 class _Row:

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 
 from kd_bench.errors import UsageError
 
-__all__ = ["Reading", "Thinking", "read_choice", "read_short", "read_yes_no"]
-
 
 class Thinking:
     """The tags around what a model thinks before it answers.

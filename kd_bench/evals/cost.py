@@ -15,7 +15,6 @@ from kd_bench.records import Cost
 if TYPE_CHECKING:
     from kd_bench.evals.engine import Engine
 
-__all__ = ["MemoryMeter", "measure"]
 
 REPEATS = 15
 

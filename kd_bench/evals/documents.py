@@ -24,15 +24,6 @@ from kd_bench.registry import TaskSpec
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = [
-    "Document",
-    "Documents",
-    "PictureError",
-    "data_files",
-    "load_documents",
-    "open_picture",
-]
-
 
 class PictureError(ValueError):
     """A picture cannot be decoded."""

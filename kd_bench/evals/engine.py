@@ -24,8 +24,6 @@ from kd_bench.evals.prompts import PromptBuilder
 from kd_bench.evals.questions import Answer, Question, Settings
 from kd_bench.evals.rows import FixedRows, GeneralRows, Ready, RowMaker
 
-__all__ = ["NOT_FINITE", "Engine", "plan_batches"]
-
 NOT_FINITE = "the model's logits are not finite"
 
 ONE_SIZE = ("LlavaForConditionalGeneration",)

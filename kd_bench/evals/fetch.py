@@ -20,8 +20,6 @@ from kd_bench.evals.documents import PictureError, load_documents, open_picture
 from kd_bench.files import digest_files, read_json, write_json
 from kd_bench.registry import TaskSpec
 
-__all__ = ["LOCK", "Verified", "fetch", "verify"]
-
 LOCK = "lock.json"
 Report = Callable[[str], None]
 

@@ -24,8 +24,6 @@ from kd_bench.evals.cache import BatchCache, grows_by_column
 from kd_bench.evals.constraints import Constraints
 from kd_bench.evals.questions import Settings
 
-__all__ = ["Decoded", "Decoder", "Row"]
-
 PREFILL_ROWS = {"cpu": 8}
 """On a processor the activations of more rows leave its caches; a GPU takes the whole batch."""
 

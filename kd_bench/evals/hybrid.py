@@ -13,8 +13,6 @@ from kd_bench.distill.methods import Term
 from kd_bench.distill.models import check_image_token, load_model, load_processor
 from kd_bench.distill.vision_language import VisionLanguageModel, put_vision
 
-__all__ = ["load_hybrid"]
-
 
 def load_hybrid(vision: Path, language: Path, dtype: str, quantize: str = "") -> dict[str, Any]:
     """Model and processor of a hybrid, as `KdBench` takes them: the teacher with another tower.

@@ -33,7 +33,6 @@ from kd_bench.store import Run, catalogue, held_run, wanted_run
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["import_results"]
 
 Entry = dict[str, Any]
 

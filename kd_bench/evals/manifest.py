@@ -5,8 +5,6 @@ lmms-eval --model kd_bench --model_args pretrained=CHECKPOINT --tasks pope
 
 from typing import Any
 
-__all__ = ["manifests"]
-
 
 def manifests() -> list[Any]:
     """The models that kd-bench adds."""

@@ -16,7 +16,6 @@ from kd_bench.files import atomic_path
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["PictureStore", "Prepared", "keep_pictures", "pixel_digest"]
 
 KEPT_PICTURES = 500
 KEPT_SIDE = 512  # pixels

@@ -14,8 +14,6 @@ from kd_bench.evals.prompts import PromptBuilder
 from kd_bench.evals.questions import Settings
 from kd_bench.evals.rows import Ready
 
-__all__ = ["PlainDecoder"]
-
 
 class PlainDecoder:
     """Greedy `generate` with the model's own processor.

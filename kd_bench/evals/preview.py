@@ -10,8 +10,6 @@ from kd_bench.evals.tasks import prepare
 from kd_bench.evals.upstream import task_config
 from kd_bench.registry import TaskSpec
 
-__all__ = ["Preview", "preview", "validate"]
-
 
 @dataclass(frozen=True)
 class Preview:

@@ -15,8 +15,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-__all__ = ["SuiteProgress"]
-
 
 class SuiteProgress:
     """Counts answers; silent when not shown."""

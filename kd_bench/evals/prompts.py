@@ -5,8 +5,6 @@ from typing import Any
 from kd_bench.distill.chat import ChatFormat
 from kd_bench.evals.questions import PLACEHOLDER
 
-__all__ = ["PromptBuilder"]
-
 
 class PromptBuilder:
     """Renders questions for one checkpoint, as its training does.

@@ -9,7 +9,6 @@ from kd_bench.records import Status
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["PLACEHOLDER", "Answer", "Question", "Settings", "settings_of"]
 
 PLACEHOLDER = "<image>"
 """Where a picture stands inside a question; a question without it has its pictures in front."""

@@ -21,8 +21,6 @@ from kd_bench.evals.pictures import Prepared
 from kd_bench.evals.prompts import PromptBuilder
 from kd_bench.evals.questions import Question
 
-__all__ = ["FixedRows", "GeneralRows", "Ready", "RowMaker"]
-
 CACHE_BYTES = 256 << 20
 PICTURES_AT_A_TIME = {"cpu": 8}
 """On a processor the activations of more leave its caches: 24 % slower at 48 than at 8."""

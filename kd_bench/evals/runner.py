@@ -36,8 +36,6 @@ from kd_bench.records import Protocol, RunManifest, RunStatus, TaskResult
 from kd_bench.registry import Suite, TaskSpec, load_suite, load_task
 from kd_bench.store import Run, catalogue, held_run, wanted_run
 
-__all__ = ["ERROR_LIMIT", "TRUNCATED_LIMIT", "evaluate"]
-
 ERROR_LIMIT = 0.01
 """Share of failed answers in a task above which a run is unhealthy."""
 TRUNCATED_LIMIT = 0.5

@@ -22,19 +22,6 @@ from kd_bench.records import CONTENT_COLUMNS, SAMPLE_COLUMNS
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = [
-    "CONTENT_SCORE",
-    "RULES",
-    "agree",
-    "headline",
-    "mmbench_letter",
-    "mmmu_right",
-    "own_metrics",
-    "rates",
-    "rescored",
-    "samples_frame",
-    "submission",
-]
 
 # A row's score, its target and the answer as the scorer understood it ("" when it could not).
 Judged = tuple[float, str, str]

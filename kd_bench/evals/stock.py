@@ -7,8 +7,6 @@ from kd_bench.errors import UsageError, closest, one_line
 from kd_bench.evals.adapter import StockModel
 from kd_bench.evals.upstream import lmms_eval
 
-__all__ = ["load_stock"]
-
 # Packages whose module has another name, as far as lmms-eval's models import them.
 _PACKAGES = {"PIL": "pillow", "cv2": "opencv-python-headless", "decord": "eva-decord"}
 

@@ -22,8 +22,6 @@ from kd_bench.evals.upstream import lmms_eval, lmms_eval_version, quiet, task_co
 from kd_bench.files import digest_text
 from kd_bench.registry import Generation, Profile, TaskSpec
 
-__all__ = ["SCORING_VERSION", "PreparedTask", "prepare", "unit_ids"]
-
 SCORING_VERSION = "1"
 """Counts up when our own part of prompts, parsing or scoring changes."""
 

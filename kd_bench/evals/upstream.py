@@ -12,15 +12,6 @@ from typing import Any
 
 from kd_bench.errors import MissingExtraError, UsageError
 
-__all__ = [
-    "REASONING_TAGS",
-    "lmms_eval",
-    "lmms_eval_version",
-    "quiet",
-    "simple_evaluate",
-    "task_config",
-]
-
 
 def lmms_eval() -> Any:
     """The module `lmms_eval.evaluator`; importing it costs seconds and about a gigabyte."""

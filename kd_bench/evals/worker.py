@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from kd_bench.evals.pictures import PictureStore
     from kd_bench.evals.tasks import PreparedTask
 
-__all__ = ["ENGINE", "FAILURE", "Plan", "Worker", "data_digest"]
 
 ENGINE = "kd-bench 2"
 """Part of every journal key: counts up when the engine's answers may change."""

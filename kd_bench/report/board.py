@@ -17,16 +17,6 @@ from kd_bench.store import Run
 if TYPE_CHECKING:
     from kd_bench.compare.estimates import Claim
 
-__all__ = [
-    "MISSING",
-    "ROLE_TITLES",
-    "Board",
-    "Entry",
-    "Score",
-    "TaskInfo",
-    "task_info",
-    "task_infos",
-]
 
 # In the order of the board.
 ROLE_TITLES = {

@@ -11,8 +11,6 @@ from kd_bench.records import AVERAGE, Cost, RunManifest, TaskResult
 from kd_bench.report.board import MISSING, ROLE_TITLES, Board, Entry, Score, TaskInfo, task_infos
 from kd_bench.store import Run, catalogue, cautions
 
-__all__ = ["average", "load_board"]
-
 # Shares of answers above which a score carries a mark; hovering tells every share.
 TOLERATED = {"error": 0.0, "unparsed": 0.05}
 METHOD_TITLES = {

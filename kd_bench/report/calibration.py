@@ -19,8 +19,6 @@ from kd_bench.report.style import (
     to_plot,
 )
 
-__all__ = ["Reliability", "measure", "reliability"]
-
 BINS = 10
 LEAST = 5  # a bin with fewer answers is not drawn
 

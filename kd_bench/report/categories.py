@@ -11,8 +11,6 @@ from kd_bench.report.board import Board, TaskInfo
 from kd_bench.report.relations import SCORED, profile_of
 from kd_bench.report.tables import Cell, Column, Row, Table, clean
 
-__all__ = ["category_tables"]
-
 RESAMPLES = 2_000  # categories are many and small: enough draws for a 95 % interval
 
 

@@ -12,8 +12,6 @@ from kd_bench.errors import KdBenchError, one_line
 from kd_bench.files import write_text
 from kd_bench.gate import NOT_WORSE, GateReport, Verdict
 
-__all__ = ["annotations", "append_summary", "job_summary", "junit_xml", "write_junit"]
-
 MARKS = {"improved": "▲", NOT_WORSE: "=", "regressed": "▼", "inconclusive": "?"}
 NO_VERDICT = "no verdict"
 HEADERS = ("benchmark", "baseline", "candidate", "difference", "95 % interval", "decided by",

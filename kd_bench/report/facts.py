@@ -13,8 +13,6 @@ from kd_bench.report.tables import Cell, Column, Row, Table, format_number
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["comparison", "flatten", "paper_table", "published_tables", "run_facts", "titled"]
-
 
 def published_tables() -> tuple[Table | None, Table | None]:
     """The Switch-KD paper's rows, and all others, on the papers' 0-100 scale.

@@ -17,17 +17,6 @@ from kd_bench.report.tables import (
     format_number,
 )
 
-__all__ = [
-    "MODES",
-    "Mode",
-    "benchmark_table",
-    "interval_text",
-    "leaderboard",
-    "status_of",
-    "summary",
-    "terminal_tables",
-]
-
 Mode = Literal["scores", "differences", "retention"]
 MODES: tuple[tuple[Mode, str], ...] = (
     ("scores", "Scores"),

@@ -31,8 +31,6 @@ from kd_bench.report.tables_data import to_csv, to_json_text
 from kd_bench.report.tables_markup import column_groups, to_html, to_latex, to_markdown
 from kd_bench.report.training import logs_of
 
-__all__ = ["render"]
-
 TABLES = ("leaderboard.md", "leaderboard.csv", "leaderboard.tex", "leaderboard.json")
 PLOTS: tuple[PlotSection, ...] = (
     (

@@ -18,8 +18,6 @@ from kd_bench.report.leaderboard import leaderboard
 from kd_bench.report.tables import Cell, Column, Row, Table, clean, format_number
 from kd_bench.report.tables_markup import tex
 
-__all__ = ["choose", "to_paper"]
-
 ACROSS = 5  # columns of numbers that a narrow column of a paper holds
 
 

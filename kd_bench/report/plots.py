@@ -30,8 +30,6 @@ from kd_bench.report.style import (
 from kd_bench.report.tables import clean, format_number
 from kd_bench.report.training import TrainingLog
 
-__all__ = ["bars", "board_plots", "pareto", "radar"]
-
 
 def board_plots(
     board: Board, evidence: Evidence, logs: dict[str, list[TrainingLog]] | None = None

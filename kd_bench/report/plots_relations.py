@@ -23,8 +23,6 @@ from kd_bench.report.style import (
 )
 from kd_bench.report.tables import clean
 
-__all__ = ["forest", "gaps", "retention"]
-
 SHOWN = 16  # more intervals side by side cannot be read
 
 

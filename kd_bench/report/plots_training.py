@@ -18,8 +18,6 @@ from kd_bench.report.style import (
 )
 from kd_bench.report.training import TrainingLog
 
-__all__ = ["knees", "losses", "training_plots"]
-
 POINTS = 90  # a curve's points; more cannot be seen and make the page heavy
 
 

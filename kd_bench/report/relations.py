@@ -18,8 +18,6 @@ from kd_bench.report.board import MISSING, Board, Entry, Score, TaskInfo
 from kd_bench.stats import RESAMPLES
 from kd_bench.store import Run
 
-__all__ = ["Gap", "hybrid_gaps", "profile_of", "read_evidence", "relate"]
-
 SCORED = ("document_id", "unit_id", "category", "target", "parsed", "score")
 # Stored samples that miss the stored score by more than this (points) are not resampled.
 AGREES = 0.05

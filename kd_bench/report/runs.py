@@ -5,8 +5,6 @@ from kd_bench.records import RunManifest
 from kd_bench.report.tables import Cell, Column, Row, Table
 from kd_bench.store import Catalogue, Run, missing_tasks
 
-__all__ = ["run_table"]
-
 COLUMNS = (
     Column("model", "Model", "text"),
     Column("role", "Role", "text"),

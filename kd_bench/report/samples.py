@@ -24,8 +24,6 @@ from kd_bench.report.board import Board
 from kd_bench.report.tables import clean
 from kd_bench.store import Run
 
-__all__ = ["Chosen", "choose_samples", "embed_json", "write_samples"]
-
 Array = NDArray[np.float64]
 KEPT = 300
 TEXT_LIMIT = 600

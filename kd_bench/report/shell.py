@@ -15,8 +15,6 @@ from kd_bench.files import claim_folder, write_text
 from kd_bench.report.style import DARK, LIGHT, Plot, variables
 from kd_bench.report.tables import clean
 
-__all__ = ["PlotSection", "claim_report", "plot_sections", "write_page"]
-
 TEMPLATES = Path(__file__).parent / "templates"
 BRAND = '<span class="brand">kd-bench</span>'
 """On every page, also on those from before folders were marked."""

@@ -22,27 +22,6 @@ if TYPE_CHECKING:
 
     from kd_bench.report.board import Board
 
-__all__ = [
-    "DARK",
-    "GRID",
-    "INK",
-    "LIGHT",
-    "MUTED",
-    "PAPER",
-    "WIDTH",
-    "Plot",
-    "canvas",
-    "colours",
-    "css_series",
-    "legend",
-    "marker",
-    "plotting",
-    "series",
-    "short",
-    "spread_out",
-    "to_plot",
-    "variables",
-]
 
 INK, MUTED, GRID, PAPER = "#010203", "#010204", "#010205", "#010206"
 _SERIES = tuple(f"#0102{number:02x}" for number in range(16, 37))

@@ -17,20 +17,6 @@ from typing import Literal
 
 from kd_bench.records import Interval
 
-__all__ = [
-    "Cell",
-    "Column",
-    "Kind",
-    "Row",
-    "Table",
-    "clean",
-    "format_cell",
-    "format_interval",
-    "format_number",
-    "note_numbers",
-    "sections",
-]
-
 Kind = Literal[
     "text", "score", "difference", "percent", "rank", "count", "bytes", "milliseconds", "hours"
 ]

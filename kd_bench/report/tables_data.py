@@ -9,8 +9,6 @@ from typing import Any
 
 from kd_bench.report.tables import Cell, Table, clean
 
-__all__ = ["to_csv", "to_json_text"]
-
 JSON_VERSION = 1
 
 

@@ -10,8 +10,6 @@ from itertools import groupby
 
 from kd_bench.report.tables import Column, Row, Table, clean, format_cell, note_numbers, sections
 
-__all__ = ["column_groups", "tex", "to_html", "to_latex", "to_markdown"]
-
 Marks = dict[str, tuple[str, str]]
 """What stands before and after a text, by its emphasis."""
 

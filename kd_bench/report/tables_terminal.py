@@ -10,8 +10,6 @@ from rich.text import Text
 
 from kd_bench.report.tables import Table, clean, format_cell, note_numbers, sections
 
-__all__ = ["to_terminal"]
-
 
 def to_terminal(table: Table, console: Console | None = None, width: int = 100) -> str:
     """Print to `console`, or return plain text; wide tables fold by column group."""

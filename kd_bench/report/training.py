@@ -9,8 +9,6 @@ from typing import Any
 from kd_bench.records import RunManifest
 from kd_bench.report.board import Entry
 
-__all__ = ["LOG_NAME", "TrainingLog", "logs_of", "read_log"]
-
 LOG_NAME = "train_log.jsonl"
 
 

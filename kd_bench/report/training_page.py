@@ -13,8 +13,6 @@ from kd_bench.report.shell import PlotSection, claim_report, plot_sections, writ
 from kd_bench.report.tables import clean
 from kd_bench.report.training import LOG_NAME, TrainingLog, read_log
 
-__all__ = ["render_training"]
-
 LAYOUT: tuple[PlotSection, ...] = (
     ("training", "Curves", "As logged so far.", ("losses", "knees")),
 )

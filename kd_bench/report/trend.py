@@ -38,8 +38,6 @@ from kd_bench.report.tables_data import to_csv, to_json_text
 from kd_bench.report.tables_markup import to_html, to_markdown
 from kd_bench.store import Run, baseline_moves, baselines
 
-__all__ = ["Step", "render_trend", "steps_of"]
-
 LAYOUT = (("plots", "Trend", "The average of every finished run by date.", ("trend",)),)
 
 

@@ -8,8 +8,6 @@ from kd_bench.gate_plan import Plan
 from kd_bench.records import AVERAGE
 from kd_bench.report.tables import Cell, Column, Row, Table
 
-__all__ = ["comparison_tables", "flip_table", "method_tables", "plan_table", "verdict_table"]
-
 _DIFFERENCE = (
     Column("difference", "Difference", "difference"),
     Column("fixed", "Fixed", "count"),

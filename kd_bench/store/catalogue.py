@@ -20,24 +20,6 @@ from kd_bench.files import write_text
 from kd_bench.records import RunManifest
 from kd_bench.store.run import Run, slug
 
-__all__ = [
-    "Baseline",
-    "Catalogue",
-    "Listed",
-    "baseline_moves",
-    "baseline_run",
-    "baselines",
-    "catalogue",
-    "cautions",
-    "find_run",
-    "find_runs",
-    "list_runs",
-    "missing_tasks",
-    "set_baseline",
-    "shortcomings",
-    "suite_tasks",
-]
-
 Listed = tuple[Run, RunManifest]
 MOVES = "baseline_moves.jsonl"  # when a baseline was set to which run; only grows
 

@@ -42,7 +42,6 @@ from kd_bench.records import (
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["TOLERANCE", "Run", "held_run", "now", "open_run", "slug", "wanted_run"]
 
 AGAIN = "Run the same eval command again: what is damaged is made anew, answers are kept."
 MANIFEST_LOST = (

@@ -13,8 +13,6 @@ from platformdirs import user_cache_path
 from kd_bench.errors import UsageError
 from kd_bench.world.build import VERSION, build_world
 
-__all__ = ["resolve", "wanted_cache", "world_folder"]
-
 PREFIX = "embedded:"
 WEIGHTS = Path(__file__).parent / "weights"
 SEED = 0

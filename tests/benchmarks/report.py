@@ -17,7 +17,7 @@ import pandas as pd
 
 from kd_bench.files import digest_text
 from kd_bench.records import SAMPLE_COLUMNS
-from tests.report_store import ROWS_PER_UNIT, TASKS, Model, add_run
+from tests.support.report_store import ROWS_PER_UNIT, TASKS, Model, add_run
 
 # Documents of the real benchmarks, in the order of the paper.
 SIZES = dict(

@@ -11,10 +11,7 @@ import pytest
 from kd_bench.records import AVERAGE
 from kd_bench.report import render_report
 from tests.browser.test_report_page import Opened, browser  # noqa: F401
-from tests.distinct_store import make_distinct, run_named, truths
-from tests.report_store import Model, add_run
-from tests.svg_reading import number
-from tests.test_report_values import (
+from tests.report.test_values import (
     AVERAGE_TITLE,
     HEADINGS,
     Value,
@@ -23,6 +20,9 @@ from tests.test_report_values import (
     name_of,
     say,
 )
+from tests.support.distinct_store import make_distinct, run_named, truths
+from tests.support.report_store import Model, add_run
+from tests.support.svg_reading import number
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 

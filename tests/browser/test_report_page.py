@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kd_bench.report import render_report
-from tests.report_store import Model, add_pictures, add_run, make_demo, samples
+from tests.support.report_store import Model, add_pictures, add_run, make_demo, samples
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 

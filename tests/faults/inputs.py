@@ -14,9 +14,9 @@ from kd_bench.errors import KdBenchError, UsageError
 from kd_bench.evals.documents import load_documents
 from kd_bench.evals.importing import import_results
 from kd_bench.registry import load_task
-from tests.eval_world import TEN
 from tests.faults import fault
-from tests.golden_rows import ROWS, write_rows
+from tests.support.eval_world import TEN
+from tests.support.golden_rows import ROWS, write_rows
 
 # --- evaluation data ------------------------------------------------------------------------------
 
@@ -100,7 +100,7 @@ def stopped_training() -> Path:
     from kd_bench.distill.engine import DistillationTrainer
     from kd_bench.distill.recipe import load_recipe
     from kd_bench.distill.trainer import train
-    from tests import tiny
+    from tests.support import tiny
 
     def step(self: object, *arguments: object, **named: object) -> object:
         if self.state.global_step == 10:  # type: ignore[attr-defined]

@@ -22,7 +22,7 @@ from kd_bench.records import Cost, Protocol
 from kd_bench.store import Run, find_run, held_run, set_baseline, wanted_run
 from tests.faults import fault
 from tests.faults.stores import MODELS, TASKS, judge, run_of, template
-from tests.report_store import result, samples
+from tests.support.report_store import result, samples
 
 PATIENCE = 30
 """Seconds that a child may take between two file operations."""

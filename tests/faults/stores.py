@@ -33,7 +33,7 @@ from kd_bench.store import (
     set_baseline,
 )
 from tests.faults import fault
-from tests.report_store import Model, add_run, result, samples
+from tests.support.report_store import Model, add_run, result, samples
 
 MODELS = (
     Model("teacher", "teacher", "", 1.5),

@@ -1,0 +1,110 @@
+"""Right answers in the forms that models give them: upstream's score, and what they say."""
+
+from pathlib import Path
+
+import pytest
+
+from kd_bench.aggregators import aggregate, by_content
+from kd_bench.cli.options import profiles_of
+from kd_bench.errors import UsageError
+from kd_bench.evals.asking import answer_keys, ask
+from kd_bench.evals.content import Thinking
+from kd_bench.evals.scoring import headline, rates
+from kd_bench.evals.tasks import prepare
+from kd_bench.evals.upstream import REASONING_TAGS
+from kd_bench.registry import load_task
+from tests.evals.test_scoring import Parrot, oracle
+from tests.support.eval_world import TEN, write_replicas
+
+WRAPPINGS = {
+    "bare": "{}",
+    "full stop": "{}.",
+    "brackets": "({})",
+    "bold": "**{}**",
+    "stated": "Answer: {}",
+    "sentence": "The answer is {}.",
+    "boxed": "\\boxed{{{}}}",
+    "full-width stop": "{}。",
+}
+FORGIVEN = {  # what upstream reads through, by benchmark: see the deviations in tasks/README.md
+    "pope": {"bare"},
+    "mme": {"bare", "full stop", "brackets", "full-width stop"},
+    "scienceqa_img": {"bare", "full stop"},
+}
+
+
+@pytest.fixture(scope="module")
+def replicas(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_replicas(tmp_path_factory.mktemp("replicas"))
+
+
+def answered(task, folder, wrapping, limit=24, tags=REASONING_TAGS):
+    prepared = prepare(load_task(task), folder, limit=limit)
+    right = oracle(task)
+    parrot = Parrot(prepared, lambda document: wrapping.format(right(document)))
+    asked = ask(prepared, parrot, answer_keys(prepared, "parrot"), reasoning_tags=tags)
+    content = aggregate(prepared.aggregator, by_content(asked.samples))
+    return headline(prepared, asked.samples), content, asked.samples
+
+
+@pytest.mark.parametrize("form", WRAPPINGS)
+@pytest.mark.parametrize("task", TEN)
+def test_what_a_right_answer_says_is_right_in_every_form(task, form, replicas):
+    score, content, _ = answered(task, replicas, WRAPPINGS[form])
+    best, _, _ = answered(task, replicas, "{}")
+    assert content == pytest.approx(best)
+    if task in FORGIVEN:
+        assert (score == pytest.approx(best)) == (form in FORGIVEN[task])
+
+
+@pytest.mark.parametrize("task", TEN)
+def test_a_thought_is_left_out_of_what_is_scored_and_stays_in_the_sample(task, replicas):
+    thought = "<think>It might be no, or (C).</think>\n\n{}"
+    score, content, samples = answered(task, replicas, thought)
+    best, _, _ = answered(task, replicas, "{}")
+    assert (score, content) == (pytest.approx(best), pytest.approx(best))
+    assert samples["answer"].str.startswith("<think>").all()
+    assert (samples["status"] == "ok").all()
+    assert (samples["thinking_tokens"] <= samples["tokens"]).all()
+
+
+def test_a_thought_without_an_end_is_cut_off(replicas):
+    _, content, samples = answered("pope", replicas, "<think>Yes, I think it is {}")
+    assert (samples["status"] == "truncated").all()
+    assert rates(samples)["truncated"] == 1.0
+    assert content == 0.0
+
+
+def test_answers_are_scored_as_they_are_without_tags(replicas):
+    score, _, _ = answered("pope", replicas, "<think>Hm.</think>{}", tags="none")
+    assert score == 0.0
+
+
+@pytest.mark.parametrize("tags", ["", "[", "{}", '["<a>"]', '[["<a>"]]', '[["<a>", ""]]', "null"])
+def test_tags_that_are_no_pairs_are_refused(tags):
+    with pytest.raises(UsageError, match="reasoning-tags"):
+        Thinking(tags)
+
+
+def test_thoughts_are_found_as_upstream_finds_them():
+    thinking = Thinking(REASONING_TAGS)
+    assert thinking.answer("<think>a</think> yes") == "yes"
+    assert thinking.answer("a thought</think>yes") == "yes"  # the template opened it
+    assert thinking.answer("<analysis>x</analysis><think>y</think>no") == "no"
+    assert thinking.thought("<think>a</think> yes") == "<think>a</think>"
+    assert thinking.thought("yes") == ""
+    assert thinking.is_unfinished("<think>a</think><think>b")
+    assert not thinking.is_unfinished("yes")
+
+
+def test_the_thinking_profile_leaves_room_and_no_stop_inside_a_thought(replicas):
+    specs = [load_task(task) for task in TEN]
+    assert set(profiles_of(["thinking"], specs)) == set(TEN)
+    assert profiles_of(["pope=llava", "thinking"], specs)["pope"] == "llava"
+    prepared = prepare(load_task("mme"), replicas, profile="thinking", limit=4)
+    plain = prepare(load_task("mme"), replicas, limit=4)
+    assert prepared.generation["max_new_tokens"] > 1000
+    assert prepared.generation["until"] == []
+    assert prepared.prompts == plain.prompts
+    assert prepared.fingerprint != plain.fingerprint
+    assert answer_keys(prepared, "x") != answer_keys(plain, "x")

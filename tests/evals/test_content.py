@@ -1,0 +1,84 @@
+"""What an answer says: agreement with hand labels, none of them read as another answer."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kd_bench.evals.content import read_choice, read_short, read_yes_no
+
+LABELLED = Path(__file__).parents[1] / "data" / "answers_labelled.tsv"
+OPTIONS = {
+    "colours": ("red", "blue", "green", "yellow"),
+    "people": ("A pretty girl", "An old man", "A dog", "Two cats"),
+    "farben": ("红色", "蓝色", "绿色", "黄色"),
+    "tiere": ("一只猫", "两只狗", "一个人", "没有动物"),
+    "numbers": ("12", "24", "36", "48"),
+    "cities": ("Paris", "London", "Rome"),
+    "yesno": ("yes", "no"),
+    "places": ("left", "right", "above", "below"),
+}
+
+
+def labelled():
+    rows = []
+    for line in LABELLED.read_text(encoding="utf-8").split("\n"):
+        if line and not line.startswith("#"):
+            options, kind, label, answer = line.split("\t")
+            label = "" if label == "?" else label
+            rows.append((options, kind, label, answer.replace("\\n", "\n")))
+    return rows
+
+
+def read(options, kind, answer):
+    if kind == "yesno":
+        return read_yes_no(answer).said
+    if kind == "short":
+        return read_short(answer).said.lower()
+    return read_choice(answer, dict(zip("ABCDEFG", OPTIONS[options], strict=False))).said
+
+
+def test_the_readings_agree_with_the_labels_and_none_is_another_answer():
+    rows = labelled()
+    read_as = [read(options, kind, answer) for options, kind, _, answer in rows]
+    others = [
+        (answer, found)
+        for (_, kind, label, answer), found in zip(rows, read_as, strict=True)
+        if found != label and (found and kind != "short")
+    ]
+    assert others == []  # what is not understood is empty, never another answer
+    agreed = sum(found == label for found, (_, _, label, _) in zip(read_as, rows, strict=True))
+    assert agreed >= 0.99 * len(rows)
+
+
+@given(st.text(max_size=60), st.sampled_from(sorted(OPTIONS)))
+def test_any_text_is_read_or_not_understood(text, options):
+    letters = dict(zip("ABCDEFG", OPTIONS[options], strict=False))
+    assert read_choice(text, letters).said in {"", *letters}
+    assert read_yes_no(text).said in {"", "yes", "no"}
+    read_short(text)
+
+
+WRAPPINGS = [
+    "{}",
+    "{}.",
+    "({})",
+    "**{}**",
+    "Answer: {}",
+    "The answer is {}.",
+    "\\boxed{{{}}}",
+    "{}。",
+]
+
+
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+@pytest.mark.parametrize("options", sorted(OPTIONS))
+def test_every_option_is_read_in_every_wrapping(wrapping, options):
+    letters = dict(zip("ABCDEFG", OPTIONS[options], strict=False))
+    for letter in letters:
+        assert read_choice(wrapping.format(letter), letters).said == letter
+    for said in ("yes", "No", "YES"):
+        assert read_yes_no(wrapping.format(said)).said == said.lower()
+    for said in ("red", "10:30", "new york", "3"):
+        assert read_short(wrapping.format(said)).said == said

@@ -1,0 +1,173 @@
+"""The paper's table: it compiles, fits a column, says what it is, and has the store's numbers."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kd_bench.cli import app
+from kd_bench.records import AVERAGE
+from kd_bench.report import Paper, _load, render_report
+from kd_bench.report import _paper as make_paper
+from tests.support.distinct_store import TASKS, TITLES, make_distinct, truths
+from tests.support.report_store import Model, add_run
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_distinct(tmp_path_factory.mktemp("distinct"))
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve long names on ten benchmarks."""
+    results = tmp_path_factory.mktemp("wide") / "results"
+    add_run(results, Model("Qwen2-VL-2B-Instruct", "teacher", "", 1.4), units=6, suite="ten")
+    for number, method in enumerate(["sft", *(f"method_{letter}" for letter in "abcdefghij")]):
+        role = "sft" if method == "sft" else "kd"
+        model = Model(f"tinyllava-0.5b-{method}", role, method, 0.1 * number, 0)
+        add_run(results, model, units=6, suite="ten")
+    return results
+
+
+def paper(results: Path, benchmarks: str = "", methods: str = "") -> str:
+    """The table alone, without a page around it."""
+    choice = Paper(
+        [name for name in benchmarks.split(",") if name],
+        [name for name in methods.split(",") if name],
+    )
+    return make_paper(*_load(results, None, None, None), choice)
+
+
+def numbers(text: str) -> dict[str, list[str]]:
+    """Cells of every row by its first cell, without emphasis and uncertainty."""
+    rows: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        if "&" not in line or "shortstack" in line or "\\caption" in line:
+            continue
+        first, *cells = (cell.strip() for cell in line.removesuffix(r"\\").split("&"))
+        plain = [re.sub(r"\\(mathbf|underline)\{([\d.]+)\}", r"\2", cell) for cell in cells]
+        shown = [m[1] if (m := re.match(r"\$([\d.]+)", cell)) else cell for cell in plain]
+        rows.setdefault(first, []).extend(text for text in shown if text)
+    return rows
+
+
+def test_models_beside_each_other_where_benchmarks_are_many(results: Path) -> None:
+    text = paper(results)
+    rows = numbers(text)
+    order = ["teacher", "switch-kd-seed0-hybrid", "Switch-KD", "kl", "SFT"]
+    true = {row.label: row for row in truths(results)}
+    for title, key in [*((t, k) for k, t in TITLES.items()), (f"Avg{len(TASKS)}", AVERAGE)]:
+        shown = [float(cell) for cell in rows[title]]
+        assert shown == pytest.approx([true[name].scores[key] for name in order], abs=0.051), title
+    spreads = re.findall(r"pm ([\d.]+)\}", next(x for x in text.splitlines() if x[:3] == "GQA"))
+    wanted = [true[name].spread("gqa") for name in ("Switch-KD", "SFT")]
+    assert [float(spread) for spread in spreads] == pytest.approx(wanted, abs=0.051)
+
+
+def test_chosen_benchmarks_and_rows(results: Path) -> None:
+    """Benchmarks are columns where they are few; average and ranks are of the choice."""
+    text = paper(results, "gqa,POPE", "Switch-KD,sft,kl")
+    rows = numbers(text)
+    assert rows["Model"] == ["GQA", "POPE", "Avg2"]
+    true = {row.label: row for row in truths(results)}
+    assert set(rows) == {"Model", "Switch-KD", "kl", "SFT"}
+    for name in ("Switch-KD", "kl", "SFT"):
+        scores = [true[name].scores[task] for task in ("gqa", "pope")]
+        wanted = [*scores, sum(scores) / 2]
+        assert [float(cell) for cell in rows[name]] == pytest.approx(wanted, abs=0.051), name
+    assert r"\mathbf" in text
+
+
+def test_the_caption_says_what_a_reviewer_asks(results: Path, wide: Path) -> None:
+    caption = next(x for x in paper(results).splitlines() if "\\caption" in x)
+    for word in ("Embedded mini world: not the real benchmarks", "MME 48", "GQA 192", "lmms-eval",
+                 "suite mini", "Switch-KD 2", "kl 1", "standard deviation over training seeds",
+                 "training noise is unknown", "Bold:", "underlined:"):  # fmt: skip
+        assert word in caption, word
+    other = paper(wide)
+    assert "mini world" not in other
+    assert "One training seed each" in other
+    assert r"\label{tab:kd-bench-ten}" in other
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["twocolumn", "12pt"])
+def test_it_compiles_and_fits_the_line(
+    results: Path, wide: Path, tmp_path: Path, options: str
+) -> None:
+    tex = shutil.which("pdflatex")
+    if tex is None:
+        pytest.skip("no pdflatex here")
+    (tmp_path / "many.tex").write_text(paper(wide), encoding="utf-8")
+    (tmp_path / "few.tex").write_text(paper(results, "mme,gqa"), encoding="utf-8")
+    (tmp_path / "six.tex").write_text(paper(results), encoding="utf-8")
+    parts = "".join(rf"\input{{{name}}}" for name in ("many", "few", "six"))
+    document = (
+        rf"\documentclass[{options}]{{article}}\usepackage{{booktabs}}\usepackage{{graphicx}}"
+        rf"\begin{{document}}{parts}Text.\end{{document}}"
+    )
+    (tmp_path / "t.tex").write_text(document, encoding="utf-8")
+    done = subprocess.run(
+        [tex, "-halt-on-error", "-interaction=nonstopmode", "t.tex"],
+        cwd=tmp_path, capture_output=True, text=True, errors="replace",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "Overfull \\hbox" not in done.stdout, done.stdout[-3000:]
+
+
+def test_a_name_that_is_not_there_is_refused(results: Path, tmp_path: Path) -> None:
+    base = ["report", "--results", str(results), "--to", str(tmp_path / "out")]
+    for words, said in (
+        (
+            ["--latex", "paper", "--benchmarks", "gqb"],
+            "No benchmark of this report is called 'gqb'",
+        ),
+        (["--latex", "paper", "--methods", "swich-kd"], "No row of this report is called"),
+        (["--benchmarks", "gqa"], "Add --latex paper"),
+        (["--latex", "slides"], "Known: paper"),
+    ):
+        done = CliRunner().invoke(app, [*base, *words])
+        assert done.exit_code != 0
+        assert said in f"{done.output} {done.exception} {getattr(done.exception, 'way_out', '')}"
+        assert not (tmp_path / "out").exists()
+
+
+def test_the_full_table_says_what_bold_means_and_what_world_it_is(
+    results: Path, tmp_path: Path
+) -> None:
+    render_report(results, tmp_path, paper=Paper(["gqa"]))
+    assert "GQA" in (tmp_path / "paper.tex").read_text(encoding="utf-8")
+    for name in ("leaderboard.md", "leaderboard.tex"):
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        assert "Bold: the best student, and all that are not shown to be behind it" in text, name
+    for name in ("leaderboard.md", "leaderboard.tex", "leaderboard.csv", "leaderboard.json"):
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        assert "Embedded mini world: not the real benchmarks" in text, name
+
+
+def test_a_limited_run_is_marked_in_every_rendering(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from kd_bench.report import print_report
+
+    for name, role in (("s", "sft"), ("k", "kd")):
+        run = add_run(
+            tmp_path / "results", Model(name, role, role, 0.2, 0), tasks=("gqa",), units=6
+        )
+        manifest = run.manifest
+        protocol = replace(manifest.protocol, limit=48)
+        run.write_manifest(replace(manifest, protocol=protocol))
+    render_report(tmp_path / "results", tmp_path / "out", ["s", "k"], paper=Paper())
+    texts = {
+        path.name: path.read_text(encoding="utf-8")
+        for path in (tmp_path / "out").iterdir()
+        if path.suffix in (".md", ".csv", ".tex", ".json", ".html") and "categ" not in path.name
+    }
+    texts["terminal"] = print_report(tmp_path / "results", ["s", "k"])
+    for name, text in texts.items():
+        visible = "\n".join(x for x in text.splitlines() if not x.startswith("%"))
+        assert re.search(r"n = 48|first 48|limited to 48", visible), name

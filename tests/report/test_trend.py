@@ -1,0 +1,96 @@
+"""`report --trend`: every finished run by date, against the baseline of its day."""
+
+import csv
+import json
+import re
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kd_bench.cli import app
+from kd_bench.store import Run, baseline_moves, set_baseline
+from kd_bench.store.catalogue import MOVES
+from tests.support.report_store import Model, add_run
+from tests.support.svg_reading import read_svg
+
+WEEKS = {"first": (0.2, "01"), "second": (0.5, "08"), "third": (0.9, "15"), "fourth": (0.7, "22")}
+TWO = ("gqa", "pope")
+
+
+@pytest.fixture(scope="module")
+def weekly(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Run]]:
+    """Four weekly candidates; the baseline moved from the first to the third."""
+    results = tmp_path_factory.mktemp("weekly") / "results"
+    runs = {
+        name: add_run(results, Model(name, "student", "", skill), tasks=TWO, units=20,
+                      created=f"2026-06-{day}T09:00:00+00:00")
+        for name, (skill, day) in WEEKS.items()
+    }  # fmt: skip
+    for name in ("first", "third"):
+        set_baseline(results, "mini", runs[name], allow_subset=True)
+    days = {"first": "02", "third": "16"}
+    lines = [json.loads(line) for line in (results / MOVES).read_text().splitlines()]
+    for line, day in zip(lines, days.values(), strict=True):
+        line["time"] = f"2026-06-{day}T00:00:00+00:00"
+    text = "".join(json.dumps(line) + "\n" for line in lines) + '{"time": "torn'
+    (results / MOVES).write_text(text)
+    return results, runs
+
+
+def average(run: Run) -> float:
+    scores = [json.loads((run.path / "tasks" / f"{t}.json").read_text())["score"] for t in TWO]
+    return sum(scores) / len(scores)
+
+
+def test_moves_are_written_down(weekly: tuple[Path, dict[str, Run]]) -> None:
+    results, runs = weekly
+    moves = baseline_moves(results)
+    assert [(name, run) for _, name, run in moves] == [
+        ("mini", runs["first"].path.name), ("mini", runs["third"].path.name),
+    ]  # fmt: skip
+    assert moves[0][0] == datetime.fromisoformat("2026-06-02T00:00:00+00:00")
+
+
+def test_table_and_plot_have_the_stored_numbers(
+    weekly: tuple[Path, dict[str, Run]], tmp_path: Path
+) -> None:
+    results, runs = weekly
+    words = ["report", "--trend", "--results", str(results), "--to", str(tmp_path)]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    rows = list(csv.DictReader((tmp_path / "trend.csv").read_text().splitlines()))
+    assert [row["model"] for row in rows] == list(WEEKS)
+    then = {"first": "none", "second": "first", "third": "first", "fourth": "third"}
+    for row in rows:
+        own = average(runs[row["model"]])
+        assert float(row["average"]) == pytest.approx(own, rel=1e-5)
+        assert float(row["average_low"]) < own < float(row["average_high"])
+        name = then[row["model"]]
+        if name == "none":
+            assert row["change"] == ""
+            assert row["baseline"] == "none"
+        else:
+            assert row["baseline"] == runs[name].path.name
+            assert float(row["change"]) == pytest.approx(own - average(runs[name]), rel=1e-4)
+    (panel,), colors = read_svg(tmp_path / "plots" / "trend.svg")
+    for label, color in colors.items():
+        (point,) = panel.markers(color)
+        assert panel.y(point[1]) == pytest.approx(average(runs[label]), abs=0.2)
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "The baseline moved 2 times: 2026-06-02: first; 2026-06-16: third." in page
+    assert "Embedded mini world" in page
+
+
+def test_the_page_has_the_rows_of_the_table(
+    weekly: tuple[Path, dict[str, Run]], tmp_path: Path
+) -> None:
+    from kd_bench.report import render_trend
+
+    page = render_trend(weekly[0], tmp_path).read_text(encoding="utf-8")
+    body = page[page.index('<section id="trend"') :]
+    for name, run in weekly[1].items():
+        row = re.search(rf"<tr>(?:(?!</tr>).)*{re.escape(run.path.name)}</td>.*?</tr>", body)
+        assert row is not None, name
+        assert f">{average(run):.1f} [" in row.group()
