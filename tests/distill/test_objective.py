@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kd_bench.distill import losses
+from kd_bench.distill import knee as knees
+from kd_bench.distill import losses, objective
 from kd_bench.distill.methods import METHODS, Term, needs_switch, needs_teacher
 from kd_bench.distill.objective import Heads, KneeLog, token_terms
 
@@ -126,10 +127,11 @@ def test_rows_beyond_the_common_vocabulary_are_ignored_by_the_teacher_only(sides
 def test_the_teachers_knees_are_found_once_a_chunk_for_terms_that_agree(sides, monkeypatch):
     heads, hidden, targets = sides
     calls = []
-    before = losses.leading
-    monkeypatch.setattr(
-        losses, "leading", lambda logits, **o: calls.append(1) or before(logits, **o)
-    )
+    before = knees.leading
+    for module in (objective, losses):
+        monkeypatch.setattr(
+            module, "leading", lambda logits, **o: calls.append(1) or before(logits, **o)
+        )
     token_terms(METHODS["switch-kd"], heads, hidden, targets, N)
     assert len(calls) == 3  # teacher, student, switch
 
@@ -140,7 +142,7 @@ def test_knees_are_logged_by_side_as_the_terms_find_them(sides):
     token_terms(METHODS["switch-kd"], heads, hidden, targets, N, chunk=6, knee_log=log)
     assert set(log.knees) == {"teacher", "student", "switch"}
     for side, head in (("teacher", heads.teacher), ("student", heads.student)):
-        k = losses.knee(head(hidden[side]).detach())
+        k = knees.knee(head(hidden[side]).detach())
         torch.testing.assert_close(torch.cat(log.knees[side]), k)
         summary = log.summary()
         assert summary[f"knee_{side}_mean"] == pytest.approx(k.double().mean().item())
