@@ -171,9 +171,9 @@ def validate(
         place = _place(where, key, given)
         if first["type"] == "extra_forbidden":
             unknown = str(first["loc"][-1])
-            hint = closest(unknown, [name for name in _known_keys(model) if name != unknown])
+            meant = closest(unknown, [name for name in _known_keys(model) if name != unknown])
             raise UsageError(
-                f"{place}: unknown key {key!r}.{hint}", "Remove or rename it."
+                f"{place}: unknown key {key!r}.{meant}", "Remove or rename it."
             ) from None
         message = _WORDS.get(first["type"]) or first["msg"].removeprefix("Value error, ")
         subject = f"{place}: {key}" if key else place

@@ -40,7 +40,7 @@ class Finding:
     path: Path
     state: State
     problem: str
-    way_out: str = ""
+    hint: str = ""
 
     @property
     def open(self) -> bool:
@@ -106,9 +106,9 @@ def _held(run: Run) -> Iterator[bool]:
 def _lost_manifest(run: Run, error: KdBenchError) -> Finding:
     path = run.path / "manifest.json"
     if not path.exists():
-        way_out = "The same eval command makes it anew and keeps the answers; or delete the folder."
-        return Finding(run.path, "damaged", "has no manifest.json", way_out)
-    return Finding(path, "damaged", _what(error, path), error.way_out)
+        hint = "The same eval command makes it anew and keeps the answers; or delete the folder."
+        return Finding(run.path, "damaged", "has no manifest.json", hint)
+    return Finding(path, "damaged", _what(error, path), error.hint)
 
 
 def _what(error: KdBenchError, path: Path) -> str:
@@ -165,9 +165,9 @@ def _examine_journals(run: Run, done: set[str], repair: bool) -> list[Finding]:
             lines = "1 line" if journal.damaged == 1 else f"{journal.damaged} lines"
             problem = f"{lines} fail their checksum and are not used"
             settled = path.name.split(".")[0] in done
-            way_out = "" if settled else f"{AGAIN} Those answers are made again."
+            hint = "" if settled else f"{AGAIN} Those answers are made again."
             state: State = "harmless" if settled else "damaged"
-            found.append(Finding(path, state, problem, way_out))
+            found.append(Finding(path, state, problem, hint))
     return found
 
 
@@ -217,10 +217,10 @@ def _examine_status(run: Run, manifest: RunManifest, done: set[str]) -> list[Fin
         progress = f"{len(done)} of {len(manifest.tasks)} benchmarks done"
         word = "was stopped" if manifest.status == "running" else "is partial"
         answered = any((run.path / "journal").glob("*.jsonl")) or done
-        way_out = f"{AGAIN} It continues. Or delete the folder."
+        hint = f"{AGAIN} It continues. Or delete the folder."
         if not answered:
-            way_out = "Delete the folder: nothing was answered yet."
-        return [Finding(run.path, "unfinished", f"{word}: {progress}", way_out)]
+            hint = "Delete the folder: nothing was answered yet."
+        return [Finding(run.path, "unfinished", f"{word}: {progress}", hint)]
     return []
 
 
@@ -252,9 +252,9 @@ def _examine_pictures(results: Path) -> list[Finding]:
             with Image.open(path) as picture:
                 picture.verify()
         except Exception as error:  # a broken picture may raise anything
-            way_out = "Delete it: it is there to be looked at, no score depends on it."
+            hint = "Delete it: it is there to be looked at, no score depends on it."
             problem = f"is no sound picture: {type(error).__name__}"
-            found.append(Finding(path, "damaged", problem, way_out))
+            found.append(Finding(path, "damaged", problem, hint))
     return found
 
 

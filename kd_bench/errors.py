@@ -1,4 +1,4 @@
-"""Every error a user can meet, with its exit code and the way out.
+"""Every error a user can meet, with its exit code and a hint of what to do.
 
 KdBenchError
 ├── UsageError              2   the command line, a recipe, a policy or a file is wrong
@@ -30,10 +30,10 @@ class KdBenchError(Exception):
 
     exit_code = ExitCode.INTERNAL
 
-    def __init__(self, problem: str, way_out: str = "") -> None:
+    def __init__(self, problem: str, hint: str = "") -> None:
         self.problem = problem
-        self.way_out = way_out
-        super().__init__(f"{problem} {way_out}".strip())
+        self.hint = hint
+        super().__init__(f"{problem} {hint}".strip())
 
 
 class UsageError(KdBenchError):
@@ -79,7 +79,7 @@ def one_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def explained(problem: str, way_out: str) -> Iterator[None]:
+def explained(problem: str, hint: str) -> Iterator[None]:
     """Make one line of whatever a library raises on what the user gave; our own errors pass.
 
     Raises:
@@ -94,7 +94,7 @@ def explained(problem: str, way_out: str) -> Iterator[None]:
         first = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
         said = one_line(Exception(first))[:300].rstrip(".:")
         kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
-        raise UsageError(f"{problem}: {kind}{said}.", way_out) from error
+        raise UsageError(f"{problem}: {kind}{said}.", hint) from error
 
 
 def closest(word: str, known: list[str]) -> str:

@@ -155,8 +155,8 @@ class TaskSpec(StrictModel):
         chosen = self.default_profile if name in (None, "default") else str(name)
         if chosen not in self.profiles:
             known = ", ".join(self.profiles)
-            hint = closest(chosen, list(self.profiles))
-            raise UsageError(f"{self.id} has no profile {chosen!r}.{hint}", f"Profiles: {known}.")
+            meant = closest(chosen, list(self.profiles))
+            raise UsageError(f"{self.id} has no profile {chosen!r}.{meant}", f"Profiles: {known}.")
         return self.profiles[chosen]
 
     def generation_of(self, profile: str | None) -> Generation:

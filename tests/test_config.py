@@ -99,7 +99,7 @@ def test_a_mistake_is_one_line(
         recipe(tmp_path, text, *overrides)
     assert message in str(caught.value)
     assert "\n" not in caught.value.problem
-    assert caught.value.way_out
+    assert caught.value.hint
     assert caught.value.exit_code == ExitCode.USAGE
 
 

@@ -179,7 +179,7 @@ def test_a_result_that_is_not_json(run: Run) -> None:
     path.write_text(path.read_text()[:50])
     finding = only(run)
     assert finding.path == path
-    assert "answers are kept" in finding.way_out
+    assert "answers are kept" in finding.hint
 
 
 def test_a_profile_without_score_is_sound(run: Run) -> None:
@@ -209,7 +209,7 @@ def test_a_missing_and_an_unreadable_manifest(run: Run) -> None:
 def test_the_way_out_of_a_damaged_manifest_keeps_the_answers(run: Run) -> None:
     manifest = run.manifest
     (run.path / "manifest.json").write_text("{")
-    assert "delete that file" in only(run).way_out
+    assert "delete that file" in only(run).hint
     (run.path / "manifest.json").unlink()
     again = open_run(results_of(run), manifest.model, manifest.protocol, manifest.tasks)
     assert again.path == run.path
@@ -224,13 +224,13 @@ def test_unfinished_runs_are_listed_and_left_alone(run: Run) -> None:
     finding = only(run, repair=True)
     assert (finding.state, finding.open) == ("unfinished", True)
     assert finding.problem == "was stopped: 1 of 2 benchmarks done"
-    assert "It continues" in finding.way_out
+    assert "It continues" in finding.hint
 
 
 def test_a_run_without_any_answer_may_go(tmp_path: Path) -> None:
     model = ModelRef("student", "kd", "checkpoints/student", "a" * 64)
     run = open_run(tmp_path, model, Protocol("ten"), ["mmmu"])
-    assert only(run).way_out == "Delete the folder: nothing was answered yet."
+    assert only(run).hint == "Delete the folder: nothing was answered yet."
 
 
 def test_samples_before_their_result_are_harmless(run: Run) -> None:

@@ -376,7 +376,7 @@ def test_an_alpha_out_of_reach_is_refused_with_the_number_that_reaches_it(store:
     runs = _named(store, "switch-kd-seed0", "sft-seed0")
     with pytest.raises(UsageError, match="no p of 4 tests") as told:
         check(*runs, policy(alpha=0.003, resamples=1000))
-    assert "1333" in str(told.value.way_out)
+    assert "1333" in str(told.value.hint)
     assert check(*runs, policy(alpha=0.003, resamples=1333))
 
 

@@ -173,7 +173,7 @@ def _recipe_setting(error: Any) -> str | None:
 
 
 def _explain(error: BaseException, arguments: list[str]) -> int:
-    """Print what went wrong and the way out; the exit code."""
+    """Print what went wrong and the hint; the exit code."""
     missing, extra = None, ""
     if isinstance(error, MissingExtraError):
         missing, extra = error.module, error.extra
@@ -222,8 +222,8 @@ def _os_error(error: OSError) -> KdBenchError:
     reason = error.strerror or one_line(error)
     problem = f"{place}: {reason}." if place else f"{reason}."
     if error.errno in _LOST:
-        way_out = "Make room and run the same command again: what was done is kept."
-        return IncompleteRunError(problem, way_out)
+        hint = "Make room and run the same command again: what was done is kept."
+        return IncompleteRunError(problem, hint)
     if error.errno in _EXHAUSTED or error.errno is None:
         return IncompleteRunError(problem, "What was done is kept; the same command continues.")
     return UsageError(problem, _WAYS.get(error.errno, "Check the path."))

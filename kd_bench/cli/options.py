@@ -66,17 +66,17 @@ def profiles_of(values: list[str] | None, specs: list["TaskSpec"]) -> dict[str, 
     """
     known = {spec.id: spec for spec in specs}
     found: dict[str, str] = {}
-    way_out = "`kd-bench tasks show BENCHMARK` lists its profiles."
+    hint = "`kd-bench tasks show BENCHMARK` lists its profiles."
     for part in (part for value in values or [] for part in comma_separated(value) or []):
         if "=" not in part:
             having = [spec.id for spec in specs if part in spec.profiles]
             if not having:
-                raise UsageError(f"None of the benchmarks has a profile {part!r}.", way_out)
+                raise UsageError(f"None of the benchmarks has a profile {part!r}.", hint)
             found.update({task: part for task in having if task not in found})
             continue
         task, _, profile = (piece.strip() for piece in part.partition("="))
         if not task or not profile:
-            raise UsageError(f"--profile {part!r} is not BENCHMARK=PROFILE.", way_out)
+            raise UsageError(f"--profile {part!r} is not BENCHMARK=PROFILE.", hint)
         if task not in known:
             raise UsageError(
                 f"--profile {part!r}: {task} is not among the chosen benchmarks."
@@ -85,5 +85,5 @@ def profiles_of(values: list[str] | None, specs: list["TaskSpec"]) -> dict[str, 
             )
         known[task].profile(profile)
         if found.setdefault(task, profile) != profile:
-            raise UsageError(f"--profile gives {task} both {found[task]} and {profile}.", way_out)
+            raise UsageError(f"--profile gives {task} both {found[task]} and {profile}.", hint)
     return found

@@ -116,8 +116,8 @@ def fsck(
         problem = clean(f"{finding.path}: {finding.problem}.")
         state = (f"{finding.state:<10} ", styles.get(finding.state, ""))
         console.print(Text.assemble(state, problem))
-        if finding.way_out:
-            console.print(Text(clean(finding.way_out)), style="dim", soft_wrap=True)
+        if finding.hint:
+            console.print(Text(clean(finding.hint)), style="dim", soft_wrap=True)
     left = sum(finding.open for finding in found)
     runs = sum(path.is_dir() for path in (results / "runs").glob("*"))
     word = "run" if runs == 1 else "runs"

@@ -54,8 +54,8 @@ def show(
     try:
         _show_sample(spec, data, document, profile, pictures)
     except (MissingExtraError, ModuleNotFoundError):
-        way_out = 'Install it with: pip install "kd-bench[eval]"'
-        typer.echo(f"A document's prompt needs lmms-eval. {way_out}", err=True)
+        hint = 'Install it with: pip install "kd-bench[eval]"'
+        typer.echo(f"A document's prompt needs lmms-eval. {hint}", err=True)
     except UsageError as error:
         if data is not None:
             raise

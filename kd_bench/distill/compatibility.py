@@ -116,9 +116,9 @@ def image_difference(
     return ""
 
 
-def _equal(what: str, student: Any, teacher: Any, way_out: str) -> None:
+def _equal(what: str, student: Any, teacher: Any, hint: str) -> None:
     if student != teacher:
-        raise UsageError(f"The {what} differs: student {student}, teacher {teacher}.", way_out)
+        raise UsageError(f"The {what} differs: student {student}, teacher {teacher}.", hint)
 
 
 def _check_tokenizers(student: Any, teacher: Any) -> None:

@@ -181,8 +181,8 @@ def _read(
     Raises:
         UsageError: it cannot be loaded.
     """
-    way_out = "Give a folder written by save_pretrained with such a class, or a hub name."
-    with explained(f"{path} could not be loaded as a {what}", way_out):
+    hint = "Give a folder written by save_pretrained with such a class, or a hub name."
+    with explained(f"{path} could not be loaded as a {what}", hint):
         try:
             model, told = kind.from_pretrained(
                 str(folder), output_loading_info=True, ignore_mismatched_sizes=True, **settings
@@ -271,7 +271,7 @@ def _check_loaded(
     if problem:
         raise UsageError(
             f"{path} does not hold the weights of a {type(model).__name__}: {problem}.",
-            _way_out(model, missing, unexpected, reshaped),
+            _hint(model, missing, unexpected, reshaped),
         )
     if projector_may_be_new:
         raise UsageError(
@@ -305,7 +305,7 @@ def _projector_names(model: Any) -> set[str]:
     return {name for name, weight in model.named_parameters() if id(weight) in inside}
 
 
-def _way_out(model: Any, missing: set[str], unexpected: set[str], reshaped: set[str]) -> str:
+def _hint(model: Any, missing: set[str], unexpected: set[str], reshaped: set[str]) -> str:
     if missing and missing == _projector_names(model) and not unexpected:
         return "To train a new projector set new_projector=true; to evaluate, train one first."
     heads = {name.partition(".")[0] for name in unexpected}
@@ -355,14 +355,14 @@ def _with_adapter(model: Any, folder: Path, allow_pickle: bool) -> Any:
         )
     stored_weights(folder)  # says which file is damaged
     config = _adapter_config(PeftConfig, folder)
-    way_out = "Is base_model_name_or_path the model that it was trained on?"
-    with explained(f"{folder} could not be read as an adapter of its base", way_out):
+    hint = "Is base_model_name_or_path the model that it was trained on?"
+    with explained(f"{folder} could not be read as an adapter of its base", hint):
         wrapped = PeftModel(model, config)
         told = set_peft_model_state_dict(wrapped, load_peft_weights(str(folder), device="cpu"))
         learned = {name for name, _ in wrapped.named_parameters() if wrapped.prefix in name}
     kinds = {"missing": learned & set(told.missing_keys), "new to it": set(told.unexpected_keys)}
     if problem := _listed(kinds):
-        raise UsageError(f"{folder} is no adapter of its base: {problem}.", way_out)
+        raise UsageError(f"{folder} is no adapter of its base: {problem}.", hint)
     if not hasattr(wrapped, "merge_and_unload"):
         raise _not_merged(folder, config)
     return wrapped.merge_and_unload()
@@ -446,8 +446,8 @@ def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Any:
 
     own = locate(path, trust_remote_code=trust_remote_code)
     folder = processor_folder(own)
-    way_out = "Save it there with processor.save_pretrained."
-    with explained(f"{path} has no usable processor", way_out):
+    hint = "Save it there with processor.save_pretrained."
+    with explained(f"{path} has no usable processor", hint):
         try:
             processor = AutoProcessor.from_pretrained(
                 str(folder), trust_remote_code=trust_remote_code

@@ -413,8 +413,8 @@ def _no_recipe_but_folder(path: Path) -> UsageError:
             f"Name a recipe and set it in there: kd-bench train RECIPE student={path}",
         )
     inside = path / "recipe.yaml"
-    way_out = f"Give {inside}." if inside.is_file() else "Give a YAML file or a shipped recipe."
-    return UsageError(f"{path} is a folder, not a recipe.", way_out)
+    hint = f"Give {inside}." if inside.is_file() else "Give a YAML file or a shipped recipe."
+    return UsageError(f"{path} is a folder, not a recipe.", hint)
 
 
 def recipe_yaml(recipe: Recipe) -> str:

@@ -187,8 +187,8 @@ def _load(plan: Plan) -> Any:
         if checkpoint.stock is not None:
             return load_stock(*checkpoint.stock, protocol.batch_size)
         named = checkpoint.ref.path
-        way_out = "Do config.json, processor and weights belong together?"
-        with explained(f"{named} cannot be evaluated", way_out):
+        hint = "Do config.json, processor and weights belong together?"
+        with explained(f"{named} cannot be evaluated", hint):
             parts: dict[str, Any] = {"pretrained": str(checkpoint.path)}
             if checkpoint.vision is not None:
                 parts = load_hybrid(

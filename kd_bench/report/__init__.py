@@ -103,8 +103,8 @@ def _nothing_to_show(results: Path, left_out: Sequence[str]) -> UsageError:
     if other:
         hint = "There are runs in " + ", ".join(f"{path} (--results {path})" for path in other[:3])
         return UsageError(f"{results} {state}.", hint + ".")
-    way_out = "`kd-bench eval CHECKPOINT` makes one; --results names the folder."
-    return UsageError(f"{results} {state}.", way_out)
+    hint = "`kd-bench eval CHECKPOINT` makes one; --results names the folder."
+    return UsageError(f"{results} {state}.", hint)
 
 
 def print_report(

@@ -438,7 +438,7 @@ def test_the_first_version_of_fsdp_is_refused(place, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UsageError, match="first version") as refused:
         train(recipe_in(place, "flattened"))
-    assert "--fsdp_version 2" in refused.value.way_out
+    assert "--fsdp_version 2" in refused.value.hint
     assert not (place / "flattened").exists()
 
 

@@ -132,7 +132,7 @@ def test_a_name_that_is_not_there_is_refused(results: Path, tmp_path: Path) -> N
     ):
         done = CliRunner().invoke(app, [*base, *words])
         assert done.exit_code != 0
-        assert said in f"{done.output} {done.exception} {getattr(done.exception, 'way_out', '')}"
+        assert said in f"{done.output} {done.exception} {getattr(done.exception, 'hint', '')}"
         assert not (tmp_path / "out").exists()
 
 

@@ -235,7 +235,7 @@ def test_a_damaged_result_names_its_file(tmp_path: Path, content: bytes) -> None
     with pytest.raises(IncompleteRunError, match=r"mmmu\.json") as caught:
         run.result("mmmu")
     assert caught.value.exit_code == ExitCode.INCOMPLETE
-    assert caught.value.way_out
+    assert caught.value.hint
 
 
 def test_a_result_that_is_not_there(tmp_path: Path) -> None:
