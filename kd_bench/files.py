@@ -1,8 +1,9 @@
-"""Files that survive a crash: atomic writes, an append-only journal, content digests."""
+"""Files that survive a crash: atomic writes, locks, an append-only journal, content digests."""
 
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -45,6 +46,56 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that replaces it only when the block ends well.
+
+    What a killed process has left of one is removed by the next.
+    """
+    aside = folder.with_name(f".{folder.name}.saving")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        replace_folder(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def replace_folder(written: Path, folder: Path) -> None:
+    """Put a written folder in another's place once all its files are on disk."""
+    for path in written.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+    shutil.rmtree(folder, ignore_errors=True)
+    written.rename(folder)
+
+
+@contextmanager
+def locked(path: Path, problem: str, hint: str) -> Iterator[None]:
+    """Hold a lock file; the system frees it when its process ends, however that comes.
+
+    Args:
+        problem, hint: what the error says.
+
+    Raises:
+        UsageError: another process holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UsageError(problem, hint) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _is_stream(path: Path) -> bool:

@@ -12,11 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kd_bench.errors import UsageError
 from kd_bench.files import (
     Journal,
+    atomic_folder,
     atomic_path,
     digest_files,
     digest_text,
+    locked,
     read_json,
     write_json,
     write_text,
@@ -97,6 +100,40 @@ def test_a_full_disk_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Monk
         write_text(path, "new")
     assert path.read_text() == "old"
     assert [each.name for each in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "model"
+    (tmp_path / "deep" / ".model.saving").mkdir(parents=True)
+    (tmp_path / "deep" / ".model.saving" / "half").write_text("of a killed process")
+    for text in ("old", "new"):
+        with atomic_folder(folder) as aside:
+            (aside / "in").mkdir()
+            (aside / "in" / "weights").write_text(text)
+            assert folder.exists() == (text == "new")
+        assert (folder / "in" / "weights").read_text() == text
+
+    def half() -> None:
+        with atomic_folder(folder) as aside:
+            (aside / "weights").write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        half()
+    assert [each.name for each in folder.iterdir()] == ["in"]
+    assert [each.name for each in folder.parent.iterdir()] == ["model"]
+
+
+def test_a_lock_is_one_process_s_and_says_whose_way_it_stands_in(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "run.lock"
+    with (
+        locked(path, "Busy.", "Wait."),
+        pytest.raises(UsageError, match=r"^Busy\. Wait\.$"),
+        locked(path, "Busy.", "Wait."),
+    ):
+        pass
+    with locked(path, "Busy.", "Wait."):
+        pass
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ import math
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,8 +24,16 @@ from typing import TYPE_CHECKING, Any
 
 from kd_bench import registry
 from kd_bench.aggregators import AGGREGATORS, aggregate
-from kd_bench.errors import IncompleteRunError, KdBenchError, UsageError, one_line
-from kd_bench.files import Journal, digest_bytes, digest_text, parse_json, write_bytes, write_json
+from kd_bench.errors import IncompleteRunError, KdBenchError, one_line
+from kd_bench.files import (
+    Journal,
+    digest_bytes,
+    digest_text,
+    locked,
+    parse_json,
+    write_bytes,
+    write_json,
+)
 from kd_bench.records import (
     CONTENT_COLUMNS,
     FORMAT,
@@ -299,28 +307,17 @@ class Run:
         """Lies beside the folder, which need not exist to be held."""
         return self.path.parent / f".{_tail(self.path)}.lock"
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Hold the run for writing.
 
         Raises:
             UsageError: another process holds it.
         """
-        from filelock import FileLock, Timeout
-
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.lock_file, timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise UsageError(
-                f"{self.path} is being written by another kd-bench process.",
-                "Wait for it, or give this run another --name.",
-            ) from None
-        try:
-            yield
-        finally:
-            lock.release()
+        return locked(
+            self.lock_file,
+            f"{self.path} is being written by another kd-bench process.",
+            "Wait for it, or give this run another --name.",
+        )
 
 
 def _result_name(task: str) -> str:
