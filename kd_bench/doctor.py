@@ -106,7 +106,7 @@ class Problem:
 
 
 ENGINES = {
-    "train": ("kd_bench.distill.trainer",),
+    "train": ("kd_bench.distill.train",),
     "eval": (
         "kd_bench.evals.worker",
         "kd_bench.evals.adapter",

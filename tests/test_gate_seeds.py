@@ -150,7 +150,7 @@ def test_one_recipe_is_said_of_equal_stored_recipes_only(
 def test_seeds_of_one_recipe_share_a_digest(tmp_path: Path) -> None:
     """A recipe's own digest holds its seed: the lineage needs one without."""
     from kd_bench.distill.recipe import Recipe
-    from kd_bench.distill.trainer import _lineage
+    from kd_bench.distill.train import _lineage
 
     stage = {"method": "sft", "steps": 1}
     made = [

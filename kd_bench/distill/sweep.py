@@ -55,7 +55,7 @@ def sweep(planned: Sequence[Recipe], *, console: Console | None = None) -> list[
         UsageError: before anything is trained.
         TrainingError: at the end, naming the trainings that stopped.
     """
-    from kd_bench.distill.trainer import train
+    from kd_bench.distill.train import train
 
     console = console or Console()
     if len(planned) == 1:

@@ -1,560 +1,637 @@
-"""The training story: check everything -> stage by stage -> one finished checkpoint.
+"""transformers' Trainer, taught to distil: loss by terms, NaN stop, whole checkpoints, its log.
 
-    <output>/recipe.yaml        the recipe as it was resolved
-    <output>/lineage.json       data, teacher and student digests, code version, seed, status
-    <output>/train_log.jsonl    loss, every term, learning rate, speed and knees, a line a log step
-    <output>/stages/01-name/    the stage's model once it is done; before, what resuming needs
-    <output>/final/             the student; exists only when it is complete
+Everything else (devices, accumulation, mixed precision, resuming, loggers) is the Trainer's own."""
 
-The same command continues a stopped training and leaves a finished one alone.
-"""
-
-import contextlib
+import json
+import netrc
+import os
 import shutil
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from kd_bench import provenance
-from kd_bench.distill import processes
-from kd_bench.distill.arguments import check_loggers, trainer_arguments
-from kd_bench.distill.batches import BatchOrder, Collator, ConversationDataset
-from kd_bench.distill.build import add_lora, build_start, lora_layers, merge_lora
-from kd_bench.distill.chat import read_template, use_template
-from kd_bench.distill.checkpoints import locate, weights_digest
-from kd_bench.distill.compatibility import (
-    check_pair,
-    check_terms,
-    image_difference,
-    step_zero,
-)
-from kd_bench.distill.data import data_digest, read_conversations
+from kd_bench.distill.batches import BatchOrder, Collator
 from kd_bench.distill.distiller import Distiller
-from kd_bench.distill.encoding import Encoder, PairEncoder
-from kd_bench.distill.engine import DistillationTrainer, checkpoints, last_checkpoint
-from kd_bench.distill.forms import Conversation
-from kd_bench.distill.methods import needs_teacher
-from kd_bench.distill.models import (
-    check_image_token,
-    checkpoint_activations,
-    load_model,
-    load_processor,
-    parameter_counts,
-    quiet,
-    restore_dtypes,
-    set_trainable,
-)
-from kd_bench.distill.outputs import (
-    claim,
-    done_stages,
-    is_done,
-    only_one,
-    read_lineage,
-    save_whole,
-    stage_folder,
-)
-from kd_bench.distill.progress import LogWriter, ProgressReport, cut_log, spent
-from kd_bench.distill.recipe import NEW, DataSource, Recipe, Stage, recipe_yaml
-from kd_bench.distill.sharding import begin_sharding, gather_weights
-from kd_bench.distill.teacher_cache import TeacherCache, cache_folder
-from kd_bench.errors import KdBenchError, UsageError, explained
-from kd_bench.files import digest_text, write_json, write_text
-from kd_bench.world.embedded import resolve
-
-TOGETHER = "Do config.json, processor and weights of each checkpoint belong together?"
-SMALL_DATA = 50_000  # conversations that are encoded before the first step and kept in memory
+from kd_bench.distill.image_terms import count_items
+from kd_bench.distill.objective import KneeLog
+from kd_bench.distill.outputs import sync_folder
+from kd_bench.distill.recipe import Recipe, Stage
+from kd_bench.errors import TrainingError, UsageError, one_line
+from kd_bench.files import read_json, unsound, write_digests, write_text
 
 
-@dataclass
-class Run:
-    """What the stages of one training share."""
+def check_loggers(names: Sequence[str]) -> None:
+    """Whether the loggers of `report_to` can start here.
 
-    recipe: Recipe
-    folder: Path
-    console: Console
-    lineage: dict[str, Any]
-    is_main: bool
-    processor: Any = None
-    teacher: Any = None
-    teacher_processor: Any = None
-    done: list[str] = field(default_factory=list)
-    read: tuple[DataSource, tuple[list[Conversation], list[tuple[str, str]]]] | None = None
-
-    def note(self, **changes: Any) -> None:
-        """Update lineage.json."""
-        self.lineage.update(changes)
-        if self.is_main:
-            write_json(self.folder / "lineage.json", self.lineage)
-
-    def say(self, text: str) -> None:
-        if self.is_main:
-            self.console.print(text, highlight=False, soft_wrap=True)
-
-    def conversations(self, stage: Stage) -> tuple[list[Conversation], list[tuple[str, str]]]:
-        """The stage's conversations and what is malformed; the last file that was read is kept."""
-        source = self.recipe.data_of(stage)
-        if self.read is None or self.read[0] != source:
-            self.read = None  # the file before is let go first
-            self.read = (source, read_conversations(source))
-        return self.read[1]
+    Raises:
+        UsageError: a package is missing, or Weights & Biases knows no key.
+    """
+    for name in names:
+        if find_spec(name) is None:
+            raise UsageError(
+                f"report_to: the package {name} is not installed.", f"pip install {name}"
+            )
+    needs_key = "wandb" in names and os.environ.get("WANDB_MODE") not in ("offline", "disabled")
+    if needs_key and not (os.environ.get("WANDB_API_KEY") or _has_wandb_login()):
+        raise UsageError(
+            "report_to: Weights & Biases has no key on this machine.",
+            "Run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline.",
+        )
 
 
-def train(recipe: Recipe, *, resume: bool = True, console: Console | None = None) -> Path:
-    """Run a recipe and return the folder of the finished student.
+def _has_wandb_login() -> bool:
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].strip("/")
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def trainer_arguments(
+    recipe: Recipe, stage: Stage, folder: Path, steps: int, piece: int, seed: int
+) -> TrainingArguments:
+    """The stage's settings in the Trainer's words.
 
     Args:
-        resume: continue a stopped training; False starts over and deletes what was there.
-
-    Raises:
-        UsageError: recipe, checkpoints or data do not fit; nothing was trained.
-        TrainingError: training stopped; the last checkpoint is kept.
+        folder: where its checkpoints go.
+        steps: optimizer steps in all.
+        piece: samples that one device takes at a time.
     """
-    quiet()
-    begin_sharding()
-    folder = recipe.output_folder
-    final = folder / "final"
-    console = console or Console()
-    is_main = processes.rank() == 0
-    if is_main:
-        claim(folder)
-    with only_one(folder) if is_main else contextlib.nullcontext():
-        if not resume and is_main:
-            shutil.rmtree(folder, ignore_errors=True)
-            claim(folder)
-        processes.barrier()
-        run = Run(recipe, folder, console, _lineage(recipe), is_main)
-        if is_done(recipe, folder, run.conversations, run.say):
-            run.say(f"Already trained: {final}")
-            return final
-        run.lineage |= _lineage_before(folder, recipe)
-        processes.barrier()
-        if is_main:
-            write_text(folder / "recipe.yaml", recipe_yaml(recipe))
-        run.note(status="running")
+    schedule = "constant_with_warmup" if stage.schedule == "constant" else stage.schedule
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=piece,
+        gradient_accumulation_steps=stage.gradient_accumulation,
+        max_steps=steps,
+        learning_rate=stage.learning_rate,
+        lr_scheduler_type=schedule,
+        warmup_steps=stage.warmup,
+        weight_decay=stage.weight_decay,
+        adam_beta1=stage.betas[0],
+        adam_beta2=stage.betas[1],
+        max_grad_norm=stage.max_grad_norm,
+        bf16=stage.precision == "bfloat16",
+        use_cpu=not torch.accelerator.is_available(),
+        logging_steps=stage.log_every,
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="non_padding",
+        save_strategy="steps" if stage.save_every else "no",
+        save_steps=stage.save_every or 500,
+        report_to=list(recipe.report_to) or "none",
+        project="kd-bench",
+        run_name=f"{recipe.output_folder.name}-{stage.name}",
+        seed=seed,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_num_workers=stage.workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=True,  # terms on the switch alone leave the language model out
+        average_tokens_across_devices=True,
+    )
+
+
+TERM = "term_"
+
+
+def duration(seconds: float) -> str:
+    """`4s`, `3m 20s`, `2h 05m`."""
+    whole = max(round(seconds), 0)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+
+
+class LogWriter(TrainerCallback):
+    """Appends one JSON object a logging step to `train_log.jsonl`.
+
+    Args:
+        samples: samples of one optimizer step.
+    """
+
+    def __init__(self, path: Path, stage: str, samples: int) -> None:
+        self.path = path
+        self.stage = stage
+        self.samples = samples
+        self._clock = 0.0
+        self._step = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._clock = time.perf_counter()
+        self._step = state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        now = time.perf_counter()
+        steps = max(state.global_step - self._step, 1)
+        seconds = now - self._clock
+        seconds_a_step = seconds / steps
+        self._clock, self._step = now, state.global_step
+        names = [name for name in logs if name.startswith(TERM)]
+        logs["terms"] = {name.removeprefix(TERM): logs.pop(name) for name in names}
+        logs["samples_per_second"] = self.samples / seconds_a_step
+        logs["seconds_left"] = (state.max_steps - state.global_step) * seconds_a_step
+        if not state.is_world_process_zero:
+            return
+        record = {"stage": self.stage, "step": state.global_step, "steps": state.max_steps}
+        record |= {key: _short(value) for key, value in logs.items()}
+        record |= {
+            "seconds": _short(seconds),
+            "devices": args.world_size,
+            "device": args.device.type,
+        }
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(record) + "\n")
+
+
+def _short(value: Any) -> Any:
+    """Numbers to seven digits, inside mappings too."""
+    if isinstance(value, dict):
+        return {key: _short(entry) for key, entry in value.items()}
+    return float(f"{value:.7g}") if isinstance(value, float) else value
+
+
+def spent(path: Path, stage: str) -> dict[str, Any]:
+    """What a stage cost by its log: seconds on all devices together, their kind, tokens read.
+
+    What was trained twice because a run was killed counts once.
+    """
+    seconds, tokens, kinds = 0.0, 0, set()
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
-            student = _run_stages(run)
-            run.note(status="complete", finished=_now())
-            if is_main:
-                _save_final(run, student, final)
-            processes.barrier()
-        except KeyboardInterrupt:
-            run.note(status="interrupted")
-            raise
-        except KdBenchError as error:
-            run.note(status="stopped", problem=error.problem)
-            raise
-    run.say(f"Trained: {final}")
-    return final
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-# What may differ between training seeds of one recipe.
-SEEDLESS = {"name": "", "seed": 0, "output": None, "report_to": [], "teacher_cache": None}
-
-
-def _lineage(recipe: Recipe) -> dict[str, Any]:
-    return {
-        "status": "running",
-        "recipe": recipe.name,
-        "recipe_digest": digest_text(recipe_yaml(recipe)),
-        "seedless_digest": digest_text(recipe_yaml(recipe.model_copy(update=SEEDLESS))),
-        "method": recipe.method,
-        "role": _role(recipe),
-        "seed": recipe.seed,
-        "teacher": None,
-        "student": None,
-        "stages": {},
-        "provenance": provenance.collect(seed=recipe.seed),
-    }
-
-
-def _lineage_before(folder: Path, recipe: Recipe) -> dict[str, Any]:
-    """What lineage.json says of models and stages that have begun: a resumed training keeps it."""
-    begun = [
-        stage.name
-        for index, stage in enumerate(recipe.stages)
-        if ((own := stage_folder(folder, index, stage)) / "model").exists() or checkpoints(own)
-    ]
-    if not begun:
+            record = json.loads(line)
+            if record["stage"] != stage:
+                continue
+            seconds += record["seconds"] * record["devices"]
+            kinds.add(record["device"])
+        except (ValueError, KeyError, TypeError):
+            return {}  # of a version that did not log it
+        tokens = max(tokens, int(record.get("num_input_tokens_seen") or 0))
+    if not kinds:
         return {}
-    told = read_lineage(folder)
-    stages = {name: told["stages"][name] for name in begun if name in told.get("stages", {})}
-    return {"stages": stages, "student": told.get("student"), "teacher": told.get("teacher")}
+    found = {"device_seconds": round(seconds, 3), "device": "/".join(sorted(kinds))}
+    return found | ({"tokens": tokens} if tokens else {})
 
 
-def _role(recipe: Recipe) -> str:
-    """What the model is among others: distilled, or trained without the teacher that is there."""
-    if any(needs_teacher(stage.objective) for stage in recipe.stages):
-        return "kd"
-    return "sft" if recipe.teacher else "model"
+def cut_log(path: Path, stages: list[str], stage: str, step: int) -> None:
+    """Drop what an interrupted run logged after the checkpoint that it resumes from.
 
-
-def _save_final(run: Run, student: Any, final: Path) -> None:
-    """The last stage's model again, with where it came from beside it."""
-    student.eval()
-    restore_dtypes(student, _start(run), run.recipe.final_dtype)
-    save_whole(student, _Notes(run), final)
-
-
-class _Notes:
-    """Saves processor, lineage and recipe in one go, so that final/ appears with all of them."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-
-    def save_pretrained(self, folder: Path) -> None:
-        self.run.processor.save_pretrained(folder)
-        for name in ("lineage.json", "recipe.yaml"):
-            shutil.copyfile(self.run.folder / name, folder / name)
-
-
-def _run_stages(run: Run) -> Any:
-    """Train the stages that are not done yet; returns the student."""
-    recipe = run.recipe
-    count = processes.broadcast(done_stages(recipe, run.folder, run.say) if run.is_main else 0)
-    left = [
-        (stage, stage_folder(run.folder, index, stage))
-        for index, stage in enumerate(recipe.stages)
-        if index >= count
-    ]
-    _check_settings(run, [stage for stage, _ in left])
-    start = _start(run)
-    run.processor = load_processor(start, trust_remote_code=recipe.trust_remote_code)
-    if recipe.prompt_template is not None:
-        use_template(run.processor, recipe.prompt_template)
-    _load_teacher(run)
-    run.note(student={"path": str(recipe.student), "weights_sha256": weights_digest(start)})
-    run.done = [stage.name for stage in recipe.stages[:count]]
-    if run.done:
-        last = len(run.done) - 1
-        start = stage_folder(run.folder, last, recipe.stages[last]) / "model"
-    student = _load(recipe, start, recipe.seed if recipe.new_projector and not run.done else None)
-    _check_weights_learn(recipe, student)
-    check_image_token(start, student, run.processor)
-    with explained("Student and teacher cannot be trained together", TOGETHER):
-        for stage, _ in left:
-            _check_models(run, stage, student)
-    for stage, folder in left:
-        student = _run_stage(run, stage, folder, student)
-        run.done.append(stage.name)
-    return student
-
-
-def _check_settings(run: Run, stages: list[Stage]) -> None:
-    """Everything that can be wrong without loading a model, of every stage, before the first step.
-
-    Raises:
-        UsageError: naming the stage and the setting.
+    Args:
+        stages: names of the stages before `stage`, whose lines all stay.
     """
-    check_loggers(run.recipe.report_to)
-    if run.recipe.prompt_template is not None:
-        read_template(run.recipe.prompt_template)
-    for stage in reversed(stages):  # so that the first stage's data is the file that is kept
-        check_terms(stage.objective, stage.trainable, stage.name)
-        micro_batch(stage)
-        images = run.recipe.data_of(stage).images
-        if images is not None and not resolve(images).is_dir():
-            raise UsageError(
-                f"Stage {stage.name!r}: there is no folder of images at {images}.",
-                f"Set {_data_key(stage)}.images= to the folder that image names are relative to.",
-            )
-        try:
-            sound, _ = run.conversations(stage)
-        except UsageError as error:
-            setting = f"{_data_key(stage)}.path"
-            raise UsageError(
-                f"Stage {stage.name!r}: {error.problem}",
-                f"Set {setting}=, or leave the stage out with {stage.name}=null."
-                if len(run.recipe.stages) > 1
-                else f"Set {setting}=.",
-            ) from None
-        if not sound:
-            raise UsageError(
-                f"Stage {stage.name!r}: none of its conversations can be used.", "Check data.path."
-            )
-        if len(sound) < stage.batch_size:
-            raise UsageError(
-                f"Stage {stage.name!r}: the data holds {len(sound)} usable samples, fewer than one "
-                f"batch of {stage.batch_size}.",
-                f"Lower {stage.name}.batch_size, or give more data.",
-            )
-
-
-def _data_key(stage: Stage) -> str:
-    """The setting that names a stage's data: its own, or the recipe's."""
-    return f"{stage.name}.data" if stage.data else "data"
-
-
-def _check_models(run: Run, stage: Stage, student: Any) -> int | None:
-    """Whether the models fit the stage; the rows that both vocabularies are cut to, or None."""
-    if stage.lora is not None:
-        lora_layers(student, stage.lora)
-    if not needs_teacher(stage.objective):
-        return None
-    return check_pair(
-        student,
-        run.teacher,
-        run.processor,
-        run.teacher_processor,
-        stage.objective,
-        truncate_vocabulary=run.recipe.truncate_vocabulary,
-    )
-
-
-def _check_weights_learn(recipe: Recipe, student: Any) -> None:
-    """Quantized weights are integers that no gradient reaches."""
-    if not all(weight.is_floating_point() for weight in student.parameters()):
-        raise UsageError(
-            f"The student {recipe.student} is quantized, and its weights cannot learn.",
-            "Train the float checkpoint, then evaluate it with --quantize.",
-        )
-
-
-def _start(run: Run) -> Path:
-    """The checkpoint that the first stage starts from, built where the recipe asks for that."""
-    recipe = run.recipe
-    if isinstance(recipe.student, str) and not recipe.student.startswith(NEW):
-        return _locate(recipe, recipe.student)
-    start = run.folder / "init"
-    if run.is_main and not start.exists():
-        staging = run.folder / ".init.saving"
-        shutil.rmtree(staging, ignore_errors=True)
-        build_start(recipe.student, staging, recipe.seed)
-        staging.rename(start)
-    processes.barrier()
-    return start
-
-
-def _locate(recipe: Recipe, reference: str) -> Path:
-    return locate(
-        reference, allow_pickle=recipe.allow_pickle, trust_remote_code=recipe.trust_remote_code
-    )
-
-
-def _load(recipe: Recipe, path: Path, projector_seed: int | None = None) -> Any:
-    return load_model(
-        path,
-        allow_pickle=recipe.allow_pickle,
-        trust_remote_code=recipe.trust_remote_code,
-        projector_seed=projector_seed,
-    )
-
-
-def _load_teacher(run: Run) -> None:
-    recipe = run.recipe
-    if recipe.teacher is None or not any(needs_teacher(s.objective) for s in recipe.stages):
+    if not path.exists():
         return
-    mixed = any(stage.precision == "bfloat16" for stage in recipe.stages)
-    path = _locate(recipe, recipe.teacher)
-    run.teacher = load_model(
-        path,
-        dtype=torch.bfloat16 if mixed else torch.float32,
-        allow_pickle=recipe.allow_pickle,
-        trust_remote_code=recipe.trust_remote_code,
-    )
-    run.teacher_processor = load_processor(path, trust_remote_code=recipe.trust_remote_code)
-    check_image_token(path, run.teacher, run.teacher_processor)
-    run.note(teacher={"path": recipe.teacher, "weights_sha256": weights_digest(path)})
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            record = json.loads(line)
+            kept_stage, reached = record["stage"], int(record["step"])
+        except (ValueError, KeyError, TypeError):
+            continue  # a torn last line, or a damaged one
+        if kept_stage in stages or (kept_stage == stage and reached <= step):
+            kept.append(line + "\n")
+    write_text(path, "".join(kept))
 
 
-def _run_stage(run: Run, stage: Stage, folder: Path, student: Any) -> Any:
-    """Train one stage from its last checkpoint and save its model; returns the student."""
-    recipe = run.recipe
-    teacher = run.teacher if needs_teacher(stage.objective) else None
-    rows = _check_models(run, stage, student)
-    dataset = _dataset(run, stage, student)
-    order, seed = _order(run, stage, dataset)
-    set_trainable(student, stage.trainable)
-    torch.manual_seed(seed)  # adapters start from it
-    if stage.lora is not None:
-        student = add_lora(student, stage.lora)
-    distiller = Distiller(
-        student,
-        teacher,
-        stage.objective,
-        vocabulary=rows,
-        head_chunk=stage.head_chunk,
-        cache=_cache(run, stage, teacher, dataset),
-    )
-    if stage.gradient_checkpointing:
-        checkpoint_activations(student)
-        if teacher is not None:
-            checkpoint_activations(teacher, frozen=True)
-    trainer = _trainer(run, stage, folder, distiller, order, seed)
-    _check_processes(trainer)
-    checkpoint = processes.broadcast(last_checkpoint(folder, run.say) if run.is_main else None)
-    with explained("The first batch does not go through student and teacher", TOGETHER):
-        pictured = trainer.pictured_batch()
-        if pictured is not None:
-            distiller.freeze_unreached(pictured)
-        _announce(run, stage, trainer, checkpoint)
-    with contextlib.closing(trainer.report):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        trainer.check_finite()
-    run.lineage["stages"][stage.name] |= spent(run.folder / "train_log.jsonl", stage.name)
-    run.note()
-    if trainer.is_fsdp_enabled:
-        gather_weights(student)
-    student = merge_lora(student)
-    _tell_where_to_stop(student, dataset.encoder.chat.stop_ids)
-    if run.is_main:
-        save_whole(student, run.processor, folder / "model")
-        for leftover in folder.glob("checkpoint-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-    processes.barrier()
-    return student if not trainer.is_fsdp_enabled else _load(recipe, folder / "model")
+class ProgressReport(TrainerCallback):
+    """Shows the losses by term, learning rate, samples a second and time left.
 
-
-def _tell_where_to_stop(student: Any, stop_ids: list[int]) -> None:
-    """Add what the student learnt to end its answers with to what `generate` stops at."""
-    settings = student.generation_config
-    known = settings.eos_token_id
-    ids = [] if known is None else list(known) if isinstance(known, list | tuple) else [known]
-    if not set(stop_ids) <= set(ids):
-        settings.eos_token_id = [*ids, *stop_ids]
-
-
-def _check_processes(trainer: DistillationTrainer) -> None:
-    """Processes that do not know of each other would each train on a part of every batch."""
-    started = processes.world_size()
-    joined = trainer.accelerator.num_processes
-    if joined != started:
-        raise UsageError(
-            f"{started} processes were started, but {joined} take part in the training.",
-            "Start them with `accelerate launch` or `torchrun`, one an accelerator.",
-        )
-
-
-def _encoder(run: Run, stage: Stage, student: Any) -> Encoder:
-    """Encodes for the student, and for the teacher where one batch cannot serve both."""
-    max_pixels = run.recipe.data_of(stage).max_image_pixels
-    if needs_teacher(stage.objective) and image_difference(
-        student, run.teacher, run.processor, run.teacher_processor
-    ):
-        return PairEncoder(
-            run.processor, run.teacher_processor, stage.max_length, max_pixels=max_pixels
-        )
-    return Encoder(run.processor, stage.max_length, max_pixels=max_pixels)
-
-
-def _dataset(run: Run, stage: Stage, student: Any) -> ConversationDataset:
-    """The stage's samples, all encoded in advance where they are few."""
-    source = run.recipe.data_of(stage)
-    conversations, broken = run.conversations(stage)
-    dataset = ConversationDataset(
-        conversations,
-        _encoder(run, stage, student),
-        unreadable=broken,
-        unreadable_limit=source.unreadable_limit,
-    )
-    if len(conversations) <= SMALL_DATA:
-        dataset.prepare()
-    return dataset
-
-
-def micro_batch(stage: Stage) -> int:
-    """Samples that one process takes at a time.
-
-    Raises:
-        UsageError: the batch cannot be shared by the processes.
+    On a terminal the bar moves with every step; where a line is narrow, its end is cut, so stage,
+    step and time left come first.
     """
-    world = processes.world_size()
-    shares = stage.gradient_accumulation * world
-    if stage.batch_size % shares:
-        raise UsageError(
-            f"Stage {stage.name!r}: batch_size {stage.batch_size} cannot be shared by {world} "
-            f"processes with gradient_accumulation {stage.gradient_accumulation}.",
-            f"Use a multiple of {shares}.",
+
+    def __init__(self, stage: str, console: Console, every: float = 10.0) -> None:
+        self.stage = stage
+        self.console = console
+        self.every = every
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._printed = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        if self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=max(min(24, self.console.width // 8), 8)),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, ratio=1)),
+                console=self.console,
+                expand=True,
+                transient=True,
+            )
+            self._task = self._bar.add_task(
+                self.stage, total=state.max_steps, completed=state.global_step, note="first step"
+            )
+            self._bar.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if not logs or "loss" not in logs or not state.is_world_process_zero:
+            return
+        if self._bar is not None:
+            self._bar.update(self._task, note=self.note(logs))
+            return
+        now = time.monotonic()
+        last = state.global_step >= state.max_steps
+        if last or now - self._printed >= self.every:
+            self._printed = now
+            self.console.print(
+                f"{self.stage} {state.global_step}/{state.max_steps}  {self.note(logs)}"
+                + (f"  {duration(logs['seconds_left'])} left" if "seconds_left" in logs else ""),
+                highlight=False,
+                soft_wrap=True,
+            )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the live bar off the terminal."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    @staticmethod
+    def note(logs: dict[str, Any]) -> str:
+        """One line: `loss 2.310 (ce 1.900, align 0.250)  lr 1.0e-03  410 samples/s`."""
+        terms = ", ".join(f"{name} {value:.3f}" for name, value in logs.get("terms", {}).items())
+        parts = [f"loss {logs['loss']:.3f}" + (f" ({terms})" if terms else "")]
+        parts.append(f"lr {logs['learning_rate']:.1e}")
+        if "samples_per_second" in logs:
+            parts.append(f"{logs['samples_per_second']:.0f} samples/s")
+        return "  ".join(parts)
+
+
+STATE = "weights.safetensors"
+STAGING = ".saving"
+
+
+class _Flow(TrainerCallback):
+    """Sets the epoch's order, also on resuming, and logs the last step instead of saving it."""
+
+    def __init__(self, order: BatchOrder) -> None:
+        self.order = order
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.order.set_epoch(state.global_step // self.order.steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+            control.should_save = False  # the stage's own model follows at once
+
+
+class DistillationTrainer(Trainer):
+    """Trains a `Distiller`.
+
+    Args:
+        order: which samples make up which batch.
+        stage: name of the stage, for messages.
+        vision_tower_learning_rate: where the vision tower shall learn at a rate of its own.
+        lineage: file that is copied into every checkpoint.
+    """
+
+    model: Distiller
+    optimizer: Any
+
+    def __init__(
+        self,
+        distiller: Distiller,
+        arguments: TrainingArguments,
+        order: BatchOrder,
+        collator: Collator,
+        *,
+        stage: str = "train",
+        vision_tower_learning_rate: float | None = None,
+        report: ProgressReport,
+        lineage: Path | None = None,
+        callbacks: Sequence[Any] = (),
+    ) -> None:
+        super().__init__(
+            model=distiller,
+            args=arguments,
+            train_dataset=order.dataset,
+            data_collator=collator,
+            callbacks=[_Flow(order), *callbacks, report],  # the report shows what the others add
         )
-    return stage.batch_size // shares
+        self.remove_callback(PrinterCallback)
+        self.stage = stage
+        self.report = report
+        self.lineage = lineage
+        self.order = order
+        self.dataset = order.dataset
+        self.vision_tower_learning_rate = vision_tower_learning_rate
+        self._sums: dict[str, Tensor] = {}
+        self._summed_from = 0
+        self._unchecked: list[tuple[int, Tensor, Tensor]] = []
+        self._knee_log: KneeLog | None = None
+        self._watches_knees = any(term.loss == "dbild" for term in distiller.terms)
+        teacher = distiller.teacher
+        if teacher is not None:
+            teacher.model.to(self.args.device)
 
+    # Data
 
-def _order(run: Run, stage: Stage, dataset: ConversationDataset) -> tuple[BatchOrder, int]:
-    """The order of batches, and the stage's own seed."""
-    seed = run.recipe.seed + 1000 * len(run.done)
-    share = micro_batch(stage)
-    return BatchOrder(dataset, stage.batch_size, share, seed, stage.group_by_length), seed
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches in the order of `BatchOrder`; accelerate deals them out to the devices."""
+        workers = self.args.dataloader_num_workers
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=self.order,
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
 
+    def first_batch(self) -> dict[str, Tensor]:
+        """The first batch of all, on this process's device."""
+        samples = [self.dataset[index] for index in next(iter(self.order))]
+        return self._prepare_inputs(self.data_collator(samples))
 
-def _cache(
-    run: Run, stage: Stage, teacher: Any, dataset: ConversationDataset
-) -> TeacherCache | None:
-    if run.recipe.teacher_cache is None or teacher is None:
+    def pictured_batch(self) -> dict[str, Tensor] | None:
+        """One sample with a picture, on this process's device; None where there is none."""
+        for index, conversation in enumerate(self.dataset.conversations):
+            sample = self.dataset[index] if conversation.images else None
+            if isinstance(sample, dict):
+                return self._prepare_inputs(self.data_collator([sample]))
         return None
-    folder = cache_folder(
-        Path(run.recipe.teacher_cache),
-        teacher=run.lineage["teacher"]["weights_sha256"],
-        data=data_digest(dataset.conversations)["sha256"],
-        max_length=stage.max_length,
-        template=dataset.encoder.chat.template,
-        dtype=teacher.dtype,
-        **_own_images(run, dataset),
-    )
-    width = teacher.get_input_embeddings().weight.shape[1]
-    return TeacherCache(folder, width, teacher.dtype, processes.rank())
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """The micro-batches of a step, and `count_items` over all of them and all devices."""
+        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not samples:
+            return samples, None
+        token = self.model.parts.image_token_id
+        counts = [count_items(batch, token) for batch in samples]
+        added = torch.stack([torch.stack(list(count.values())) for count in counts]).sum(0)
+        added = self.accelerator.reduce(added.to(device), "sum")
+        return samples, dict(zip(counts[0], added, strict=True))
+
+    # One step
+
+    def training_step(
+        self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """One micro-batch: forward, backward."""
+        if self._logs_after_this_step():
+            self._knee_log = self._knee_log or KneeLog()
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Mapping[str, Tensor] | None = None,
+    ) -> Any:
+        """The distiller's loss; keeps every term's value for the log."""
+        self._give_up(inputs)
+        samples = inputs["sample_index"]
+        items: Any = num_items_in_batch
+        if items is None:
+            items = count_items(inputs, self.model.parts.image_token_id)
+        knee_log = self._knee_log if self._watches_knees else None
+        loss, values = model(inputs, items, knee_log)
+        if not self._sums:
+            self._summed_from = self.state.global_step
+        for name, value in values.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._unchecked.append((self.state.global_step + 1, loss.detach(), samples))
+        if loss.device.type == "cpu":
+            self.check_finite()  # costs nothing here; elsewhere it would wait for the device
+        if self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
+        return (loss, values) if return_outputs else loss
+
+    def _give_up(self, inputs: dict[str, Any]) -> None:
+        """Count the samples that could not be read for this batch."""
+        for index, reason in inputs.pop("unreadable", []):
+            self.dataset.give_up(index, reason)
+
+    def _logs_after_this_step(self) -> bool:
+        return (self.state.global_step + 1) % self.args.logging_steps == 0
+
+    def check_finite(self) -> None:
+        """Stop at the first loss that is not finite, naming its step and samples.
+
+        Raises:
+            TrainingError: training cannot go on; the last checkpoint is untouched.
+        """
+        pending, self._unchecked = self._unchecked, []
+        if not pending or bool(torch.isfinite(torch.stack([loss for _, loss, _ in pending])).all()):
+            return
+        for step, loss, samples in pending:
+            if bool(torch.isfinite(loss)):
+                continue
+            names = ", ".join(self.dataset.conversations[i].id for i in samples.tolist() if i >= 0)
+            raise TrainingError(
+                f"Stage {self.stage!r}: the loss became {float(loss)} at step {step}, on the "
+                f"samples {names}.",
+                "The last checkpoint is kept. Look at those samples, or lower learning_rate.",
+            )
+
+    # Optimizer
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's, with a learning rate of its own for the vision tower where asked."""
+        if self.optimizer is not None or self.vision_tower_learning_rate is None:
+            return super().create_optimizer(model)
+        tower = {id(p) for p in self.model.parts.vision_tower.parameters()}
+        decayed = set(self.get_decay_parameter_names(self.model))
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                key = (id(parameter) in tower, name in decayed)
+                groups.setdefault(key, []).append(parameter)
+        kind, settings = self.get_optimizer_cls_and_kwargs(self.args)
+        self.optimizer = kind(
+            [
+                {
+                    "params": parameters,
+                    "weight_decay": self.args.weight_decay if decays else 0.0,
+                    "lr": self.vision_tower_learning_rate if seeing else self.args.learning_rate,
+                }
+                for (seeing, decays), parameters in groups.items()
+            ],
+            **settings,
+        )
+        return self.optimizer
+
+    # Log
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """Add the terms and the knees to what the Trainer logs."""
+        if "loss" in logs:
+            self.check_finite()
+            steps = max(self.state.global_step - self._summed_from, 1)
+            logs.update(self._drain(steps))
+            if self._knee_log is not None:
+                logs.update(self._knee_log.summary())
+                self._knee_log = None
+        super().log(logs, start_time)
+
+    def _drain(self, steps: int) -> dict[str, float]:
+        """Mean of every term over the steps since the last log, over all devices.
+
+        Flat, as `term_ce`: TensorBoard and its like plot numbers only.
+        """
+        labels = [term.label for term in self.model.terms]
+        nothing = torch.zeros((), device=self.args.device)
+        stacked = torch.stack([self._sums.get(label, nothing).detach() for label in labels])
+        self._sums = {}
+        stacked = self.accelerator.reduce(stacked, "sum") / steps
+        return {
+            f"{TERM}{label}": value for label, value in zip(labels, stacked.tolist(), strict=True)
+        }
+
+    # Checkpoints
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, STAGING) if self._staging else folder  # noqa: PTH118
+
+    _staging = False
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint aside and rename it when it is whole; then drop the one before.
+
+        Raises:
+            TrainingError: the disk is full; the checkpoint before is untouched.
+        """
+        self.check_finite()
+        self._check_weights()
+        folder = Path(self.args.output_dir)
+        staging = folder / STAGING
+        name = f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self._staging = True
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self._complete(staging / name, folder / name)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer has no errno
+            shutil.rmtree(staging, ignore_errors=True)
+            raise TrainingError(
+                f"The checkpoint at step {self.state.global_step} could not be written to "
+                f"{folder}: {getattr(error, 'strerror', None) or one_line(error)}.",
+                "Make room and run the same command again: it resumes from the checkpoint before.",
+            ) from error
+        finally:
+            self._staging = False
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def _complete(self, written: Path, checkpoint: Path) -> None:
+        """Digest a checkpoint, put it in its place, and keep of the others only the one before."""
+        if self.lineage is not None and self.lineage.exists():
+            shutil.copyfile(self.lineage, written / self.lineage.name)
+        write_digests(written)
+        sync_folder(written)
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        written.rename(checkpoint)
+        before = [p for p in checkpoints(checkpoint.parent) if _step(p) < _step(checkpoint)]
+        # Later steps can only be those of a checkpoint that was found unsound.
+        for old in checkpoints(checkpoint.parent):
+            if old not in (checkpoint, *before[-1:]):
+                shutil.rmtree(old, ignore_errors=True)
+
+    def _check_weights(self) -> None:
+        """A checkpoint of broken weights would be worse than none."""
+        learning = [p.detach() for p in self.model.parameters() if p.requires_grad]
+        if not all(bool(torch.isfinite(p).all()) for p in learning):
+            raise TrainingError(
+                f"Stage {self.stage!r}: weights are no longer finite at step "
+                f"{self.state.global_step}.",
+                "The last checkpoint is kept. Lower learning_rate or max_grad_norm.",
+            )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The weights under the names they have in memory, for exact resuming."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_model(self.model, str(folder / STATE))
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        state = Path(resume_from_checkpoint) / STATE
+        if not state.exists():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        load_model(self.model, str(state))
 
 
-def _own_images(run: Run, dataset: ConversationDataset) -> dict[str, str]:
-    """What else decides a teacher's states where it is given images of its own."""
-    if not isinstance(dataset.encoder, PairEncoder):
-        return {}
-    return {"images": run.teacher_processor.image_processor.to_json_string()}
+def checkpoints(folder: Path) -> list[Path]:
+    """A stage's checkpoints, oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()]
+    return sorted(found, key=_step)
 
 
-def _trainer(
-    run: Run, stage: Stage, folder: Path, distiller: Distiller, order: BatchOrder, seed: int
-) -> DistillationTrainer:
-    tokenizer = run.processor.tokenizer
-    (stop,) = order.dataset.encoder.chat.stop_ids
-    pad = stop if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    steps = stage.steps or max(round((stage.epochs or 1) * order.steps), 1)
-    report = ProgressReport(stage.name, run.console)
-    log = LogWriter(run.folder / "train_log.jsonl", stage.name, stage.batch_size)
-    return DistillationTrainer(
-        distiller,
-        trainer_arguments(run.recipe, stage, folder, steps, order.batch_size, seed),
-        order,
-        Collator(pad),
-        stage=stage.name,
-        vision_tower_learning_rate=stage.vision_tower_learning_rate,
-        report=report,
-        lineage=run.folder / "lineage.json",
-        callbacks=[log],
-    )
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name[11:])
 
 
-def _announce(
-    run: Run, stage: Stage, trainer: DistillationTrainer, checkpoint: Path | None
-) -> None:
-    """Note in lineage and log what is about to happen, and say so."""
-    reached = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-    if run.is_main:
-        cut_log(run.folder / "train_log.jsonl", run.done, stage.name, reached)
-    dataset, distiller, steps = trainer.dataset, trainer.model, trainer.args.max_steps
-    counts = parameter_counts(distiller.student)
-    idle = stage.lora is not None and "language_model" not in stage.trainable
-    run.lineage["stages"][stage.name] = {
-        "method": stage.method_name,
-        "steps": steps,
-        "data": data_digest(dataset.conversations),
-        "unreadable": dataset.unreadable,
-        "parameters": counts,
-        "checks": step_zero(distiller, trainer.first_batch()),
-    }
-    if dataset.left_out:
-        run.lineage["stages"][stage.name]["answers_left_out"] = dataset.left_out
-    run.note()
-    run.say(
-        f"{stage.name}: {stage.method_name}, {steps} steps of {stage.batch_size} out of "
-        f"{len(dataset)} samples, {counts['trainable']:,} of {counts['total']:,} weights learn"
-        + (f"; {dataset.left_out:,} answers are context only" if dataset.left_out else "")
-        + ("; no adapters, trainable does not name language_model" if idle else "")
-        + (f"; resuming at step {reached}" if reached else "")
-    )
+def last_checkpoint(folder: Path, say: Callable[[str], None] = lambda line: None) -> Path | None:
+    """The newest sound checkpoint of a stage; `say` is told of newer ones that are not."""
+    for checkpoint in reversed(checkpoints(folder)):
+        problem = unsound(checkpoint) or _incomplete(checkpoint)
+        if problem is None:
+            return checkpoint
+        say(f"{problem}: {checkpoint.name} is not used, but the state before it.")
+    return None
+
+
+def _incomplete(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint at first sight, for those that have no digests."""
+    for name in ("trainer_state.json", "scheduler.pt"):
+        if not (checkpoint / name).is_file():
+            return f"{checkpoint / name} is missing"
+    sharded = any(checkpoint.glob("pytorch_model_fsdp*"))
+    for name in () if sharded else (STATE, "optimizer.pt"):
+        if not (checkpoint / name).is_file():
+            return f"{checkpoint / name} is missing"
+    try:
+        read_json(checkpoint / "trainer_state.json")
+    except ValueError:
+        return f"{checkpoint / 'trainer_state.json'} is damaged"
+    for path in sorted(checkpoint.glob("*.pt*")):  # torch's files are zip archives with checksums
+        try:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip() is not None
+        except (zipfile.BadZipFile, OSError, EOFError, ValueError):
+            damaged = True
+        if damaged:
+            return f"{path} is damaged"
+    return None

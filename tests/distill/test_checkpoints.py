@@ -471,7 +471,7 @@ def load_as_train(folder: Path, data: Path, output: Path, role: str, **settings:
     from rich.console import Console
 
     from kd_bench.distill.recipe import Recipe
-    from kd_bench.distill.trainer import train
+    from kd_bench.distill.train import train
 
     whole = str(data.parent / "whole")
     models = {"student": whole, "teacher": whole, role: str(folder)}

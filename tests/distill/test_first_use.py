@@ -10,9 +10,7 @@ import pytest
 from rich.console import Console
 
 from kd_bench.cli.recipes import attribute_lines, write_starter
-from kd_bench.distill import trainer
-from kd_bench.distill.arguments import check_loggers
-from kd_bench.distill.progress import ProgressReport
+from kd_bench.distill import train as train_module
 from kd_bench.distill.recipe import (
     DataSource,
     LoraSettings,
@@ -23,7 +21,8 @@ from kd_bench.distill.recipe import (
     load_recipe,
     recipe_yaml,
 )
-from kd_bench.distill.trainer import train
+from kd_bench.distill.train import train
+from kd_bench.distill.trainer import ProgressReport, check_loggers
 from kd_bench.errors import UsageError
 from tests.support import tiny
 
@@ -90,7 +89,7 @@ def test_every_stage_is_checked_before_the_first_step(place, wrong, message, mon
     def no_step(*_):
         raise AssertionError("a stage was trained")
 
-    monkeypatch.setattr(trainer, "_run_stage", no_step)
+    monkeypatch.setattr(train_module, "_run_stage", no_step)
     folder = place / f"checked{abs(hash(wrong))}"
     with pytest.raises(UsageError, match=message):
         train(two_stages(place, folder.name, *wrong.split()))
@@ -100,14 +99,14 @@ def test_every_stage_is_checked_before_the_first_step(place, wrong, message, mon
 
 
 def test_what_no_stage_has_begun_may_still_change(place, monkeypatch):
-    before = trainer._run_stage
+    before = train_module._run_stage
 
     def stops(run, stage, folder, student):
         if stage.name == "distil":
             raise KeyboardInterrupt
         return before(run, stage, folder, student)
 
-    monkeypatch.setattr(trainer, "_run_stage", stops)
+    monkeypatch.setattr(train_module, "_run_stage", stops)
     with pytest.raises(KeyboardInterrupt):
         train(two_stages(place, "changed"))
     monkeypatch.undo()
@@ -207,7 +206,7 @@ def test_a_logger_without_its_key_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("kd_bench.distill.arguments.find_spec", lambda name: name)
+    monkeypatch.setattr("kd_bench.distill.trainer.find_spec", lambda name: name)
     with pytest.raises(UsageError, match="Weights & Biases has no key"):
         check_loggers(["wandb"])
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kd_bench.distill.engine import DistillationTrainer
 from kd_bench.distill.recipe import load_recipe
-from kd_bench.distill.trainer import train
+from kd_bench.distill.train import train
+from kd_bench.distill.trainer import DistillationTrainer
 from kd_bench.errors import TrainingError, UsageError
 from kd_bench.files import MARKER
 from tests.support import tiny

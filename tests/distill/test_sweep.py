@@ -2,7 +2,7 @@
 
 import pytest
 
-from kd_bench.distill import trainer
+from kd_bench.distill import train as train_module
 from kd_bench.distill.sweep import plan, sweep
 from kd_bench.errors import TrainingError
 from tests.support import tiny
@@ -14,14 +14,14 @@ def recipe(tmp_path_factory):
 
 
 def test_a_stopped_training_costs_no_other_and_is_continued(recipe, monkeypatch):
-    before = trainer.train
+    before = train_module.train
 
     def stops(single, **options):
         if single.method == "kl":
             raise TrainingError("The loss became nan.", "Look.")
         return before(single, **options)
 
-    monkeypatch.setattr(trainer, "train", stops)
+    monkeypatch.setattr(train_module, "train", stops)
     settings = ["steps=2"]
     with pytest.raises(TrainingError, match="1 of 3 trainings stopped: kl with seed 1"):
         sweep(plan(recipe, settings, methods=["sft", "kl", "rkl"], seeds=[1]))

@@ -12,19 +12,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from kd_bench.distill import train as train_module
 from kd_bench.distill.checkpoints import weights_digest
-from kd_bench.distill.engine import DistillationTrainer
 from kd_bench.distill.recipe import load_recipe
-from kd_bench.distill.trainer import train
+from kd_bench.distill.train import train
+from kd_bench.distill.trainer import DistillationTrainer
 from kd_bench.errors import TrainingError, UsageError
 from tests.support import tiny
 from tests.support.torchrun import torchrun
 
 KILLED_AT = """
 import os, signal, sys
-from kd_bench.distill.engine import DistillationTrainer
+from kd_bench.distill.trainer import DistillationTrainer
 from kd_bench.distill.recipe import load_recipe
-from kd_bench.distill.trainer import train
+from kd_bench.distill.train import train
 
 step, recipe, *overrides = sys.argv[1:]
 before = DistillationTrainer.training_step
@@ -306,10 +307,10 @@ def test_image_terms_and_a_cache_do_not_go_together(place):
 
 
 def test_samples_are_also_read_on_the_way(place, tmp_path, monkeypatch):
-    from kd_bench.distill import batches, trainer
+    from kd_bench.distill import batches
 
     whole = train(recipe_in(place, "ahead", "method=sft", "steps=6"))
-    monkeypatch.setattr(trainer, "SMALL_DATA", 0)
+    monkeypatch.setattr(train_module, "SMALL_DATA", 0)
     lazily = train(recipe_in(place, "lazily", "method=sft", "steps=6"))
     assert weights_digest(lazily) == weights_digest(whole)
     monkeypatch.undo()
@@ -320,9 +321,8 @@ def test_samples_are_also_read_on_the_way(place, tmp_path, monkeypatch):
 
 
 def test_a_picture_that_vanishes_on_the_way_is_skipped_and_counted(place, tmp_path, monkeypatch):
-    from kd_bench.distill import trainer
 
-    monkeypatch.setattr(trainer, "SMALL_DATA", 0)
+    monkeypatch.setattr(train_module, "SMALL_DATA", 0)
     data = tiny.write_data(tmp_path / "data", count=8)
     for index in (0, 1):
         (tmp_path / "data" / f"{index}.png").unlink()

@@ -15,7 +15,7 @@ from kd_bench.distill.encoding import Encoder, PairEncoder
 from kd_bench.distill.images import Unreadable
 from kd_bench.distill.methods import METHODS
 from kd_bench.distill.recipe import DataSource, load_recipe
-from kd_bench.distill.trainer import train
+from kd_bench.distill.train import train
 from kd_bench.distill.vision_language import answer_positions
 from kd_bench.errors import UsageError
 from tests.support import public_families, tiny

@@ -8,9 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
+from kd_bench.distill import train as train_module
 from kd_bench.distill.models import load_model, load_processor
 from kd_bench.distill.recipe import load_recipe
-from kd_bench.distill.trainer import train
+from kd_bench.distill.train import train
 from kd_bench.errors import TrainingError, UsageError
 from tests.support import tiny
 
@@ -60,9 +61,8 @@ def picky(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bad_samples_are_counted_with_their_reason(
     place: Path, small: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kd_bench.distill import trainer
 
-    monkeypatch.setattr(trainer, "SMALL_DATA", small)
+    monkeypatch.setattr(train_module, "SMALL_DATA", small)
     changes = [
         f"output={place / f'out{small}'}",
         "method=sft",

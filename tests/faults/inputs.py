@@ -97,9 +97,9 @@ def stopped_training() -> Path:
     """A stage's folder with two checkpoints, as an interrupted training leaves it."""
     import tempfile
 
-    from kd_bench.distill.engine import DistillationTrainer
     from kd_bench.distill.recipe import load_recipe
-    from kd_bench.distill.trainer import train
+    from kd_bench.distill.train import train
+    from kd_bench.distill.trainer import DistillationTrainer
     from tests.support import tiny
 
     def step(self: object, *arguments: object, **named: object) -> object:
@@ -120,7 +120,7 @@ def stopped_training() -> Path:
 
 @fault("training: checkpoints damaged", tries=240)
 def a_checkpoint_is_damaged(folder: Path, number: int) -> None:
-    from kd_bench.distill.engine import last_checkpoint
+    from kd_bench.distill.trainer import last_checkpoint
 
     stage = folder / "stage"
     shutil.copytree(stopped_training(), stage)
