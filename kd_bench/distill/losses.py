@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd_bench.distill.knee import Candidates, Curve, Lead, join, leading
+from kd_bench.distill.knee import knee as knee  # a public name of the losses
 from kd_bench.distill.pairs import PairForm, pair_divergence
 from kd_bench.errors import UsageError
 
