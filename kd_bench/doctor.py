@@ -190,8 +190,7 @@ class Folder:
 
 def folders(environment: Mapping[str, str] = os.environ) -> list[Folder]:
     """The caches, the store of this working folder and the temporary folder."""
-    from kd_bench.world.build import VERSION
-    from kd_bench.world.embedded import wanted_cache
+    from kd_bench.world.build import VERSION, wanted_cache
 
     world = wanted_cache(environment) / f"world-{VERSION}"
     note = "drawn" if world.is_dir() else "drawn on first use"

@@ -35,7 +35,7 @@ def demo(
     ] = False,
 ) -> None:
     """Train, evaluate and report on the embedded world; a second call continues the first."""
-    from kd_bench.world.embedded import world_folder
+    from kd_bench.world.build import world_folder
 
     start = time.monotonic()
     typer.echo("Train, evaluate, report. Ctrl-C stops; the same command goes on from there.")

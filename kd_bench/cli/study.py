@@ -60,7 +60,7 @@ def draw_map(methods: Sequence[str], seeds: Sequence[int], workers: int) -> None
     Raises:
         UsageError: no methods or no seeds.
     """
-    from kd_bench.world.embedded import world_folder
+    from kd_bench.world.build import world_folder
 
     if not methods or not seeds:
         raise UsageError("The study needs methods and seeds.", "For example --seeds 0,1,2.")

@@ -68,7 +68,7 @@ def _show_sample(
     import tempfile
 
     from kd_bench.evals.preview import preview
-    from kd_bench.world.embedded import resolve
+    from kd_bench.world.build import resolve
 
     source = data or resolve("embedded:data/test")
     folder = pictures or Path(tempfile.mkdtemp(prefix="kd-bench-"))

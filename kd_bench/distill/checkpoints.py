@@ -37,7 +37,7 @@ def locate(
     Raises:
         UsageError: nothing of that name is embedded, lies there, or can be fetched.
     """
-    from kd_bench.world.embedded import resolve
+    from kd_bench.world.build import resolve
 
     folder = resolve(str(reference))
     if folder.exists():

@@ -14,7 +14,7 @@ from kd_bench.distill.forms import Conversation, conversation_of, identifier_of
 from kd_bench.distill.images import Unreadable
 from kd_bench.distill.recipe import DataSource
 from kd_bench.errors import UsageError, one_line
-from kd_bench.world.embedded import resolve
+from kd_bench.world.build import resolve
 
 CONTENT_LIMIT = 1 << 30  # pictures beyond this many bytes enter the digest by name and size
 

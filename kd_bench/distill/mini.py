@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kd_bench.world import words
-from kd_bench.world.prompts import FIXED_LINES
+from kd_bench.world import scenes
+from kd_bench.world.benchmarks import FIXED_LINES
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -73,14 +73,14 @@ def _lines() -> list[str]:
 
 def vocabulary() -> list[str]:
     """Every token in the order of its id: a fixed line or a word, wherever it stands, is one."""
-    chinese = {*words.CHINESE.values(), *words.CHINESE_PARTICLES}
-    known = {*_lines(), *words.PLACES, *words.ENGLISH, *chinese, *'0123456789ABCDE.,?:"'}
+    chinese = {*scenes.CHINESE.values(), *scenes.CHINESE_PARTICLES}
+    known = {*_lines(), *scenes.PLACES, *scenes.ENGLISH, *chinese, *'0123456789ABCDE.,?:"'}
     return [*SPECIAL, *ROLES, *sorted(known)]
 
 
 def _splitter() -> str:
     """Return the pattern of a token; what lies between two of them is dropped."""
-    chinese = sorted({*words.CHINESE.values(), *words.CHINESE_PARTICLES}, key=len, reverse=True)
+    chinese = sorted({*scenes.CHINESE.values(), *scenes.CHINESE_PARTICLES}, key=len, reverse=True)
     parts = [
         *map(re.escape, sorted(_lines(), key=len, reverse=True)),
         r"(?:top|bottom) (?:left|right)",

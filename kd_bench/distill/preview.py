@@ -14,7 +14,7 @@ from kd_bench.distill.forms import Conversation
 from kd_bench.distill.images import Unreadable
 from kd_bench.distill.models import load_processor
 from kd_bench.distill.recipe import DataSource
-from kd_bench.world.embedded import resolve
+from kd_bench.world.build import resolve
 
 AT_A_TIME = 64  # conversations encoded at a time
 

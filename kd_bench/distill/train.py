@@ -71,7 +71,7 @@ from kd_bench.distill.trainer import (
 )
 from kd_bench.errors import KdBenchError, UsageError, explained
 from kd_bench.files import digest_text, write_json, write_text
-from kd_bench.world.embedded import resolve
+from kd_bench.world.build import resolve
 
 TOGETHER = "Do config.json, processor and weights of each checkpoint belong together?"
 SMALL_DATA = 50_000  # conversations that are encoded before the first step and kept in memory

@@ -197,7 +197,7 @@ def _subject(
 
 def _suite_data(suite: Suite) -> Path:
     if suite.data == "embedded":
-        from kd_bench.world.embedded import resolve
+        from kd_bench.world.build import resolve
 
         return resolve("embedded:data/test")
     raise UsageError(

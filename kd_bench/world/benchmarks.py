@@ -1,23 +1,138 @@
-"""Rows of the ten benchmarks about scenes, in the column schemas of the real data sets.
+"""The ten benchmarks about scenes: their rows, in the column schemas of the real data sets.
 
-A builder takes one scene and returns the rows about it; a column that holds a picture holds a Scene
-until it is written. Ids (question_id, index, id) are given later, by number_rows.
+A builder takes one scene and returns the rows about it; a column that holds an image holds a Scene
+until it is written. Ids (question_id, index, id) are given later, when a test set is drawn.
+The prompts and answers are those of lmms-eval 0.7.3 by default: training conversations are made of
+them; evaluation uses upstream's own code, and a test compares both.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterable
+import ast
+from collections import Counter
+from collections.abc import Callable
 from random import Random
 from typing import Any
 
-from kd_bench.world import words
-from kd_bench.world.annotators import GIVES_UP, ten_answers
-from kd_bench.world.mme import mme_rows
-from kd_bench.world.questions import Question, ask
-from kd_bench.world.scenes import Scene, sample_scene
-from kd_bench.world.words import chinese
+from kd_bench.world import scenes
+from kd_bench.world.questions import GIVES_UP, SIDES, Question, ask, plural, ten_answers
+from kd_bench.world.scenes import Scene, chinese, sample_scene
 
 Row = dict[str, Any]
+
+# --- MME: for each category, a question whose answer is yes and one whose answer is no ------------
+
+Pair = tuple[str, str] | None  # the questions whose answers are yes and no
+PairMaker = Callable[[Scene, Random], Pair]
+
+_END = " Please answer yes or no."  # upstream takes it away again
+_NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
+
+
+def _existence(scene: Scene, rng: Random) -> Pair:
+    there = sorted({s.name for s in scene.shapes})
+    absent = [name for name in scenes.SHAPES if name not in there]
+    text = "Is there a {} in this image?"
+    return text.format(rng.choice(there)), text.format(rng.choice(absent))
+
+
+def _count(scene: Scene, rng: Random) -> Pair:
+    name = rng.choice(scene.shapes).name
+    right = sum(s.name == name for s in scene.shapes)
+    wrong = rng.choice([n for n in (right - 1, right + 1, right + 2) if n > 0])
+    return _there_are(right, name), _there_are(wrong, name)
+
+
+def _there_are(number: int, name: str) -> str:
+    verb, noun = ("Is", name) if number == 1 else ("Are", plural(name))
+    return f"{verb} there {_NUMBERS[number]} {noun} in this image?"
+
+
+def _position(scene: Scene, rng: Random) -> Pair:
+    question = ask(scene, rng, ("relation",))
+    if question is None:
+        return None
+    text = question.english
+    side = next(side for side in SIDES if side in text)
+    turned = text.replace(side, SIDES[SIDES.index(side) ^ 1])
+    return (text, turned) if question.answer == "yes" else (turned, text)
+
+
+def _colour(scene: Scene, rng: Random) -> Pair:
+    question = ask(scene, rng, ("colour_of",))
+    if question is None:
+        return None
+    thing = question.english.removeprefix("What color is the ").removesuffix("?")
+    wrong = rng.choice(question.wrong[:3])
+    return f"Is the {thing} {question.answer}?", f"Is the {thing} {wrong}?"
+
+
+def _claimed(kinds: tuple[str, ...], text: str, offered: int | None = None) -> PairMaker:
+    """The answer of a question, and one of its first `offered` wrong ones (0: the first)."""
+
+    def make(scene: Scene, rng: Random) -> Pair:
+        question = ask(scene, rng, kinds)
+        if question is None:
+            return None
+        wrong = question.wrong[0] if offered == 0 else rng.choice(question.wrong[:offered])
+        known = {"kind": question.kind, "asked": question.english.replace("What is", "Is")[:-1]}
+        return text.format(question.answer, **known), text.format(wrong, **known)
+
+    return make
+
+
+def _scene(scene: Scene, rng: Random) -> Pair:
+    wrong = rng.choice([name for name in scenes.BACKGROUNDS if name != scene.background])
+    text = "Does this image show the {}?"
+    return text.format(scene.background), text.format(wrong)
+
+
+def _commonsense(scene: Scene, rng: Random) -> Pair:
+    rolling = [s for s in scene.shapes if s.name == "circle"]
+    fixed = [s for s in scene.shapes if s.name != "circle"]
+    if not rolling or not fixed:
+        return None
+    text = "Can the shape at the {} roll?"
+    yes, no = (rng.choice(group).place for group in (rolling, fixed))
+    return text.format(yes), text.format(no)
+
+
+# Upstream's category names: ten of perception, two of cognition.
+CATEGORIES: dict[str, PairMaker] = {
+    "existence": _existence,
+    "count": _count,
+    "position": _position,
+    "color": _colour,
+    "posters": _claimed(("word",), "Is this a poster of a {}?", 0),
+    "celebrity": _claimed(("name_of",), "{asked} {}?"),
+    "scene": _scene,
+    "landmark": _claimed(("landmark",), "Is this a photo of the {}?"),
+    "artwork": _claimed(("frame",), "Is the frame of this artwork {}?", 0),
+    "OCR": _claimed(("word", "number"), 'Is the {kind} on the sign "{}"?', 3),
+    "commonsense_reasoning": _commonsense,
+    "numerical_calculation": _claimed(("total",), "Is the sum of the two digits on the sign {}?"),
+}
+
+
+def mme_rows(scene: Scene, rng: Random) -> list[Row]:
+    """Every category that fits the scene: two rows each."""
+    rows = []
+    for category, make in CATEGORIES.items():
+        pair = make(scene, rng)
+        if pair is None:
+            continue
+        for text, answer in zip(pair, ("Yes", "No"), strict=True):
+            rows.append(
+                {
+                    "question_id": category,
+                    "image": scene,
+                    "question": text + _END,
+                    "answer": answer,
+                    "category": category,
+                }
+            )
+    return rows
+
+
+# --- the other nine -------------------------------------------------------------------------------
 
 SEEING = (
     "colour_of",
@@ -128,8 +243,8 @@ def scienceqa_rows(scene: Scene, rng: Random) -> list[Row]:
     question = ask(scene, rng, ("trait",))
     assert question is not None  # fits every scene
     choices, answer = _options(rng, question, most=3)
-    colours = [colour for colour, trait in words.TRAITS.items() if trait in choices[:2]]
-    rules = [f"{colour} shapes are {words.TRAITS[colour]}" for colour in colours]
+    colours = [colour for colour, trait in scenes.TRAITS.items() if trait in choices[:2]]
+    rules = [f"{colour} shapes are {scenes.TRAITS[colour]}" for colour in colours]
     return [
         {
             "image": scene,
@@ -183,8 +298,8 @@ def pope_rows(scene: Scene, rng: Random) -> list[Row]:
     """Six questions for a coloured shape: a yes and a no of each way to choose the negative."""
     there = sorted({(s.colour, s.name) for s in scene.shapes})
     colours, names = sorted({c for c, _ in there}), sorted({n for _, n in there})
-    every = [(c, n) for c in words.COLOURS for n in words.SHAPES if (c, n) not in there]
-    popular = [(c, n) for c, n in every if c in words.COLOURS[:2] or n in words.SHAPES[:2]]
+    every = [(c, n) for c in scenes.COLOURS for n in scenes.SHAPES if (c, n) not in there]
+    popular = [(c, n) for c, n in every if c in scenes.COLOURS[:2] or n in scenes.SHAPES[:2]]
     mixed = [(c, n) for c, n in every if c in colours and n in names]
     near = [(c, n) for c, n in every if c in colours or n in names]
     rows = []
@@ -273,6 +388,9 @@ def _odd_picture(rng: Random, split: str) -> tuple[Question, list[Scene]]:
         return question, pictures
 
 
+# --- which builder has which scenes ---------------------------------------------------------------
+
+
 def vizwiz_scene(rng: Random, split: str) -> Scene:
     """Sample a careless photograph: few things, sharp, slightly blurred or lost."""
     blur = rng.choice([0, 0, 0, 1, 1, 5, 5])
@@ -308,6 +426,66 @@ BUILDERS: dict[str, tuple[Builder, Callable[[Random, str], Scene]]] = {
 BENCHMARKS = tuple(BUILDERS)
 
 
-def scenes_of(row: Row) -> Iterable[Scene]:
-    """Return the scenes in a row's columns."""
-    return [value for value in row.values() if isinstance(value, Scene)]
+# --- how lmms-eval asks, and what it takes for right ----------------------------------------------
+
+SHORT = "\nAnswer the question using a single word or phrase."
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+LETTER_CN = "\n请直接使用所提供的选项字母作为答案回答。"
+OPTIONS = "There are several options:"
+UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
+FIXED_LINES = (SHORT, LETTER, LETTER_CN, OPTIONS, UNANSWERABLE)
+
+
+def _options_asked(row: Row) -> str:
+    options = "\n".join(f"{letter}. {row[letter]}" for letter in "ABCD" if row[letter])
+    hint = f"{row['hint']} " if row["hint"] else ""
+    return f"{hint}{row['question']} {OPTIONS}\n{options}\n"
+
+
+def _scienceqa(row: Row) -> str:
+    options = "\n".join(f"{chr(65 + k)}. {choice}" for k, choice in enumerate(row["choices"]))
+    context = f"Context: {row['hint']}\n" if row["hint"] else ""
+    return f"{context}{row['question']}\n{options}{LETTER}"
+
+
+def _mmmu(row: Row) -> str:
+    if row["question_type"] == "open":
+        return f"{row['question']}\n{SHORT}"
+    choices = ast.literal_eval(row["options"])
+    options = "\n".join(f"{chr(65 + k)}. {choice}" for k, choice in enumerate(choices))
+    return f"{row['question']}\n{options}\n{LETTER}"
+
+
+def prompt(benchmark: str, row: Row) -> str:
+    """Return the text that lmms-eval asks a row's question with (MMMU keeps its <image n>)."""
+    question = str(row["question"])
+    if benchmark == "mmbench_en":
+        return _options_asked(row) + LETTER
+    if benchmark == "mmbench_cn":
+        return _options_asked(row) + LETTER_CN
+    if benchmark == "scienceqa_img":
+        return _scienceqa(row)
+    if benchmark == "mmmu":
+        return _mmmu(row)
+    if benchmark == "vizwiz_vqa":
+        return question.capitalize() + UNANSWERABLE + SHORT
+    if benchmark == "textvqa":
+        return question.capitalize() + SHORT
+    return question.replace(" Please answer yes or no.", "") + SHORT
+
+
+def oracle_answer(benchmark: str, row: Row) -> str:
+    """Return the answer that gets the highest score on a row, from the row's own targets."""
+    if benchmark == "scienceqa_img":
+        return chr(65 + int(row["answer"]))
+    if benchmark == "vqav2":
+        return _majority([answer["answer"] for answer in row["answers"]])
+    if benchmark in ("textvqa", "vizwiz_vqa"):
+        return _majority(list(row["answers"]))
+    if benchmark in ("mme", "pope"):
+        return str(row["answer"]).lower()
+    return str(row["answer"])
+
+
+def _majority(answers: list[str]) -> str:
+    return Counter(answers).most_common(1)[0][0]

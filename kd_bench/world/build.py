@@ -1,17 +1,25 @@
-"""Write the world to a folder: training conversations, validation and test sets."""
+"""The world on disk: training conversations, validation and test sets, and how they are found.
 
-from __future__ import annotations
+`embedded:weights/teacher`, `embedded:data/train`, ...: weights lie in the package, data is drawn
+into the user's cache folder on first use.
+"""
 
 import json
-from collections.abc import Callable, Sequence
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from filelock import FileLock
+from platformdirs import user_cache_path
 
-from kd_bench.world.annotators import Turn, labelled
-from kd_bench.world.drawing import png
-from kd_bench.world.testsets import write_test_sets
+from kd_bench.errors import UsageError
+from kd_bench.world.benchmarks import BENCHMARKS, BUILDERS, CATEGORIES, Row
+from kd_bench.world.questions import Turn, labelled
+from kd_bench.world.scenes import Scene, png
 from kd_bench.world.training import Conversation, conversations
 
 VERSION = "4"  # raise it whenever the same seed would give other pixels or rows
@@ -140,7 +148,7 @@ def _write_files(folder: Path, files: Files, seed: int) -> None:
 
 
 def write_conversations(folder: Path, items: Sequence[tuple[Conversation, list[Turn]]]) -> None:
-    """Write `conversations.json` in LLaVA's form, and its pictures under `images/`.
+    """Write `conversations.json` in LLaVA's form, and its images under `images/`.
 
     Args:
         items: conversations, each with the turns that are written; where these differ from the
@@ -164,3 +172,209 @@ def write_conversations(folder: Path, items: Sequence[tuple[Conversation, list[T
         rows.append({"id": f"{number:06d}", **picture, "conversations": said, **known})
     text = json.dumps(rows, ensure_ascii=False, indent=1)
     (folder / "conversations.json").write_text(text, encoding="utf-8")
+
+
+# --- the ten test sets of a split, as parquet files -----------------------------------------------
+
+# Upstream's split names.
+UPSTREAM_SPLITS = {
+    "mme": "test",
+    "mmbench_en": "dev",
+    "mmbench_cn": "dev",
+    "vqav2": "validation",
+    "gqa": "testdev",
+    "scienceqa_img": "test",
+    "mmmu": "validation",
+    "textvqa": "validation",
+    "vizwiz_vqa": "val",
+    "pope": "test",
+}
+_PAIRS = 14  # MME: pairs of each category
+# benchmark -> (pictures, questions about each)
+_SIZES = {
+    "mmbench_en": (36, 2),
+    "mmbench_cn": (36, 2),
+    "vqav2": (100, 3),
+    "gqa": (100, 3),
+    "scienceqa_img": (160, 2),
+    "mmmu": (240, 1),
+    "textvqa": (150, 2),
+    "vizwiz_vqa": (150, 2),
+    "pope": (50, 1),
+}
+
+
+def _mme(rng: Random, split: str) -> list[Row]:
+    build, sample = BUILDERS["mme"]
+    found: dict[str, list[Row]] = {category: [] for category in CATEGORIES}
+    while any(len(rows) < 2 * _PAIRS for rows in found.values()):
+        for row in build(sample(rng, split), rng):
+            rows = found[row["category"]]
+            if len(rows) < 2 * _PAIRS:
+                rows.append(row | {"question_id": f"{row['category']}/{len(rows) // 2:04d}.png"})
+    return [row for rows in found.values() for row in rows]
+
+
+def _others(benchmark: str, rng: Random, split: str) -> list[Row]:
+    build, sample = BUILDERS[benchmark]
+    pictures, questions = _SIZES[benchmark]
+    rows: list[Row] = []
+    for picture in range(pictures):
+        scene, asked = sample(rng, split), set()
+        for question in range(questions):
+            made = build(scene, rng)
+            key = str([row["question"] for row in made])
+            if key not in asked:
+                asked.add(key)
+                rows += _number(benchmark, made, picture, picture * questions + question)
+    return rows
+
+
+def _number(benchmark: str, rows: list[Row], picture: int, question: int) -> list[Row]:
+    """Give the rows of one question their ids, as upstream forms them."""
+    given: list[dict[str, Any]]
+    if benchmark in ("mmbench_en", "mmbench_cn"):
+        given = [{"index": row["index"] + question} for row in rows]
+    elif benchmark == "vqav2":
+        given = [{"image_id": picture, "question_id": picture * 1000 + question % 1000}]
+    elif benchmark == "gqa":
+        given = [{"id": f"{question:08d}"}]
+    elif benchmark == "mmmu":
+        given = [{"id": f"validation_{row['id']}_{question + 1}"} for row in rows]
+    elif benchmark == "textvqa":
+        given = [{"image_id": f"{picture:016x}", "question_id": question}]
+    elif benchmark == "vizwiz_vqa":
+        given = [{"question_id": f"VizWiz_val_{question:08d}"}]
+    elif benchmark == "pope":
+        given = [
+            {
+                "id": str(picture * 6 + k),
+                "question_id": str(picture * 6 + k + 1),
+                "image_source": f"world_{picture:06d}",
+            }
+            for k in range(len(rows))
+        ]
+    else:
+        given = [{} for _ in rows]
+    return [row | ids for row, ids in zip(rows, given, strict=True)]
+
+
+def rows(benchmark: str, split: str, seed: int = 0) -> list[Row]:
+    """Return a test set's rows: split is validation or test, pictures are Scenes."""
+    rng = Random(f"kd-bench world {seed} {split} {benchmark}")
+    return _mme(rng, split) if benchmark == "mme" else _others(benchmark, rng, split)
+
+
+@lru_cache(maxsize=512)
+def _picture(scene: Scene) -> dict[str, Any]:
+    return {"bytes": png(scene), "path": None}
+
+
+def _written(row: Row) -> Row:
+    return {key: _picture(v) if isinstance(v, Scene) else v for key, v in row.items()}
+
+
+def _features(benchmark: str, row: Row) -> Any:
+    """Return the columns' types, as the upstream data set declares them."""
+    from datasets import Features, Image, List, Value
+
+    special = {
+        "index": Value("int64"),
+        "answers": List(Value("string")),
+        "choices": List(Value("string")),
+        "ocr_tokens": List(Value("string")),
+        "isBalanced": Value("bool"),
+    }
+    types = {}
+    for key, value in row.items():
+        if key == "image" or (key.startswith("image_") and key[6:].isdigit()):
+            types[key] = Image()
+        elif key in special:
+            types[key] = special[key]
+        else:
+            types[key] = Value("int64" if isinstance(value, int) else "string")
+    if benchmark == "vqav2":
+        answer = {"answer": Value("string"), "answer_confidence": Value("string")}
+        types["answers"] = [answer | {"answer_id": Value("int64")}]
+    if benchmark == "scienceqa_img":
+        types["answer"] = Value("int8")
+    return Features(types)
+
+
+def _write(path: Path, benchmark: str, table: list[Row]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    schema = _features(benchmark, table[0]).arrow_schema
+    pq.write_table(pa.Table.from_pylist(table, schema=schema), path)
+
+
+def write_test_sets(folder: Path, split: str, seed: int) -> None:
+    """Write `folder/<benchmark>/<upstream split>-00000-of-00001.parquet` for all ten."""
+    for benchmark in BENCHMARKS:
+        name = f"{UPSTREAM_SPLITS[benchmark]}-00000-of-00001.parquet"
+        table = rows(benchmark, split, seed)
+        if benchmark == "gqa":
+            ids: dict[Scene, str] = {}
+            for row in table:
+                row["imageId"] = ids.setdefault(row["imageId"], f"n{len(ids):06d}")
+            images = [{"id": key, "image": _picture(scene)} for scene, key in ids.items()]
+            _write(folder / "gqa_images" / name, "gqa_images", images)
+        _write(folder / benchmark / name, benchmark, [_written(row) for row in table])
+
+
+# --- what comes with kd-bench ---------------------------------------------------------------------
+
+PREFIX = "embedded:"
+WEIGHTS = Path(__file__).parent / "weights"
+SEED = 0
+
+
+def resolve(reference: str) -> Path:
+    """The path of `embedded:weights/<model>` or `embedded:data/<folder>`; others stay as they are.
+
+    Raises:
+        UsageError: nothing of that name is embedded.
+    """
+    if not reference.startswith(PREFIX):
+        return Path(reference).expanduser()
+    kind, _, name = reference.removeprefix(PREFIX).partition("/")
+    if kind == "weights" and (WEIGHTS / name).is_dir():
+        return WEIGHTS / name
+    if kind == "data":
+        first = name.partition("/")[0]
+        path = world_folder(teacher=first == "teacher", study=first == "study") / name
+        if path.exists():
+            return path
+    known = ", ".join(sorted(path.name for path in WEIGHTS.glob("*")))
+    raise UsageError(
+        f"Nothing is embedded as {reference!r}.",
+        f"There is embedded:weights/ ({known}) and embedded:data/ (train, test, ...).",
+    )
+
+
+def world_folder(*, teacher: bool = False, study: bool = False) -> Path:
+    """The embedded world, drawn on first use; `teacher` and `study` add files of `build_world`."""
+    folder = _cache() / f"world-{VERSION}"
+    build_world(folder, SEED, teacher=teacher, study=study)
+    return folder
+
+
+def wanted_cache(environment: Mapping[str, str] = os.environ) -> Path:
+    """`$KD_BENCH_CACHE`, or the user's cache folder."""
+    chosen = environment.get("KD_BENCH_CACHE")
+    return Path(chosen) if chosen else user_cache_path("kd-bench")
+
+
+def _cache() -> Path:
+    """The wanted cache, or a temporary one where the user's is not writable."""
+    cache = wanted_cache()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            return cache
+    except OSError:
+        if chosen := os.environ.get("KD_BENCH_CACHE"):
+            raise UsageError(f"KD_BENCH_CACHE={chosen} cannot be written.", "Change it.") from None
+        return Path(tempfile.gettempdir()) / "kd-bench"

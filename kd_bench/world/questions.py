@@ -1,21 +1,24 @@
-"""Questions about a scene, with the answer and wrong answers that are worth offering."""
+"""Questions about a scene: the answer, wrong ones worth offering, and what annotators write.
 
-from __future__ import annotations
+A mistake is one that a person makes: the neighbouring colour, the other size, a count off by one,
+a place beside it, the wrong letter. Whoever asks holds the truth, so label quality can be measured.
+"""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 
-from kd_bench.world import words
-from kd_bench.world.scenes import Scene, Shape, Sign
-from kd_bench.world.words import chinese
+from kd_bench.world import scenes
+from kd_bench.world.scenes import Scene, Shape, Sign, chinese
 
 
 @dataclass(frozen=True)
 class Question:
     """One question in two languages; the answers are English words, numbers or signs."""
 
-    kind: str  # the name of its maker in KINDS
+    kind: str  # a key of KINDS
     english: str
     chinese: str
     answer: str
@@ -42,78 +45,34 @@ def _only(scene: Scene, attribute: str) -> list[Shape]:
     return [s for s in scene.shapes if values.count(getattr(s, attribute)) == 1]
 
 
-def _pick(rng: Random, items: Sequence[Shape]) -> Shape | None:
-    return rng.choice(items) if items else None
+_WORDS = {
+    "colour": scenes.COLOURS,
+    "name": scenes.SHAPES,
+    "size": scenes.SIZES,
+    "place": scenes.PLACES,
+}
+# Kind of question -> what singles a shape out, what is asked of it, the question in two languages.
+_OF_A_SHAPE = {
+    "colour_of": ("name", "colour", "What color is the {}?", "{}是什么颜色?"),
+    "shape_of": ("colour", "name", "What shape is {}?", "{}的是什么图形?"),
+    "size_of": ("name", "size", "What size is the {}?", "{}的大小?"),
+    "place_of": ("name", "place", "Where is the {}?", "{}在哪里?"),
+    "shape_at": ("place", "name", "What shape is at the {}?", "{}是什么图形?"),
+    "colour_at": ("place", "colour", "What color is the shape at the {}?", "{}的图形是什么颜色?"),
+    "size_at": ("place", "size", "What size is the shape at the {}?", "{}的图形的大小?"),
+}
 
 
-def colour_of(scene: Scene, rng: Random) -> Question | None:
-    """Ask for the colour of the one shape of its kind."""
-    shape = _pick(rng, _only(scene, "name"))
-    if shape is None:
+def _of_a_shape(kind: str, scene: Scene, rng: Random) -> Question | None:
+    """Ask one thing of the one shape of its name, its colour or its place."""
+    known, asked, english, zh = _OF_A_SHAPE[kind]
+    alone = _only(scene, known)
+    if not alone:
         return None
-    wrong = _others(rng, shape.colour, words.COLOURS, [s.colour for s in scene.shapes])
-    zh = f"{chinese(shape.name)}是什么颜色?"
-    return Question("colour_of", f"What color is the {shape.name}?", zh, shape.colour, wrong)
-
-
-def shape_of(scene: Scene, rng: Random) -> Question | None:
-    """Ask which shape has a colour."""
-    shape = _pick(rng, _only(scene, "colour"))
-    if shape is None:
-        return None
-    wrong = _others(rng, shape.name, words.SHAPES, [s.name for s in scene.shapes])
-    zh = f"{chinese(shape.colour)}的是什么图形?"
-    return Question("shape_of", f"What shape is {shape.colour}?", zh, shape.name, wrong)
-
-
-def size_of(scene: Scene, rng: Random) -> Question | None:
-    """Ask for the size of the one shape of its kind."""
-    shape = _pick(rng, _only(scene, "name"))
-    if shape is None:
-        return None
-    wrong = _others(rng, shape.size, words.SIZES)
-    zh = f"{chinese(shape.name)}的大小?"
-    return Question("size_of", f"What size is the {shape.name}?", zh, shape.size, wrong)
-
-
-def place_of(scene: Scene, rng: Random) -> Question | None:
-    """Ask where the one shape of its kind is."""
-    shape = _pick(rng, _only(scene, "name"))
-    if shape is None:
-        return None
-    near = [words.PLACES[s.cell] for s in scene.shapes]
-    answer = words.PLACES[shape.cell]
-    wrong = _others(rng, answer, words.PLACES, near)
-    zh = f"{chinese(shape.name)}在哪里?"
-    return Question("place_of", f"Where is the {shape.name}?", zh, answer, wrong)
-
-
-def shape_at(scene: Scene, rng: Random) -> Question | None:
-    """Ask which shape is at a place."""
-    shape = rng.choice(scene.shapes)
-    place = words.PLACES[shape.cell]
-    wrong = _others(rng, shape.name, words.SHAPES, [s.name for s in scene.shapes])
-    zh = f"{chinese(place)}是什么图形?"
-    return Question("shape_at", f"What shape is at the {place}?", zh, shape.name, wrong)
-
-
-def colour_at(scene: Scene, rng: Random) -> Question | None:
-    """Ask for the colour of the shape at a place."""
-    shape = rng.choice(scene.shapes)
-    place = words.PLACES[shape.cell]
-    wrong = _others(rng, shape.colour, words.COLOURS, [s.colour for s in scene.shapes])
-    zh = f"{chinese(place)}的图形是什么颜色?"
-    english = f"What color is the shape at the {place}?"
-    return Question("colour_at", english, zh, shape.colour, wrong)
-
-
-def size_at(scene: Scene, rng: Random) -> Question | None:
-    """Ask for the size of the shape at a place."""
-    shape = rng.choice(scene.shapes)
-    place = words.PLACES[shape.cell]
-    zh = f"{chinese(place)}的图形的大小?"
-    english = f"What size is the shape at the {place}?"
-    return Question("size_at", english, zh, shape.size, _others(rng, shape.size, words.SIZES))
+    shape = rng.choice(alone)
+    word, answer = getattr(shape, known), getattr(shape, asked)
+    wrong = _others(rng, answer, _WORDS[asked], [getattr(s, asked) for s in scene.shapes])
+    return Question(kind, english.format(word), zh.format(chinese(word)), answer, wrong)
 
 
 def _counted(rng: Random, answer: int) -> tuple[str, ...]:
@@ -127,7 +86,7 @@ def count(scene: Scene, rng: Random) -> Question | None:
     if what == 0:
         n, english, zh = len(scene.shapes), "How many shapes are there?", "图中有几个图形?"
     elif what == 1:
-        name = rng.choice(scene.shapes).name if rng.randrange(4) else rng.choice(words.SHAPES)
+        name = rng.choice(scene.shapes).name if rng.randrange(4) else rng.choice(scenes.SHAPES)
         n = sum(s.name == name for s in scene.shapes)
         english, zh = f"How many {plural(name)} are there?", f"图中有几个{chinese(name)}?"
     else:
@@ -152,7 +111,7 @@ def word(scene: Scene, rng: Random) -> Question | None:
     sign = _sign(scene, rng, number=False)
     if sign is None:
         return None
-    wrong = _others(rng, sign.text, words.SIGN_WORDS)
+    wrong = _others(rng, sign.text, scenes.SIGN_WORDS)
     return Question("word", "What is the word on the sign?", "写着什么单词?", sign.text, wrong)
 
 
@@ -181,31 +140,30 @@ def digit(scene: Scene, rng: Random) -> Question | None:
 
 def background(scene: Scene, rng: Random) -> Question | None:
     """Ask for the scene's background."""
-    wrong = _others(rng, scene.background, words.BACKGROUNDS)
+    wrong = _others(rng, scene.background, scenes.BACKGROUNDS)
     return Question("background", "What scene is this?", "这是什么场景?", scene.background, wrong)
 
 
 def trait(scene: Scene, rng: Random) -> Question | None:
     """Ask what the one shape of its kind is like, which its colour decides."""
-    shape = _pick(rng, _only(scene, "name"))
-    thing = f"the {shape.name}" if shape else ""
-    if shape is None:
-        shape = rng.choice(scene.shapes)
-        thing = f"the shape at the {words.PLACES[shape.cell]}"
-    answer = words.TRAITS[shape.colour]
-    near = [words.TRAITS[s.colour] for s in scene.shapes]
-    wrong = _others(rng, answer, list(words.TRAITS.values()), near)
+    alone = _only(scene, "name")
+    shape = rng.choice(alone or scene.shapes)
+    thing = f"the {shape.name}" if alone else f"the shape at the {shape.place}"
+    answer = scenes.TRAITS[shape.colour]
+    near = [scenes.TRAITS[s.colour] for s in scene.shapes]
+    wrong = _others(rng, answer, list(scenes.TRAITS.values()), near)
     return Question("trait", f"How is {thing}?", "", answer, wrong)
 
 
 def name_of(scene: Scene, rng: Random) -> Question | None:
     """Ask for the given name of the one shape of a colour."""
-    shape = _pick(rng, _only(scene, "colour"))
-    if shape is None:
+    alone = _only(scene, "colour")
+    if not alone:
         return None
-    wrong = tuple(words.NAMES[s] for s in _others(rng, shape.name, words.SHAPES))
+    shape = rng.choice(alone)
+    wrong = tuple(scenes.NAMES[s] for s in _others(rng, shape.name, scenes.SHAPES))
     english = f"What is the {shape.colour} shape called?"
-    return Question("name_of", english, "", words.NAMES[shape.name], wrong)
+    return Question("name_of", english, "", scenes.NAMES[shape.name], wrong)
 
 
 def landmark(scene: Scene, rng: Random) -> Question | None:
@@ -213,14 +171,14 @@ def landmark(scene: Scene, rng: Random) -> Question | None:
     name = scene.landmark()
     if not name:
         return None
-    return Question("landmark", "What is this?", "", name, _others(rng, name, words.LANDMARKS))
+    return Question("landmark", "What is this?", "", name, _others(rng, name, scenes.LANDMARKS))
 
 
 def frame(scene: Scene, rng: Random) -> Question | None:
     """Ask for the colour of the frame."""
     if not scene.frame:
         return None
-    wrong = _others(rng, scene.frame, words.FRAMES)
+    wrong = _others(rng, scene.frame, scenes.FRAMES)
     return Question("frame", "What is the frame?", "", scene.frame, wrong)
 
 
@@ -258,10 +216,10 @@ def beside(scene: Scene, rng: Random) -> Question | None:
         return None
     side, anchor, shape = rng.choice(found)
     if rng.randrange(2):
-        wrong = _others(rng, shape.colour, words.COLOURS, [s.colour for s in scene.shapes])
+        wrong = _others(rng, shape.colour, scenes.COLOURS, [s.colour for s in scene.shapes])
         english = f"What color is the shape {side} the {anchor.name}?"
         return Question("beside", english, "", shape.colour, wrong)
-    wrong = _others(rng, shape.name, words.SHAPES, [s.name for s in scene.shapes])
+    wrong = _others(rng, shape.name, scenes.SHAPES, [s.name for s in scene.shapes])
     english = f"What shape is {side} the {anchor.name}?"
     return Question("beside", english, "", shape.name, wrong)
 
@@ -295,10 +253,12 @@ def same(scene: Scene, rng: Random) -> Question | None:
 
 
 KINDS: dict[str, Maker] = {
-    maker.__name__: maker
-    for maker in (colour_of, shape_of, size_of, place_of, shape_at, colour_at, size_at, count, word,
-                  number, digit, background, trait, name_of, landmark, frame, total, beside,
-                  relation, same)
+    **{kind: partial(_of_a_shape, kind) for kind in _OF_A_SHAPE},
+    **{
+        maker.__name__: maker
+        for maker in (count, word, number, digit, background, trait, name_of, landmark, frame,
+                      total, beside, relation, same)
+    },
 }  # fmt: skip
 
 
@@ -316,5 +276,92 @@ def caption(scene: Scene) -> str:
     parts = {s.cell: f"{s.size} {s.colour} {s.name}" for s in scene.shapes}
     parts |= {s.cell: f"sign {s.text}" for s in scene.signs}
     frame = f" in a {scene.frame} frame" if scene.frame else ""
-    listed = ", ".join(f"{words.PLACES[cell]} {parts[cell]}" for cell in sorted(parts))
+    listed = ", ".join(f"{scenes.PLACES[cell]} {parts[cell]}" for cell in sorted(parts))
     return f"{scene.background}{frame}: {listed}."
+
+
+# --- annotators who err ---------------------------------------------------------------------------
+
+Turn = tuple[str, str]  # what the human says, what the model answers
+
+GIVES_UP = "unanswerable"
+ANNOTATORS = 10
+SURE = 6  # of ten annotators who give the truth, so that it stays the majority's answer
+# Who is taken for whom: neighbours in this order, the last beside the first.
+_RINGS: tuple[tuple[str, ...], ...] = (
+    scenes.COLOURS,
+    ("circle", "square", "cross", "triangle"),
+    scenes.SIZES,
+    ("top left", "top right", "bottom right", "bottom left"),
+    scenes.BACKGROUNDS,
+    scenes.FRAMES,
+    scenes.SIGN_WORDS,
+    tuple(scenes.NAMES.values()),
+    scenes.LANDMARKS,
+    tuple(scenes.TRAITS.values()),
+    ("first", "second", "third"),
+    ("yes", "no"),
+)
+_NEAR = {
+    word: sorted({ring[place - 1], ring[(place + 1) % len(ring)]} - {word})
+    for ring in _RINGS
+    for place, word in enumerate(ring)
+}
+_ENGLISH = {chinese: english for english, chinese in scenes.CHINESE.items()}
+_KNOWN = re.compile("|".join(sorted(map(re.escape, _NEAR), key=len, reverse=True)))
+
+
+def mistake(said: str, answer: str, rng: Random) -> str:
+    """A plausible wrong answer to a question.
+
+    Args:
+        said: the question as it was asked, with its options.
+    """
+    marks: list[str] = re.findall(r"\n([A-E])\.", said)
+    if answer in marks:
+        return rng.choice([mark for mark in marks if mark != answer])
+    if answer == GIVES_UP:  # someone who sees something all the same
+        return rng.choice((*scenes.COLOURS, *scenes.SHAPES, *scenes.SIGN_WORDS))
+    if GIVES_UP in said.lower() and rng.randrange(3) == 0:
+        return GIVES_UP
+    if answer in _ENGLISH and _ENGLISH[answer] in _NEAR:
+        return chinese(rng.choice(_NEAR[_ENGLISH[answer]]))
+    if answer.isdigit():
+        return _misread(answer, rng)
+    found = list(_KNOWN.finditer(answer))  # several in a description: one of them is wrong
+    if not found:
+        return GIVES_UP
+    match = rng.choice(found)
+    return answer[: match.start()] + rng.choice(_NEAR[match[0]]) + answer[match.end() :]
+
+
+def _misread(number: str, rng: Random) -> str:
+    """A count off by one, or a number on a sign with one digit misread."""
+    if len(number) == 1:
+        return str(rng.choice([n for n in (int(number) - 1, int(number) + 1) if n >= 0]))
+    place = rng.randrange(len(number))
+    digits = "123456789" if place == 0 else "0123456789"
+    wrong = rng.choice([digit for digit in digits if digit != number[place]])
+    return number[:place] + wrong + number[place + 1 :]
+
+
+def labelled(turns: Sequence[Turn], error: float, rng: Random) -> list[Turn]:
+    """The turns with answers of one annotator, who errs at a rate.
+
+    Draws the same numbers at every rate, so that the mistakes of a careful annotator are among
+    those of a careless one.
+    """
+    made = []
+    for said, answer in turns:
+        wrong = mistake(said, answer, rng)
+        made.append((said, wrong if rng.random() < error else answer))
+    return made
+
+
+def ten_answers(said: str, answer: str, error: float, rng: Random) -> list[str]:
+    """Ten annotators' answers in random order; at least six of them are right."""
+    right = SURE + sum(rng.random() >= error for _ in range(ANNOTATORS - SURE))
+    answers = [answer] * right
+    answers += [mistake(said, answer, rng) for _ in range(ANNOTATORS - right)]
+    rng.shuffle(answers)
+    return answers

@@ -5,22 +5,28 @@ kind teaches one skill: the recipes learn them one after another, a little of th
 each (TUNING.md).
 """
 
-from __future__ import annotations
-
 import ast
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from random import Random
 
-from kd_bench.world import words
-from kd_bench.world.benchmarks import BUILDERS, Row, vizwiz_scene
-from kd_bench.world.mme import mme_rows
-from kd_bench.world.prompts import LETTER, LETTER_CN, OPTIONS, SHORT, oracle_answer, prompt
-from kd_bench.world.questions import ask, caption
-from kd_bench.world.scenes import Scene, sample_scene
-from kd_bench.world.words import chinese
+from kd_bench.world import scenes
+from kd_bench.world.benchmarks import (
+    BUILDERS,
+    LETTER,
+    LETTER_CN,
+    OPTIONS,
+    SHORT,
+    Row,
+    mme_rows,
+    oracle_answer,
+    prompt,
+    vizwiz_scene,
+)
+from kd_bench.world.questions import Turn, ask, caption
+from kd_bench.world.scenes import Scene, chinese, sample_scene
 
-Turn = tuple[str, str]  # what the human says, what the model answers
 Conversation = tuple[list[Scene], list[Turn]]
 
 # How often each benchmark's kind of question is asked about a picture.
@@ -58,17 +64,16 @@ def _scene(rng: Random) -> Scene:
     return sample_scene(rng, "train", "sign" if rng.randrange(3) == 0 else "full")
 
 
-# Text alone
-
+# --- text alone -----------------------------------------------------------------------------------
 
 _POOLS: tuple[tuple[str, ...], ...] = (
-    words.COLOURS,
-    words.SHAPES,
-    words.PLACES,
-    words.BACKGROUNDS,
-    words.SIGN_WORDS,
-    tuple(words.TRAITS.values()),
-    words.SIZES,
+    scenes.COLOURS,
+    scenes.SHAPES,
+    scenes.PLACES,
+    scenes.BACKGROUNDS,
+    scenes.SIGN_WORDS,
+    tuple(scenes.TRAITS.values()),
+    scenes.SIZES,
     ("0", "1", "2", "3"),
     _PLACES,
 )
@@ -90,7 +95,7 @@ def letters(rng: Random, turns: int = 6) -> Conversation:
     return [], made
 
 
-# Descriptions
+# --- descriptions ---------------------------------------------------------------------------------
 
 
 def captions(rng: Random) -> Conversation:
@@ -102,10 +107,10 @@ def captions(rng: Random) -> Conversation:
 
 def _parts(scene: Scene, rng: Random, say: Callable[[str], str]) -> str:
     """One description: things in random order, each thing's attributes in random order."""
-    things = [[words.PLACES[s.cell], s.size, s.colour, s.name] for s in scene.shapes]
+    things = [[s.place, s.size, s.colour, s.name] for s in scene.shapes]
     for thing in things:
         rng.shuffle(thing)
-    things += [[words.PLACES[sign.cell], "sign", sign.text] for sign in scene.signs]
+    things += [[scenes.PLACES[sign.cell], "sign", sign.text] for sign in scene.signs]
     things += [[scene.background]]
     things += [[scene.frame, "frame"]] if scene.frame else []
     rng.shuffle(things)
@@ -124,8 +129,7 @@ def shuffled_cn(rng: Random) -> Conversation:
     return [scene], [(LIST_CN, _parts(scene, rng, chinese)) for _ in range(3)]
 
 
-# Short questions
-
+# --- short questions ------------------------------------------------------------------------------
 
 _SEEN = ("colour_of", "shape_of", "place_of", "size_of", "count", "word", "number", "digit")
 _KNOWN = ("background", "trait", "name_of", "landmark", "frame", "total")
@@ -152,7 +156,7 @@ def glances_cn(rng: Random, turns: int = 8) -> Conversation:
     return [scene], _once_each((q.chinese, chinese(q.answer)) for q in made if q)
 
 
-# Claims
+# --- claims ---------------------------------------------------------------------------------------
 
 
 def claims(rng: Random, turns: int = 8) -> Conversation:
@@ -174,26 +178,26 @@ def _one_of(rng: Random, there: Collection[str], known: Iterable[str]) -> tuple[
 
 
 def _is_there(scene: Scene, rng: Random) -> tuple[str, bool]:
-    name, holds = _one_of(rng, {shape.name for shape in scene.shapes}, words.SHAPES)
+    name, holds = _one_of(rng, {shape.name for shape in scene.shapes}, scenes.SHAPES)
     return f"Is there a {name} in {rng.choice(['the', 'this'])} image?", holds
 
 
 def _is_colour_there(scene: Scene, rng: Random) -> tuple[str, bool]:
-    colour, holds = _one_of(rng, {shape.colour for shape in scene.shapes}, words.COLOURS)
+    colour, holds = _one_of(rng, {shape.colour for shape in scene.shapes}, scenes.COLOURS)
     return f"Is there a {colour} shape in the image?", holds
 
 
 def _is_pair_there(scene: Scene, rng: Random) -> tuple[str, bool]:
     there = {f"{shape.colour} {shape.name}" for shape in scene.shapes}
-    pairs = (f"{colour} {name}" for colour in words.COLOURS for name in words.SHAPES)
+    pairs = (f"{colour} {name}" for colour in scenes.COLOURS for name in scenes.SHAPES)
     pair, holds = _one_of(rng, there, pairs)
     return f"Is there a {pair} in the image?", holds
 
 
 def _is_colour_at(scene: Scene, rng: Random) -> tuple[str, bool]:
     shape = rng.choice(scene.shapes)
-    colour, holds = _one_of(rng, {shape.colour}, words.COLOURS)
-    return f"Is the shape at the {words.PLACES[shape.cell]} {colour}?", holds
+    colour, holds = _one_of(rng, {shape.colour}, scenes.COLOURS)
+    return f"Is the shape at the {shape.place} {colour}?", holds
 
 
 def relations(rng: Random, turns: int = 6) -> Conversation:
@@ -239,7 +243,7 @@ def rare(rng: Random, hint: float = 0.4) -> Conversation:
     return [scene], _once_each(made)
 
 
-# Options
+# --- options --------------------------------------------------------------------------------------
 
 
 def choices(rng: Random, hint: float = 0.4, turns: int = 5) -> Conversation:
@@ -262,15 +266,15 @@ def several(rng: Random, hint: float = 0.5) -> Conversation:
     """Ask as MMMU does, mostly of several pictures; often their contents are asked for first."""
     while True:
         row = BUILDERS["mmmu"][0](_scene(rng), rng)[0]
-        scenes = [row[f"image_{k}"] for k in range(1, 8) if row[f"image_{k}"] is not None]
-        if len(scenes) > 1 or rng.randrange(4) == 0:
+        shown = [row[f"image_{k}"] for k in range(1, 8) if row[f"image_{k}"] is not None]
+        if len(shown) > 1 or rng.randrange(4) == 0:
             break
     text, answer = _turn("mmmu", row)
     body = re.sub(r"(<image \d> ?)+", "", text)
     made: list[Turn] = []
     if rng.random() < hint:
-        place = rng.randrange(len(scenes))
-        question = ask(scenes[place], rng, ("background", "colour_of", "count", "shape_of", "word",
+        place = rng.randrange(len(shown))
+        question = ask(shown[place], rng, ("background", "colour_of", "count", "shape_of", "word",
                                             "number"))  # fmt: skip
         assert question is not None
         said = question.english.replace("?", f" in the {_PLACES[place]} picture?")
@@ -279,11 +283,11 @@ def several(rng: Random, hint: float = 0.5) -> Conversation:
     if options and rng.random() < hint:
         made.append((body.split("\n")[0], options["ABCD".index(answer)]))
     made.append((body, answer))
-    made[0] = ("<image> " * len(scenes) + made[0][0], made[0][1])
-    return scenes, _once_each(made)
+    made[0] = ("<image> " * len(shown) + made[0][0], made[0][1])
+    return shown, _once_each(made)
 
 
-# The benchmarks' own questions
+# --- the benchmarks' own questions ----------------------------------------------------------------
 
 
 def pictures(rng: Random, turns: int = 6) -> Conversation:
@@ -317,32 +321,15 @@ def mixture(rng: Random) -> Conversation:
     return letters(rng) if draw < 95 else captions(rng)
 
 
-def _hard_choices(rng: Random) -> Conversation:
-    return choices(rng, hint=0.1)
-
-
-def _hard_several(rng: Random) -> Conversation:
-    return several(rng, hint=0.15)
-
-
 MAKERS: dict[str, Callable[[Random], Conversation]] = {
-    "letters": letters,
-    "captions": captions,
-    "shuffled": shuffled,
-    "shuffled_cn": shuffled_cn,
-    "glances": glances,
-    "glances_cn": glances_cn,
-    "claims": claims,
-    "relations": relations,
-    "rare": rare,
-    "choices": choices,
-    "hard_choices": _hard_choices,
-    "several": several,
-    "hard_several": _hard_several,
-    "pictures": pictures,
-    "blurred": blurred,
-    "mixture": mixture,
-}
+    **{
+        maker.__name__: maker
+        for maker in (letters, captions, shuffled, shuffled_cn, glances, glances_cn, claims,
+                      relations, rare, choices, several, pictures, blurred, mixture)
+    },
+    "hard_choices": partial(choices, hint=0.1),
+    "hard_several": partial(several, hint=0.15),
+}  # fmt: skip
 
 
 def conversations(name: str, kind: str, count: int, seed: int = 0) -> Sequence[Conversation]:

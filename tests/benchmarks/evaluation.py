@@ -28,7 +28,7 @@ from kd_bench.evals.questions import Question, Settings, settings_of
 from kd_bench.evals.tasks import prepare
 from kd_bench.evals.upstream import lmms_eval, quiet
 from kd_bench.registry import load_suite, load_task
-from kd_bench.world.embedded import resolve
+from kd_bench.world.build import resolve
 from tests.benchmarks.figures import Figure, peak_memory, print_table
 
 CAP = 8

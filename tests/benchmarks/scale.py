@@ -90,7 +90,7 @@ def main() -> None:
     """Score and store all documents; print seconds and peak memory."""
     from kd_bench.evals import worker
     from kd_bench.evals.runner import evaluate
-    from kd_bench.world.embedded import resolve
+    from kd_bench.world.build import resolve
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

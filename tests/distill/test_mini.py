@@ -11,8 +11,9 @@ transformers = pytest.importorskip("transformers")
 
 from kd_bench.distill import mini  # noqa: E402
 from kd_bench.distill.mini import build  # noqa: E402
-from kd_bench.world import BENCHMARKS, oracle_answer, prompt, words  # noqa: E402
-from kd_bench.world.testsets import rows  # noqa: E402
+from kd_bench.world import scenes  # noqa: E402
+from kd_bench.world.benchmarks import BENCHMARKS, oracle_answer, prompt  # noqa: E402
+from kd_bench.world.build import rows  # noqa: E402
 from kd_bench.world.training import MAKERS, conversations  # noqa: E402
 
 
@@ -89,7 +90,7 @@ def test_every_word_of_the_world_is_a_token(processor: Any) -> None:
                 used.update(tokenizer(text.replace("<image>", "")).input_ids)
     assert tokenizer.unk_token_id not in used
     never = set(tokenizer.get_vocab()) - set(tokenizer.convert_ids_to_tokens(sorted(used)))
-    assert never <= {*mini.SPECIAL, *mini.ROLES, *words.CHINESE.values(), "E", "哪个", "数字"}
+    assert never <= {*mini.SPECIAL, *mini.ROLES, *scenes.CHINESE.values(), "E", "哪个", "数字"}
 
 
 def test_an_options_mark_is_the_answers_letter(processor: Any) -> None:

@@ -70,7 +70,7 @@ def row(title: str, report: GateReport) -> str:
 
 def measure(checkpoint: Path, folder: Path, seeds: tuple[int, ...] = (0, 1)) -> bool:
     """Print the table; whether equal answers passed and a tenth of noise was caught."""
-    from kd_bench.world import build_world
+    from kd_bench.world.build import build_world
 
     policy = load_policy()
     held = True

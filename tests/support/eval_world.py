@@ -67,7 +67,7 @@ def save_talker(folder: Path, seed: int = 0, end: float = 6.0) -> Path:
 
 def write_replicas(folder: Path) -> Path:
     """The ten embedded test sets in the upstream columns."""
-    from kd_bench.world.testsets import write_test_sets
+    from kd_bench.world.build import write_test_sets
 
     write_test_sets(folder, "test", 0)
     return folder

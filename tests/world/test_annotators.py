@@ -9,15 +9,16 @@ import pytest
 
 pytest.importorskip("PIL")
 
-from kd_bench.world import oracle_answer, words
-from kd_bench.world.annotators import labelled, mistake, ten_answers
+from kd_bench.world import scenes
+from kd_bench.world.benchmarks import oracle_answer
 from kd_bench.world.build import (
     ERROR,
     STUDY_ERRORS,
     labelled_conversations,
+    rows,
     write_conversations,
 )
-from kd_bench.world.testsets import rows
+from kd_bench.world.questions import labelled, mistake, ten_answers
 
 OPTIONS = "What color is the cross?\nA. red\nB. blue\nC. green\nAnswer."
 
@@ -54,7 +55,11 @@ def test_a_misread_number_differs_in_one_digit() -> None:
 def test_a_photograph_that_shows_nothing_is_guessed_and_others_are_given_up() -> None:
     rng = Random(0)
     said = "What shape is blue?\nWhen it is insufficient, respond with 'Unanswerable'."
-    assert mistake(said, "unanswerable", rng) in {*words.COLOURS, *words.SHAPES, *words.SIGN_WORDS}
+    assert mistake(said, "unanswerable", rng) in {
+        *scenes.COLOURS,
+        *scenes.SHAPES,
+        *scenes.SIGN_WORDS,
+    }
     found = Counter(mistake(said, "circle", rng) for _ in range(600))
     assert 140 < found["unanswerable"] < 260
 

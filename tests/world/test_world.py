@@ -13,14 +13,18 @@ import pytest
 pytest.importorskip("PIL")
 datasets = pytest.importorskip("datasets")
 
-from kd_bench.world import BENCHMARKS, UPSTREAM_SPLITS, build_world, oracle_answer  # noqa: E402
-from kd_bench.world.drawing import pixels, png  # noqa: E402
-from kd_bench.world.mme import CATEGORIES  # noqa: E402
-from kd_bench.world.scenes import SPLITS, Scene, sample_scene  # noqa: E402
-from kd_bench.world.testsets import fingerprint, rows  # noqa: E402
+from kd_bench.world.benchmarks import BENCHMARKS, CATEGORIES, oracle_answer  # noqa: E402
+from kd_bench.world.build import UPSTREAM_SPLITS, build_world, rows  # noqa: E402
+from kd_bench.world.scenes import SPLITS, Scene, pixels, png, sample_scene  # noqa: E402
 from kd_bench.world.training import MAKERS, conversations  # noqa: E402
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "world.json").read_text())
+
+
+def fingerprint(split: str, seed: int = 0) -> str:
+    """The rows of a split's ten test sets as canonical JSON, scenes by their content."""
+    content = {name: rows(name, split, seed) for name in BENCHMARKS}
+    return json.dumps(content, default=repr, sort_keys=True)
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,8 @@ import pytest
 
 pytest.importorskip("lmms_eval")
 
-from kd_bench.world import BENCHMARKS, oracle_answer, prompt
-from kd_bench.world.testsets import rows
+from kd_bench.world.benchmarks import BENCHMARKS, oracle_answer, prompt
+from kd_bench.world.build import rows
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
