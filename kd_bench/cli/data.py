@@ -42,8 +42,8 @@ def show(
     from rich.console import Console
     from rich.text import Text
 
+    from kd_bench.distill.encoding import preview_data
     from kd_bench.distill.models import quiet
-    from kd_bench.distill.preview import preview_data
     from kd_bench.distill.recipe import DataSource
 
     quiet()

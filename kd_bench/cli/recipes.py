@@ -114,7 +114,7 @@ def write_starter(path: Path) -> None:
     Raises:
         UsageError: something lies there already.
     """
-    from kd_bench.distill.methods import METHODS
+    from kd_bench.distill.recipe import METHODS
     from kd_bench.errors import UsageError
     from kd_bench.files import write_text
 

@@ -41,8 +41,7 @@ def train(
         write_starter(init)
         typer.echo(f"Wrote {init}. Next: kd-bench train {init} --show")
         return
-    from kd_bench.distill.recipe import recipe_yaml
-    from kd_bench.distill.sweep import plan, sweep
+    from kd_bench.distill.recipe import plan, recipe_yaml, sweep
 
     changes = list(overrides or [])
     if "=" in recipe:

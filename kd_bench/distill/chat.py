@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd_bench.distill.images import Unreadable
+from kd_bench.distill.data import Unreadable
 from kd_bench.errors import UsageError, closest, one_line
 
 _TURN = (

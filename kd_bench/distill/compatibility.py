@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kd_bench.distill import losses
 from kd_bench.distill.distiller import Distiller
-from kd_bench.distill.methods import Term, needs_switch, needs_teacher, sharing_images
+from kd_bench.distill.recipe import Term, needs_switch, needs_teacher, sharing_images
 from kd_bench.distill.vision_language import (
     VisionLanguageModel,
     answer_positions,

@@ -1,20 +1,604 @@
-"""Read training conversations: JSON, JSONL, or a Hugging Face dataset on disk.
+"""Read training conversations: files and rows in the forms that they have in the wild, and images.
 
-What a row may look like stands in `forms.py`; nothing is tokenised here, see `batches.py`.
+Null is absent everywhere. Every part of a row is used, or the row is `Unreadable` with the reason:
+what would be dropped without a word (a video, an image under an unknown key) would be learnt blind.
+Nothing is tokenised here, see `encoding.py`.
 """
 
+import base64
+import binascii
 import hashlib
+import io
 import json
-from collections.abc import Iterator
+import posixpath
+import re
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
-from kd_bench.distill.forms import Conversation, conversation_of, identifier_of
-from kd_bench.distill.images import Unreadable
-from kd_bench.distill.recipe import DataSource
+from PIL import Image, ImageFile
+
+from kd_bench.distill.recipe import MAX_PIXELS, DataSource
 from kd_bench.errors import UsageError, one_line
 from kd_bench.world.build import resolve
+
+ORIENTATION = 0x0112  # the EXIF tag
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+BITS_PER_SAMPLE = 258  # the TIFF tag
+SIXTEEN_BITS = {"PNG", "PPM"}  # formats whose mode "I" holds 0 to 65,535
+
+_settings = threading.Lock()  # Pillow's are those of the whole process
+
+
+class Unreadable(Exception):  # noqa: N818 - a finding, not a failure of the program
+    """One sample cannot be used; the message says why."""
+
+
+def open_image(source: Path | bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode one image fully: RGB of 8 bits, upright by its EXIF tag.
+
+    16-bit greyscale is scaled by the format's full range. Pixels without a stated range (floats,
+    32-bit integers) are refused, because a converter would clip them without a word.
+
+    Raises:
+        Unreadable: missing, damaged, truncated, larger than `max_pixels`, or no image.
+    """
+    name = source.name if isinstance(source, Path) else "an embedded image"
+    try:
+        with _settings:
+            kept = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
+            # lmms-eval switches the second one on: half an image would come back grey.
+            Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = None, False
+            try:
+                with warnings.catch_warnings():  # about tags that nobody here reads
+                    warnings.simplefilter("ignore")
+                    return _decoded(source, max_pixels)
+            finally:
+                Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = kept
+    except Unreadable as error:
+        raise Unreadable(f"{name}: {error}") from None
+    except FileNotFoundError:
+        raise Unreadable(f"{name} is missing") from None
+    except Exception as error:  # decoders raise whatever their format suggests to them
+        raise Unreadable(
+            f"{name}: {' '.join(str(error).split()) or type(error).__name__}"
+        ) from None
+
+
+def _decoded(source: Path | bytes, max_pixels: int) -> Image.Image:
+    with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as opened:
+        if opened.width * opened.height > max_pixels:
+            raise Unreadable(
+                f"{opened.width} x {opened.height} pixels are more than the {max_pixels:,} allowed"
+            )
+        opened.load()
+        upright = UPRIGHT.get(_orientation(opened))
+        image = _eight_bits(opened).convert("RGB")
+        return image if upright is None else image.transpose(upright)
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF tag's value; 0 where there is none or the tags are damaged."""
+    try:
+        return int(image.getexif().get(ORIENTATION) or 0)
+    except Exception:
+        return 0
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Greyscale of more than 8 bits scaled from 0 to its format's largest value."""
+    import numpy as np
+
+    if image.mode == "I" and image.format in SIXTEEN_BITS:
+        bits = 16
+    elif image.mode.startswith("I;16"):
+        tags = getattr(image, "tag_v2", {})
+        bits = int(tags.get(BITS_PER_SAMPLE, (16,))[0])
+    elif image.mode in ("I", "F"):
+        kind = "floating-point" if image.mode == "F" else "32-bit or signed"
+        raise Unreadable(f"{kind} pixels have no stated range; save it with 8 or 16 bits a pixel")
+    else:
+        return image
+    largest = (1 << bits) - 1
+    values = np.asarray(image).astype(np.uint32)
+    return Image.fromarray(((values * 255 + largest // 2) // largest).astype(np.uint8))
+
+
+IMAGE_MARK = "<image>"
+ROLES: dict[str, Literal["user", "assistant", "system"]] = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "system": "system",
+}
+IMAGE_KEYS = ("image", "images")
+NOT_SUPPORTED = (  # keys of rows
+    "video",
+    "videos",
+    "audio",
+    "audios",
+    "tools",
+    "rejected_response",
+    "rejected",
+    "rejected_messages",
+    "rejected_images",
+)
+NOT_SUPPORTED_IN_TURNS = (
+    "tool_calls",
+    "function_call",
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+)
+MEDIA_MARKS = ("<video>", "<audio>")
+TEXT_KEYS = (
+    "conversations",
+    "messages",
+    "texts",
+    "prompt",
+    "completion",
+    "query",
+    "response",
+    "instruction",
+    "input",
+    "output",
+    "system",
+    "system_prompt",
+    "history",
+)
+NOT_LEARNT = ("weight", "train", "loss", "loss_scale")  # keys of turns that some trainers weigh
+IMAGE_NAME = re.compile(r"\.(png|jpe?g|webp|gif|bmp|tiff?|avif)$", re.IGNORECASE)
+IN_PART = ("image", "image_url", "url", "path", "bytes", "base64")  # where a part has its image
+SHOWN_KEYS = 8
+
+Source: TypeAlias = Path | bytes
+Row: TypeAlias = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message: text pieces and image places in order; None is an image."""
+
+    role: Literal["system", "user", "assistant"]
+    pieces: tuple[str | None, ...]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns, and the images for their places in order (file paths, or encoded bytes).
+
+    Attributes:
+        number: its row in its file, from 0.
+        form: of its row, a name of `FORMS`.
+    """
+
+    id: str
+    turns: tuple[Turn, ...]
+    images: tuple[Source, ...] = field(repr=False)
+    number: int | None = field(default=None, compare=False)
+    form: str = field(default="", compare=False)
+
+    def given_up(self, reason: object) -> tuple[str, str]:
+        """Its id, and why it cannot be used, with its row where the id does not tell."""
+        told = self.number is None or self.id == str(self.number)
+        return self.id, str(reason) if told else f"{reason} (row {self.number})"
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """What a chat template takes."""
+        return [
+            {
+                "role": turn.role,
+                "content": [
+                    {"type": "image"} if piece is None else {"type": "text", "text": piece}
+                    for piece in turn.pieces
+                ],
+            }
+            for turn in self.turns
+        ]
+
+
+@dataclass(frozen=True)
+class _Image:
+    """An image that stands inside a turn."""
+
+    entry: Any
+
+
+@dataclass(frozen=True)
+class _Said:
+    """One message before its images have found their places."""
+
+    role: Literal["system", "user", "assistant"]
+    pieces: tuple[str | _Image | None, ...]
+
+
+def conversation_of(row: Any, number: int, folder: Path) -> Conversation:
+    """The conversation of one row, whatever its form.
+
+    Args:
+        folder: image names are relative to it.
+
+    Raises:
+        Unreadable: the row cannot be used.
+        UsageError: an image's name leaves the folder.
+    """
+    if not isinstance(row, Mapping):
+        raise Unreadable("not a mapping")
+    row = _without_nulls(row)
+    identifier = identifier_of(row, number)
+    form = form_of(row)
+    for key in NOT_SUPPORTED:
+        if row.get(key):
+            what = key if key.startswith("rejected") else key.removesuffix("s")
+            raise Unreadable(f"{what} is not supported")
+    said = FORMS[form](row)
+    if not said:
+        raise Unreadable("no conversations")
+    _refuse_unused_text(row, form, said)
+    listed = [entry for key in IMAGE_KEYS for entry in _listed(row.get(key))]
+    turns, entries = _placed(said, listed)
+    if not entries:
+        _refuse_hidden_images(row)
+    if not any(turn.role == "assistant" for turn in turns):
+        raise Unreadable("no answer to learn from")
+    images = tuple(_source(entry, identifier, folder) for entry in entries)
+    return Conversation(identifier, turns, images, number, form)
+
+
+def identifier_of(row: Any, number: int) -> str:
+    """A row's own id, else its number."""
+    found = row.get("id") if isinstance(row, Mapping) else None
+    text = str(number if found is None else found)[:200]
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def form_of(row: Row) -> str:
+    """The name of the form that a row without nulls has.
+
+    Raises:
+        Unreadable: none of `FORMS`.
+    """
+    if "conversations" in row or "messages" in row:
+        return "conversations"
+    if "texts" in row:
+        return "texts"
+    if "prompt" in row and "completion" in row:
+        return "prompt and completion"
+    if "query" in row and "response" in row:
+        return "query and response"
+    if "instruction" in row and "output" in row:
+        return "instruction and output"
+    keys = ", ".join(str(key) for key in list(row)[:SHOWN_KEYS]) or "none"
+    raise Unreadable(f"its form is not known (keys: {keys}); known are: {', '.join(FORMS)}")
+
+
+# Forms
+
+
+def _conversations(row: Row) -> list[_Said]:
+    """LLaVA's and ShareGPT's `conversations` (from, value), OpenAI's `messages` (role, content)."""
+    said = _only(row, "conversations", "messages")
+    if not isinstance(said, list | tuple):
+        raise Unreadable("no conversations")
+    return [*_system(row), *map(_message, said)]
+
+
+def _texts(row: Row) -> list[_Said]:
+    """The Cauldron's `images` and `texts` (user, assistant)."""
+    said = _system(row)
+    for pair in row["texts"] if isinstance(row["texts"], list | tuple) else [None]:
+        if not isinstance(pair, Mapping) or not {"user", "assistant"} <= set(pair):
+            raise Unreadable("a text is not a pair of user and assistant")
+        said += [_spoken("user", pair["user"]), _spoken("assistant", pair["assistant"])]
+    return said
+
+
+def _prompt_and_completion(row: Row) -> list[_Said]:
+    """TRL's: each a text or a list of messages."""
+    said = _system(row)
+    for key, role in (("prompt", "user"), ("completion", "assistant")):
+        value = row[key]
+        if isinstance(value, list | tuple):
+            said += map(_message, value)
+        else:
+            said.append(_spoken(role, value))
+    return said
+
+
+def _query_and_response(row: Row) -> list[_Said]:
+    """ms-swift's: `query`, `response`, earlier turns in `history`, `system`."""
+    return [
+        *_system(row),
+        *_history(row),
+        _spoken("user", row["query"]),
+        _spoken("assistant", row["response"]),
+    ]
+
+
+def _instruction_and_output(row: Row) -> list[_Said]:
+    """Alpaca's: `instruction`, an optional `input` on the lines behind it, `output`."""
+    asked = row["instruction"]
+    if isinstance(asked, str) and isinstance(row.get("input"), str) and row["input"]:
+        asked = f"{asked}\n{row['input']}"
+    elif row.get("input") not in (None, ""):
+        raise Unreadable("its input is no text")
+    return [
+        *_system(row),
+        *_history(row),
+        _spoken("user", asked),
+        _spoken("assistant", row["output"]),
+    ]
+
+
+FORMS: dict[str, Callable[[Row], list[_Said]]] = {
+    "conversations": _conversations,
+    "texts": _texts,
+    "prompt and completion": _prompt_and_completion,
+    "query and response": _query_and_response,
+    "instruction and output": _instruction_and_output,
+}
+"""How each form's rows are read, by the form's name."""
+
+_SYSTEM = ("system", "system_prompt")
+USED: dict[str, tuple[str, ...]] = {
+    "conversations": ("conversations", "messages", *_SYSTEM),
+    "texts": ("texts", *_SYSTEM),
+    "prompt and completion": ("prompt", "completion", *_SYSTEM),
+    "query and response": ("query", "response", "history", *_SYSTEM),
+    "instruction and output": ("instruction", "input", "output", "history", *_SYSTEM),
+}
+"""The keys of `TEXT_KEYS` that each form reads."""
+
+
+def _system(row: Row) -> list[_Said]:
+    """A system message that stands in a key of its own."""
+    text = _only(row, "system", "system_prompt")
+    if text in (None, ""):
+        return []
+    return [_spoken("system", text)]
+
+
+def _history(row: Row) -> list[_Said]:
+    said: list[_Said] = []
+    for pair in _listed(row.get("history")):
+        if isinstance(pair, Mapping):
+            said.append(_message(pair))
+        elif isinstance(pair, list | tuple) and len(pair) == 2:
+            said += [_spoken("user", pair[0]), _spoken("assistant", pair[1])]
+        else:
+            raise Unreadable("its history is not made of questions with answers")
+    return said
+
+
+# Messages and their parts
+
+
+def _message(message: Any) -> _Said:
+    if not isinstance(message, Mapping):
+        raise Unreadable("a turn is not a mapping")
+    role = message.get("from", message.get("role"))
+    if not isinstance(role, str) or role.lower() not in ROLES:
+        raise Unreadable(f"unknown speaker {_short(role)}")
+    other = message.get("role", role)
+    if not isinstance(other, str) or ROLES.get(other.lower()) != ROLES[role.lower()]:
+        raise Unreadable("a turn's from and role contradict each other")
+    for key in NOT_SUPPORTED_IN_TURNS:
+        if message.get(key):
+            raise Unreadable(f"a turn with {key} is not supported")
+    for key in NOT_LEARNT:
+        if key in message and message[key] not in (1, True):
+            raise Unreadable(f"a turn with {key}={_short(message[key])} is not supported")
+    return _spoken(role.lower(), _only(message, "value", "content"))
+
+
+def _spoken(role: str, content: Any) -> _Said:
+    if isinstance(content, str):
+        pieces: tuple[str | _Image | None, ...] = _pieces(_text(content))
+    elif isinstance(content, list | tuple):
+        pieces = tuple(map(_part, content))
+    else:
+        raise Unreadable("a turn has no text")
+    for mark in MEDIA_MARKS:
+        if any(isinstance(piece, str) and mark in piece for piece in pieces):
+            raise Unreadable(f"its text holds {mark}, which is not supported")
+    if role in ("assistant", "gpt", "model") and not all(isinstance(p, str) for p in pieces):
+        raise Unreadable(f"an answer holds {IMAGE_MARK}")
+    return _Said(ROLES[role], pieces)
+
+
+def _pieces(text: str) -> tuple[str | None, ...]:
+    """Split at `<image>` marks; the line break that LLaVA writes beside a mark belongs to it."""
+    if IMAGE_MARK not in text:
+        return (text,)
+    pieces: list[str | None] = []
+    for part in re.split(rf"(\n?{IMAGE_MARK}\n?)", text):
+        if part.strip("\n") == IMAGE_MARK:
+            pieces.append(None)
+        elif part:
+            pieces.append(part)
+    return tuple(pieces)
+
+
+def _part(part: Any) -> str | _Image | None:
+    """One part of a message: OpenAI's, Qwen's or TRL's way to write text and images."""
+    if not isinstance(part, Mapping):
+        raise Unreadable(f"a part of a turn is {_short(part)}, not a mapping")
+    kind = part.get("type", next((key for key in ("text", "image") if key in part), None))
+    if kind in ("text", "input_text"):
+        text = part.get("text", "" if set(part) <= {"type"} else None)  # null is absent
+        if not isinstance(text, str) or any(part.get(key) for key in IN_PART):
+            raise Unreadable("a text part of a turn is not text alone")
+        return _text(text)
+    if kind not in ("image", "image_url", "input_image"):
+        raise Unreadable(f"{_short(kind)} is not supported")
+    if part.get("text"):
+        raise Unreadable("an image part of a turn holds text")
+    for key in IN_PART:
+        entry = part.get(key)
+        if entry is not None:
+            return _Image(entry if key not in ("bytes", "base64") else {key: entry})
+    return None
+
+
+def _text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise Unreadable("its text is not valid Unicode (a lone surrogate)") from None
+    return text
+
+
+# Images
+
+
+def _placed(said: list[_Said], listed: list[Any]) -> tuple[tuple[Turn, ...], list[Any]]:
+    """Turns with places, and the entry of each place: its own, else the next of the row's list."""
+    places = [piece for turn in said for piece in turn.pieces if not isinstance(piece, str)]
+    waiting = sum(place is None for place in places)
+    entries: list[Any] = []
+    if listed and not places:  # images without a mark come first, as LLaVA's own data does
+        first = next((i for i, turn in enumerate(said) if turn.role == "user"), 0)
+        opened = _Said(said[first].role, (None,) * len(listed) + said[first].pieces)
+        said = [*said[:first], opened, *said[first + 1 :]]
+        entries = listed
+    elif waiting != len(listed):
+        raise Unreadable(f"{waiting} {IMAGE_MARK} marks for {len(listed)} pictures")
+    else:
+        rest = iter(listed)
+        entries = [next(rest) if place is None else place.entry for place in places]
+    turns = tuple(
+        Turn(turn.role, tuple(p if isinstance(p, str) else None for p in turn.pieces))
+        for turn in said
+    )
+    return turns, entries
+
+
+def _source(entry: Any, identifier: str, folder: Path) -> Source:
+    """An image's file, or its encoded bytes.
+
+    Raises:
+        Unreadable: it is neither.
+        UsageError: the file lies outside the folder.
+    """
+    if isinstance(entry, bytes | bytearray):
+        return bytes(entry)
+    if isinstance(entry, Mapping):
+        if entry.get("bytes"):
+            return _bytes(entry["bytes"])
+        if entry.get("base64"):
+            return _from_base64(entry["base64"])
+        entry = entry.get("path", entry.get("url", entry.get("image")))
+    if not isinstance(entry, str) or not entry:
+        raise Unreadable("a picture has no name")
+    if entry.startswith("data:"):
+        return _from_base64(entry.partition(",")[2])
+    if re.match(r"https?://", entry):
+        raise Unreadable(f"the picture {_short(entry)} is on the web; download it first")
+    plain = posixpath.normpath(_text(entry).removeprefix("file://").replace("\\", "/"))
+    if "\0" in plain or any(len(part.encode()) > 255 for part in plain.split("/")):
+        raise Unreadable("a picture's name is no file name")
+    if entry.startswith("file://") and plain.startswith(f"{folder}/"):
+        return Path(plain)
+    if plain.startswith(("/", "../")) or plain == ".." or re.match(r"[A-Za-z]:", plain):
+        raise UsageError(
+            f"Sample {identifier} names the picture {entry!r}, outside of {folder}.",
+            "Picture names must stay below data.images.",
+        )
+    return folder / plain
+
+
+def _bytes(value: Any) -> bytes:
+    try:
+        if isinstance(value, str):
+            raise TypeError
+        return bytes(value)
+    except (TypeError, ValueError):
+        raise Unreadable("a picture's bytes are not bytes") from None
+
+
+def _from_base64(text: Any) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (TypeError, ValueError, binascii.Error):
+        raise Unreadable("a picture is not valid base64") from None
+
+
+# Nothing is dropped
+
+
+def _only(row: Row, first: str, second: str) -> Any:
+    """The value under one of two keys for the same thing; both may hold it if they agree."""
+    given = [row[key] for key in (first, second) if row.get(key) not in (None, "", [])]
+    if len(given) == 2 and given[0] != given[1]:
+        raise Unreadable(f"{first} and {second} both say something, and not the same")
+    return given[0] if given else row.get(first, row.get(second))
+
+
+def _refuse_unused_text(row: Row, form: str, said: list[_Said]) -> None:
+    """Refuse rows that say something more under a key that their form does not read."""
+    unused = [key for key in TEXT_KEYS if key not in USED[form] and row.get(key)]
+    if not unused:
+        return
+    pieces = [piece for turn in said for piece in turn.pieces if isinstance(piece, str)]
+    whole = "\n".join(pieces)
+    for key in unused:
+        value = row[key]
+        if not isinstance(value, str) or value.replace(IMAGE_MARK, "").strip() not in whole:
+            raise Unreadable(f"its key {key} is not read from the form {form}")
+
+
+def _refuse_hidden_images(row: Row) -> None:
+    """Refuse rows without an image that seem to have one under another key."""
+    for key, value in row.items():
+        if key not in ("id", *TEXT_KEYS) and any(map(_looks_like_image, _listed(value))):
+            raise Unreadable(
+                f"its key {_short(key)} looks like an image; images are read from "
+                f"{' and '.join(IMAGE_KEYS)}"
+            )
+
+
+def _looks_like_image(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return "bytes" in value and set(value) <= {"bytes", "path"}
+    return isinstance(value, bytes) or (
+        isinstance(value, str) and len(value) < 500 and bool(IMAGE_NAME.search(value))
+    )
+
+
+def _listed(value: Any) -> list[Any]:
+    """A value that may stand alone or in a list; empty texts are absent."""
+    values: Iterable[Any] = value if isinstance(value, list | tuple) else [value]
+    return [each for each in values if each is not None and each != ""]
+
+
+def _without_nulls(value: Any) -> Any:
+    """Mappings without the keys that are null: Arrow writes one for every key that others have."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    if isinstance(value, list | tuple):
+        return [_without_nulls(each) for each in value]
+    return value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
 
 CONTENT_LIMIT = 1 << 30  # pictures beyond this many bytes enter the digest by name and size
 

@@ -19,14 +19,14 @@ from kd_bench.distill.image_terms import (
     image_correlation,
     image_mse,
 )
-from kd_bench.distill.methods import (
+from kd_bench.distill.objective import Heads, KneeLog, token_terms
+from kd_bench.distill.recipe import (
     VOCABULARY_LOSSES,
     Term,
     needs_student_logits,
     needs_switch,
     needs_teacher,
 )
-from kd_bench.distill.objective import Heads, KneeLog, token_terms
 from kd_bench.distill.teacher_cache import TeacherCache
 from kd_bench.distill.vision_language import (
     KeptVision,

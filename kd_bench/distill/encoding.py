@@ -1,22 +1,35 @@
-"""Conversations -> token ids with every prompt masked, images in the processor's own form.
+"""Conversations -> token ids with every prompt masked -> padded batches in a fixed order.
 
-Only answers are supervised, each with the token that ends it: every other label is -100.
+Only answers are supervised, each with the token that ends it: every other label is -100. The order
+of samples is a function of seed and epoch alone, so a resumed run meets the same batches, and of
+the whole batch size rather than of the number of devices.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from statistics import median
 from typing import Any, TypeVar
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
+from torch.utils.data import Dataset, Sampler
 
-from kd_bench.distill.chat import ChatFormat, Turns
-from kd_bench.distill.forms import Conversation
-from kd_bench.distill.images import MAX_PIXELS, Unreadable, open_image
+from kd_bench.distill.chat import ChatFormat, Turns, use_template
+from kd_bench.distill.data import (
+    Conversation,
+    Unreadable,
+    open_image,
+    read_conversations,
+)
+from kd_bench.distill.models import load_processor
+from kd_bench.distill.recipe import MAX_PIXELS, DataSource
 from kd_bench.distill.vision_language import TEACHERS
-from kd_bench.errors import KdBenchError, one_line
+from kd_bench.errors import KdBenchError, TrainingError, UsageError, one_line
+from kd_bench.world.build import resolve
 
 IGNORED = -100
 PER_TOKEN = ("token_type_ids", "mm_token_type_ids")  # what processors give beside `input_ids`
@@ -323,3 +336,412 @@ def _find(ids: list[int], wanted: list[int], start: int) -> int:
         if ids[index] == wanted[0] and ids[index : index + len(wanted)] == wanted:
             return index
     raise Unreadable("an answer is not found again among the images")
+
+
+MEMORY_BUDGET = 2 << 30  # bytes of encoded samples that are kept in memory
+FIRST, AT_A_TIME = 8, 256  # conversations encoded at a time
+SHOWN = 20  # unreadable samples that a message lists
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A sample that could not be read when its batch was made."""
+
+    index: int
+    reason: str
+
+
+def batched(conversations: Sequence[Conversation], size: int) -> Iterator[Sequence[Conversation]]:
+    """Groups of `size`; the first is small, so that the encoder learns from it what is constant."""
+    yield conversations[:FIRST]
+    for start in range(FIRST, len(conversations), size):
+        yield conversations[start : start + size]
+
+
+class ConversationDataset(Dataset[EncodedSample | Lost]):
+    """Encoded samples, made when asked for; `prepare` makes and keeps them all.
+
+    Args:
+        unreadable: samples already given up when the file was read.
+        unreadable_limit: how many samples in all may be given up.
+    """
+
+    def __init__(
+        self,
+        conversations: list[Conversation],
+        encoder: Encoder,
+        *,
+        unreadable: Sequence[tuple[str, str]] = (),
+        unreadable_limit: int = 10,
+    ) -> None:
+        self.conversations = conversations
+        self.encoder = encoder
+        self.unreadable = list(unreadable)
+        self.unreadable_limit = unreadable_limit
+        self._kept: list[EncodedSample] = []
+        self.left_out = 0  # answers that are context only, known once all samples are encoded
+        self.check_limit()
+
+    def __len__(self) -> int:
+        return len(self.conversations)
+
+    def __getitem__(self, index: int) -> EncodedSample | Lost:
+        if self._kept:
+            return self._kept[index]
+        try:
+            sample = self.encoder.encode(self.conversations[index])
+        except Unreadable as error:
+            return Lost(index, str(error))
+        sample["sample_index"] = torch.tensor(index)
+        return sample
+
+    def prepare(self) -> None:
+        """Encode everything now and keep it, unless it would not fit into memory.
+
+        What cannot be read is left out of `conversations`.
+        """
+        kept: list[EncodedSample] = []
+        sound: list[Conversation] = []
+        lost: list[tuple[str, str]] = []
+        for group in batched(self.conversations, AT_A_TIME):
+            made = self.encoder.encode_many(group)
+            for conversation, sample in zip(group, made, strict=True):
+                if isinstance(sample, Unreadable):
+                    lost.append(conversation.given_up(sample))
+                else:
+                    sample["sample_index"] = torch.tensor(len(kept))
+                    kept.append(sample)
+                    sound.append(conversation)
+            if _bytes(kept) / max(len(kept), 1) * len(self.conversations) > MEMORY_BUDGET:
+                return
+        self.conversations, self._kept = sound, kept
+        self.left_out = self.encoder.left_out
+        self.unreadable += lost
+        self.check_limit()
+
+    def give_up(self, index: int, reason: str) -> None:
+        """Count a sample that could not be read during training.
+
+        Raises:
+            TrainingError: more of them than the recipe allows.
+        """
+        entry = self.conversations[index].given_up(reason)
+        if entry not in self.unreadable:
+            self.unreadable.append(entry)
+            self.check_limit()
+
+    def check_limit(self) -> None:
+        """Stop once more samples were given up than the recipe allows."""
+        if len(self.unreadable) <= self.unreadable_limit:
+            return
+        shown = [f"{name}: {reason}" for name, reason in self.unreadable[:SHOWN]]
+        if len(self.unreadable) > SHOWN:
+            shown.append(f"and {len(self.unreadable) - SHOWN} more")
+        raise TrainingError(
+            f"{len(self.unreadable)} samples cannot be used, more than the "
+            f"{self.unreadable_limit} allowed: {'; '.join(shown)}.",
+            "Repair the data, or raise data.unreadable_limit.",
+        )
+
+    def has_image(self, index: int) -> bool:
+        """Whether a sample holds a picture."""
+        return bool(self.conversations[index].images)
+
+    def length(self, index: int) -> int:
+        """Tokens of a sample, or its characters while it is not encoded: for grouping only."""
+        if self._kept:
+            return len(self._kept[index]["input_ids"])
+        turns = self.conversations[index].turns
+        return sum(len(piece or "") for turn in turns for piece in turn.pieces)
+
+
+def _bytes(samples: list[EncodedSample]) -> int:
+    return sum(tensor.nbytes for sample in samples for tensor in sample.values())
+
+
+class Collator:
+    """Pads samples on the right and joins their pictures."""
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.padding = {"input_ids": pad_token_id, "labels": IGNORED}
+
+    def __call__(self, made: Sequence[EncodedSample | Lost]) -> dict[str, Any]:
+        samples = [sample for sample in made if not isinstance(sample, Lost)]
+        lost = [(sample.index, sample.reason) for sample in made if isinstance(sample, Lost)]
+        if not samples:  # nothing to learn, but every device has to take its step
+            alone = torch.tensor([self.padding["input_ids"]])
+            samples = [
+                {
+                    "input_ids": alone,
+                    "labels": torch.full_like(alone, IGNORED),
+                    "sample_index": torch.tensor(-1),
+                }
+            ]
+        batch = self._joined(samples)
+        return {**batch, "unreadable": lost} if lost else batch
+
+    def _joined(self, samples: list[EncodedSample]) -> dict[str, Tensor]:
+        """The student's tensors and, where samples hold them, the teacher's own."""
+        own, theirs = [], []
+        for sample in samples:
+            sides: dict[bool, EncodedSample] = {True: {}, False: {}}
+            for name, tensor in sample.items():
+                sides[name.startswith(TEACHERS)][name.removeprefix(TEACHERS)] = tensor
+            own.append(sides[False])
+            theirs.append(sides[True])
+        batch = self._side(own)
+        batch["sample_index"] = torch.stack([sample["sample_index"] for sample in samples])
+        if any(theirs):
+            batch |= {f"{TEACHERS}{name}": each for name, each in self._side(theirs).items()}
+        return batch
+
+    def _side(self, samples: list[EncodedSample]) -> dict[str, Tensor]:
+        lengths = [len(sample["input_ids"]) for sample in samples]
+        longest = max(lengths)
+        batch = {
+            name: self._pad(samples, name, longest) for name in ("input_ids", "labels")
+        }  # [batch, length]
+        places = torch.arange(longest)
+        batch["attention_mask"] = (places < torch.tensor(lengths).unsqueeze(1)).long()
+        names = {name for sample in samples for name in sample} - {*batch, "sample_index"}
+        for name in sorted(names):
+            if name in PER_TOKEN:
+                batch[name] = self._pad(samples, name, longest)
+            else:
+                batch[name] = joined([sample[name] for sample in samples if name in sample])
+        return batch
+
+    def _pad(self, samples: list[EncodedSample], name: str, longest: int) -> Tensor:
+        filler = self.padding.get(name, 0)
+        padded = samples[0]["input_ids"].new_full((len(samples), longest), filler)
+        for row, sample in zip(padded, samples, strict=True):
+            if name in sample:
+                row[: len(sample[name])] = sample[name]
+        return padded
+
+
+def joined(tensors: list[Tensor]) -> Tensor:
+    """Concatenate along the first dimension, zero-padding the others to their largest size."""
+    if len({tensor.shape[1:] for tensor in tensors}) == 1:
+        return torch.cat(tensors)
+    shape = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+    whole = tensors[0].new_zeros((sum(len(tensor) for tensor in tensors), *shape))
+    row = 0
+    for tensor in tensors:
+        region = (slice(row, row + len(tensor)), *(slice(size) for size in tensor.shape[1:]))
+        whole[region] = tensor
+        row += len(tensor)
+    return whole
+
+
+class BatchOrder(Sampler[list[int]]):
+    """Batches of sample indices, in an order that only seed and epoch decide.
+
+    One optimizer step takes `batch_size` samples in a row, whatever number of devices and
+    accumulation pieces share them. Text-only samples are batched together where their number
+    allows, so that those batches never reach the vision tower; what is left over mixes. Samples
+    beyond the last whole batch wait for another epoch.
+
+    Args:
+        piece: samples of one device at a time; divides `batch_size`.
+    """
+
+    drop_last = True
+
+    def __init__(
+        self,
+        dataset: ConversationDataset,
+        batch_size: int,
+        piece: int,
+        seed: int,
+        group_by_length: bool = False,
+    ) -> None:
+        if len(dataset) < batch_size:
+            raise UsageError(
+                f"The data holds {len(dataset)} usable samples, fewer than one batch of "
+                f"{batch_size}.",
+                "Lower batch_size, or give more data.",
+            )
+        self.dataset = dataset
+        self.whole = batch_size
+        self.batch_size = piece
+        self.seed = seed
+        self.group_by_length = group_by_length
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.dataset) // self.whole * (self.whole // self.batch_size)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of one epoch."""
+        return len(self.dataset) // self.whole
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order the next iteration gives."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.batches(self.epoch):
+            for start in range(0, self.whole, self.batch_size):
+                yield batch[start : start + self.batch_size]
+
+    def batches(self, epoch: int) -> list[list[int]]:
+        """All whole batches of one epoch."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self.dataset), generator=generator).tolist()
+        order = order[: len(order) // self.whole * self.whole]
+        if self.group_by_length:
+            order = self._by_length(order)
+        pictured = [index for index in order if self.dataset.has_image(index)]
+        plain = [index for index in order if not self.dataset.has_image(index)]
+        whole = len(plain) // self.whole * self.whole
+        # Text left over joins the pictures' last batch.
+        rows = plain[:whole] + pictured + plain[whole:]
+        batches = [rows[i : i + self.whole] for i in range(0, len(rows), self.whole)]
+        shuffled = torch.randperm(len(batches), generator=generator).tolist()
+        return [batches[index] for index in shuffled]
+
+    def _by_length(self, order: list[int]) -> list[int]:
+        """Sort by length inside windows of 16 batches: less padding, still mostly random."""
+        window = 16 * self.whole
+        result: list[int] = []
+        for start in range(0, len(order), window):
+            part = order[start : start + window]
+            result += sorted(part, key=self.dataset.length, reverse=True)
+        return result
+
+
+@dataclass(frozen=True)
+class SamplePreview:
+    """One sample as the model will see it.
+
+    Attributes:
+        name: its id.
+        parts: texts in order, each with whether it is learnt; image tokens are counted.
+        learnt: the tokens that are learnt, as the tokenizer spells them.
+    """
+
+    name: str
+    parts: list[tuple[str, bool]]
+    learnt: list[str]
+
+
+@dataclass
+class DataPreview:
+    """What a student will learn from.
+
+    Attributes:
+        forms: conversations by the form of their rows.
+        conversations, images, text_only, answers: counts over all rows that can be read.
+        encoded: conversations that were also encoded, from the first on.
+        tokens: lengths of the encoded ones.
+        learnt: how many tokens of each are learnt.
+        left_out: answers of them that are context only, see `chat.Turns`.
+        images_left_out: images of them that no learnt answer follows.
+        unreadable: (id, reason), of reading and of encoding.
+    """
+
+    forms: Counter[str] = field(default_factory=Counter)
+    conversations: int = 0
+    images: int = 0
+    text_only: int = 0
+    answers: int = 0
+    encoded: int = 0
+    tokens: list[int] = field(default_factory=list)
+    learnt: list[int] = field(default_factory=list)
+    left_out: int = 0
+    images_left_out: int = 0
+    samples: list[SamplePreview] = field(default_factory=list)
+    unreadable: list[tuple[str, str]] = field(default_factory=list)
+
+    def lines(self) -> Iterator[str]:
+        """The counts, a line each."""
+        forms = ", ".join(f"{name} ({count:,})" for name, count in self.forms.items()) or "none"
+        yield f"form: {forms}"
+        pictured = self.conversations - self.text_only
+        yield (
+            f"{self.conversations:,} conversations with {self.answers:,} answers; {pictured:,} "
+            f"with {self.images:,} images, {self.text_only:,} text only"
+        )
+        if self.tokens:
+            yield (
+                f"the first {self.encoded:,} encoded: {min(self.tokens):,} to "
+                f"{max(self.tokens):,} tokens, median {median(self.tokens):,.0f}; "
+                f"{sum(self.learnt):,} of {sum(self.tokens):,} tokens are learnt"
+            )
+        if self.left_out:
+            yield f"{self.left_out:,} earlier answers are context only"
+        if self.images_left_out:
+            yield f"{self.images_left_out:,} images that no learnt answer follows are left out"
+
+
+def preview_data(
+    source: DataSource,
+    student: str,
+    *,
+    samples: int = 3,
+    encoded: int | None = 200,
+    max_length: int = 2048,
+    prompt_template: str | None = None,
+) -> DataPreview:
+    """Read a data source and encode its first conversations for a student.
+
+    Args:
+        student: a checkpoint; only its processor is loaded.
+        samples: how many are shown.
+        encoded: conversations that are encoded; None for all.
+
+    Raises:
+        UsageError: data, checkpoint or template cannot be used.
+    """
+    processor = load_processor(resolve(student) if student.startswith("embedded:") else student)
+    if prompt_template is not None:
+        use_template(processor, prompt_template)
+    encoder = Encoder(processor, max_length, max_pixels=source.max_image_pixels)
+    found, broken = read_conversations(source)
+    preview = _counted(found)
+    preview.unreadable = list(broken)
+    chosen = found[: max(samples, len(found) if encoded is None else encoded)]
+    for start in range(0, len(chosen), AT_A_TIME):
+        group = chosen[start : start + AT_A_TIME]
+        for conversation, sample in zip(group, encoder.encode_many(group), strict=True):
+            preview.encoded += 1
+            if isinstance(sample, Unreadable):
+                preview.unreadable.append(conversation.given_up(sample))
+                continue
+            preview.tokens.append(len(sample["input_ids"]))
+            preview.learnt.append(int((sample["labels"] != IGNORED).sum()))
+            if len(preview.samples) < samples:
+                preview.samples.append(_shown(encoder, conversation.id, sample))
+    preview.left_out, preview.images_left_out = encoder.left_out, encoder.images_left_out
+    return preview
+
+
+def _counted(conversations: Sequence[Conversation]) -> DataPreview:
+    return DataPreview(
+        forms=Counter(each.form for each in conversations),
+        conversations=len(conversations),
+        images=sum(len(each.images) for each in conversations),
+        text_only=sum(not each.images for each in conversations),
+        answers=sum(turn.role == "assistant" for each in conversations for turn in each.turns),
+    )
+
+
+def _shown(encoder: Encoder, name: str, sample: EncodedSample) -> SamplePreview:
+    tokenizer: Any = encoder.processor.tokenizer
+    ids = sample["input_ids"].tolist()
+    learnt = (sample["labels"] != IGNORED).tolist()
+    parts: list[tuple[str, bool]] = []
+
+    def kind(pair: tuple[int, bool]) -> tuple[bool, bool]:
+        return pair[1], pair[0] in encoder.image_token_ids
+
+    for (marked, is_image), run in groupby(zip(ids, learnt, strict=True), key=kind):
+        tokens = [token for token, _ in run]
+        if is_image:
+            parts.append((f"<image tokens: {len(tokens)}>", marked))
+        else:
+            parts.append((str(tokenizer.decode(tokens, skip_special_tokens=False)), marked))
+    names = [tokenizer.convert_ids_to_tokens(i) for i, m in zip(ids, learnt, strict=True) if m]
+    return SamplePreview(name, parts, [str(each) for each in names])

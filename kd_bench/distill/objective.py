@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kd_bench.distill import losses
 from kd_bench.distill.knee import Lead, knee, leading
-from kd_bench.distill.methods import Term
+from kd_bench.distill.recipe import Term
 
 KNEE_OPTIONS = ("curve", "candidates", "k_min", "k_max")
 

@@ -10,8 +10,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from kd_bench.distill.checkpoints import locate, weights_digest
-from kd_bench.distill.data import data_digest
-from kd_bench.distill.forms import Conversation
+from kd_bench.distill.data import Conversation, data_digest
 from kd_bench.distill.recipe import NEW, Recipe, Stage, load_recipe
 from kd_bench.errors import TrainingError, UsageError
 from kd_bench.files import claim_folder, read_json, unsound, write_digests

@@ -1,25 +1,174 @@
-"""A recipe: which student, which teacher, which data, and the stages of the training.
+"""A recipe: which student and teacher, which data, what is minimised, in which stages.
 
-Stages run in order (pretrain the projector -> distil -> ...). `load_recipe` takes a shipped name
-or a path and `key=value` overrides; a key that belongs to a stage (`method`, `learning_rate`, ...)
-and stands without a stage, in a file or on the command line, applies to the last stage, the one
-that distils. A file without `stages` has one.
+    z_T  teacher     z_S  student     z_SW  switch: the student's vision, the teacher's language
+
+A method is a list of weighted terms over these logits; a recipe names one or spells the terms out,
+so that every ablation is a change in YAML. Stages run in order (pretrain the projector -> distil ->
+...). `load_recipe` takes a shipped name or a path and `key=value` overrides; a key that belongs to
+a stage (`method`, `learning_rate`, ...) and stands without a stage, in a file or on the command
+line, applies to the last stage, the one that distils. A file without `stages` has one.
+
+All of it is plain data: nothing here needs torch.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
+from rich.console import Console
 
 from kd_bench.config import StrictModel, apply_overrides, dump_yaml, read_yaml, validate
-from kd_bench.distill.images import MAX_PIXELS
-from kd_bench.distill.methods import METHODS, Term
-from kd_bench.errors import UsageError, closest
+from kd_bench.errors import TrainingError, UsageError, closest
+
+Loss = Literal[
+    "ce",
+    "kl",
+    "rkl",
+    "jsd",
+    "bild",
+    "dbild",
+    "image_kl",
+    "image_correlation",
+    "image_mse",
+    "attention_mse",
+]
+
+# Options that a loss reads; any other option on it is a mistake worth a message.
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "ce": (),
+    "kl": ("temperature",),
+    "rkl": ("temperature",),
+    "jsd": ("temperature", "beta"),
+    "bild": ("temperature", "top_k", "direction"),
+    "dbild": (
+        "temperature",
+        "direction",
+        "curve",
+        "candidates",
+        "k_min",
+        "k_max",
+        "pairs",
+        "ids",
+        "weight_by",
+    ),
+    "image_kl": ("temperature",),
+    "image_correlation": (),
+    "image_mse": (),
+    "attention_mse": (),
+}
+VOCABULARY_LOSSES = ("kl", "rkl", "jsd", "bild", "dbild")
+
+
+class Term(StrictModel):
+    """One weighted term of the objective; options left at None take the loss's own default.
+
+    Attributes:
+        loss: `ce` against the labels; `kl`, `rkl`, `jsd`, `bild`, `dbild` against the teacher on
+            answer positions; `image_kl`, `image_correlation` on image positions of the last layer;
+            `image_mse` on projected image tokens; `attention_mse` on first-layer text-to-image
+            attention.
+        of: whose logits are compared: the student's or the visual switch's.
+        weight: factor in the total.
+        name: name in the log; by default the loss, with `switch_` before it where `of` is switch.
+    """
+
+    loss: Loss
+    of: Literal["student", "switch"] = "student"
+    weight: float = Field(default=1.0, ge=0)
+    name: str = Field(default="", pattern=r"^[\w .+-]*$")
+    temperature: float | None = Field(default=None, gt=0)
+    beta: float | None = Field(default=None, gt=0, lt=1)
+    top_k: int | None = Field(default=None, ge=2)
+    direction: Literal["forward", "reverse", "led"] | None = None
+    curve: Literal["logits", "probs"] | None = None
+    candidates: Literal["full"] | int | None = None
+    k_min: int | None = Field(default=None, ge=2)
+    k_max: int | None = Field(default=None, ge=2)
+    pairs: Literal["flat", "row-wise", "none"] | None = None
+    ids: Literal["each", "union"] | None = None
+    weight_by: Literal["equal", "entropy"] | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Term":
+        known = OPTIONS[self.loss]
+        for option in sorted({name for names in OPTIONS.values() for name in names}):
+            if getattr(self, option) is not None and option not in known:
+                offered = ", ".join(known) or "none"
+                raise ValueError(f"{self.loss} has no option {option!r} (it has: {offered})")
+        if self.of == "switch" and self.loss not in VOCABULARY_LOSSES:
+            raise ValueError(f"{self.loss} cannot be taken of the switch logits")
+        return self
+
+    @property
+    def label(self) -> str:
+        """The term's name in logs."""
+        return self.name or (f"switch_{self.loss}" if self.of == "switch" else self.loss)
+
+    @property
+    def options(self) -> dict[str, object]:
+        """The options that were set, as keyword arguments of the loss."""
+        return {
+            option: getattr(self, option)
+            for option in OPTIONS[self.loss]
+            if getattr(self, option) is not None
+        }
+
+
+_CE = Term(loss="ce")
+_ALIGN = Term(loss="dbild", name="align")
+_SWITCH = Term(loss="dbild", of="switch", name="switch")
+
+METHODS: dict[str, tuple[Term, ...]] = {
+    "sft": (_CE,),
+    "kl": (_CE, Term(loss="kl")),
+    "rkl": (_CE, Term(loss="rkl")),
+    "jsd": (_CE, Term(loss="jsd")),
+    "bild": (_CE, Term(loss="bild")),
+    # The two terms of Switch-KD (arXiv 2604.14629), apart and together.
+    "dbild": (_CE, _ALIGN),
+    "vsd": (_CE, _SWITCH),
+    "switch-kd": (_CE, _ALIGN, _SWITCH),
+    # LLaVA-KD (arXiv 2410.16236): response KL, KL on image positions, visual self-correlation.
+    "llava-kd": (
+        _CE,
+        Term(loss="kl", name="response_kl"),
+        Term(loss="image_kl"),
+        Term(loss="image_correlation", weight=0.5),
+    ),
+    # Align-KD (arXiv 2412.01282): response KL, projected image tokens, first-layer attention.
+    "align-kd": (_CE, Term(loss="kl"), Term(loss="image_mse"), Term(loss="attention_mse")),
+}
+"""Terms by method name; `sft` is the floor that every method is compared with."""
+
+
+def needs_teacher(terms: tuple[Term, ...]) -> bool:
+    """Whether any term of weight looks at the teacher."""
+    return any(term.loss != "ce" for term in terms if term.weight)
+
+
+def needs_switch(terms: tuple[Term, ...]) -> bool:
+    """Whether any term of weight looks at the switch logits."""
+    return any(term.of == "switch" for term in terms if term.weight)
+
+
+def needs_student_logits(terms: tuple[Term, ...]) -> bool:
+    """Whether the student's own language model has to run (not for a switch term alone)."""
+    return any(term.of == "student" for term in terms if term.weight)
+
+
+def sharing_images(terms: tuple[Term, ...]) -> list[Term]:
+    """The terms of weight that need both models to be given the very same image tokens."""
+    at_answers = ("ce", *VOCABULARY_LOSSES)
+    return [t for t in terms if t.weight and (t.of == "switch" or t.loss not in at_answers)]
+
 
 RECIPES = Path(__file__).parent / "recipes"
 NEW = "embedded:new/"
 """Before the name of an untrained model of the embedded world."""
+
+MAX_PIXELS = 100_000_000
+"""Larger images are not decoded: 0.3 GB as RGB, and every processor scales them down anyway."""
 
 # Names become folders.
 Name = Annotated[str, Field(pattern=r"^\w[\w.+-]*$", max_length=100)]
@@ -421,3 +570,70 @@ def recipe_yaml(recipe: Recipe) -> str:
     """The resolved recipe as YAML that `load_recipe` reads back to an equal recipe."""
     mapping = recipe.model_dump(mode="json", exclude_none=True)
     return dump_yaml(mapping)
+
+
+def plan(
+    recipe: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    methods: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+) -> list[Recipe]:
+    """The recipes of a sweep, each with a folder of its own.
+
+    Args:
+        methods: names in `METHODS`, or `all`; by default the recipe's own.
+        seeds: by default the recipe's own.
+
+    Raises:
+        UsageError: an unknown method, or a recipe that does not hold.
+    """
+    base = load_recipe(recipe, overrides)
+    asked = list(METHODS) if methods and "all" in methods else list(methods or [])
+    for name in asked:
+        if name not in METHODS:
+            raise UsageError(
+                f"There is no method {name!r}.{closest(name, list(METHODS))}",
+                f"Known: {', '.join(METHODS)}, all.",
+            )
+    planned = []
+    for seed in seeds or [base.seed]:
+        for name in asked or [""]:
+            chosen = [f"method={name}"] if name else []
+            single = load_recipe(recipe, [*overrides, f"seed={seed}", *chosen])
+            if base.output is not None and (asked or seeds):  # each below the folder that was named
+                own = f"{base.output}/{single.method}-seed{seed}"
+                single = single.model_copy(update={"output": own})
+            planned.append(single)
+    return planned
+
+
+def sweep(planned: Sequence[Recipe], *, console: Console | None = None) -> list[Path]:
+    """Train every recipe of a plan; returns the folders of the finished students.
+
+    A training that stops does not cost the others.
+
+    Raises:
+        UsageError: before anything is trained.
+        TrainingError: at the end, naming the trainings that stopped.
+    """
+    from kd_bench.distill.train import train
+
+    console = console or Console()
+    if len(planned) == 1:
+        return [train(planned[0], console=console)]
+    finished: list[Path] = []
+    stopped: list[str] = []
+    for number, single in enumerate(planned, start=1):
+        console.rule(f"{number}/{len(planned)}  {single.method}, seed {single.seed}", align="left")
+        try:
+            finished.append(train(single, console=console))
+        except TrainingError as error:
+            stopped.append(f"{single.method} with seed {single.seed}: {error.problem}")
+            console.print(f"Stopped: {error}", highlight=False, soft_wrap=True)
+    if stopped:
+        raise TrainingError(
+            f"{len(stopped)} of {len(planned)} trainings stopped: {' '.join(stopped)}",
+            "Mend that and run the same command again: it continues.",
+        )
+    return finished

@@ -10,8 +10,7 @@ from kd_bench.config import validate
 from kd_bench.distill.compatibility import check_pair
 from kd_bench.distill.distiller import Distiller
 from kd_bench.distill.image_terms import count_items
-from kd_bench.distill.methods import OPTIONS, Term, needs_switch
-from kd_bench.distill.recipe import Stage
+from kd_bench.distill.recipe import OPTIONS, Stage, Term, needs_switch
 from kd_bench.errors import UsageError
 
 

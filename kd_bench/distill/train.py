@@ -21,7 +21,6 @@ from rich.console import Console
 
 from kd_bench import provenance
 from kd_bench.distill import processes
-from kd_bench.distill.batches import BatchOrder, Collator, ConversationDataset
 from kd_bench.distill.build import add_lora, build_start, lora_layers, merge_lora
 from kd_bench.distill.chat import read_template, use_template
 from kd_bench.distill.checkpoints import locate, weights_digest
@@ -31,11 +30,15 @@ from kd_bench.distill.compatibility import (
     image_difference,
     step_zero,
 )
-from kd_bench.distill.data import data_digest, read_conversations
+from kd_bench.distill.data import Conversation, data_digest, read_conversations
 from kd_bench.distill.distiller import Distiller
-from kd_bench.distill.encoding import Encoder, PairEncoder
-from kd_bench.distill.forms import Conversation
-from kd_bench.distill.methods import needs_teacher
+from kd_bench.distill.encoding import (
+    BatchOrder,
+    Collator,
+    ConversationDataset,
+    Encoder,
+    PairEncoder,
+)
 from kd_bench.distill.models import (
     check_image_token,
     checkpoint_activations,
@@ -55,7 +58,7 @@ from kd_bench.distill.outputs import (
     save_whole,
     stage_folder,
 )
-from kd_bench.distill.recipe import NEW, DataSource, Recipe, Stage, recipe_yaml
+from kd_bench.distill.recipe import NEW, DataSource, Recipe, Stage, needs_teacher, recipe_yaml
 from kd_bench.distill.sharding import begin_sharding, gather_weights
 from kd_bench.distill.teacher_cache import TeacherCache, cache_folder
 from kd_bench.distill.trainer import (

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from kd_bench.distill.batches import BatchOrder, Collator
 from kd_bench.distill.distiller import Distiller
+from kd_bench.distill.encoding import BatchOrder, Collator
 from kd_bench.distill.image_terms import count_items
 from kd_bench.distill.objective import KneeLog
 from kd_bench.distill.outputs import sync_folder

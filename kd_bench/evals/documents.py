@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from kd_bench.distill.images import Unreadable, open_image
+from kd_bench.distill.data import Unreadable, open_image
 from kd_bench.errors import UsageError, closest, one_line
 from kd_bench.registry import TaskSpec
 

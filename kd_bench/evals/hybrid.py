@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from kd_bench.distill.compatibility import check_pair
-from kd_bench.distill.methods import Term
 from kd_bench.distill.models import check_image_token, load_model, load_processor
+from kd_bench.distill.recipe import Term
 from kd_bench.distill.vision_language import VisionLanguageModel, put_vision
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kd_bench.distill.distiller import Distiller, default_chunk
-from kd_bench.distill.methods import METHODS
 from kd_bench.distill.objective import Heads, token_terms
+from kd_bench.distill.recipe import METHODS
 from kd_bench.distill.vision_language import answer_positions, keeping_vision, seeing_with
 from tests.benchmarks.figures import Figure, peak_memory, print_table, seconds
 from tests.benchmarks.losses import VOCABULARY, pair_list_dbild

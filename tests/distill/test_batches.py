@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from kd_bench.distill.batches import BatchOrder, Collator, ConversationDataset, joined
 from kd_bench.distill.data import read_conversations
-from kd_bench.distill.encoding import Encoder
+from kd_bench.distill.encoding import BatchOrder, Collator, ConversationDataset, Encoder, joined
 from kd_bench.distill.recipe import DataSource
 from kd_bench.errors import TrainingError, UsageError
 from tests.support import tiny

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from kd_bench.distill.chat import TEMPLATES, ChatFormat, read_template, use_template
+from kd_bench.distill.data import Conversation, Turn, Unreadable
 from kd_bench.distill.encoding import Encoder
-from kd_bench.distill.forms import Conversation, Turn
-from kd_bench.distill.images import Unreadable
 from kd_bench.errors import UsageError
 from kd_bench.evals.prompts import PromptBuilder
 from tests.support import chat_templates as public

@@ -13,7 +13,7 @@ from kd_bench.distill.compatibility import (
     switch_gap,
 )
 from kd_bench.distill.distiller import Distiller
-from kd_bench.distill.methods import METHODS, Term
+from kd_bench.distill.recipe import METHODS, Term
 from kd_bench.distill.vision_language import VisionLanguageModel, answer_positions, seeing_with
 from kd_bench.errors import TrainingError, UsageError
 from tests.support import tiny

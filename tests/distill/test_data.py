@@ -6,9 +6,13 @@ import json
 import pytest
 from PIL import Image
 
-from kd_bench.distill.data import data_digest, read_conversations
-from kd_bench.distill.forms import Conversation
-from kd_bench.distill.images import Unreadable, open_image
+from kd_bench.distill.data import (
+    Conversation,
+    Unreadable,
+    data_digest,
+    open_image,
+    read_conversations,
+)
 from kd_bench.distill.recipe import DataSource
 from kd_bench.errors import UsageError
 from tests.support import tiny

@@ -8,7 +8,7 @@ import pytest
 import typer.testing
 
 from kd_bench.cli import app
-from kd_bench.distill.preview import preview_data
+from kd_bench.distill.encoding import preview_data
 from kd_bench.distill.recipe import DataSource
 from kd_bench.errors import UsageError
 from tests.support import tiny

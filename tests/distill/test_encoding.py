@@ -4,10 +4,8 @@ import pytest
 import torch
 
 from kd_bench.distill.build import tinyllava_template
-from kd_bench.distill.data import read_conversations
+from kd_bench.distill.data import Conversation, Turn, Unreadable, read_conversations
 from kd_bench.distill.encoding import Encoder
-from kd_bench.distill.forms import Conversation, Turn
-from kd_bench.distill.images import Unreadable
 from kd_bench.distill.recipe import DataSource
 from kd_bench.errors import UsageError
 from tests.support import tiny

@@ -10,10 +10,8 @@ from typing import Any
 
 import pytest
 
-from kd_bench.distill.batches import ConversationDataset
-from kd_bench.distill.data import read_conversations
-from kd_bench.distill.encoding import Encoder
-from kd_bench.distill.forms import FORMS, Conversation
+from kd_bench.distill.data import FORMS, Conversation, read_conversations
+from kd_bench.distill.encoding import ConversationDataset, Encoder
 from kd_bench.distill.recipe import DataSource
 from kd_bench.errors import UsageError
 from tests.distill.test_chat import encoded_image
@@ -118,7 +116,7 @@ ONE_IMAGE = {  # each is one image before one question, and one answer
 
 @pytest.mark.parametrize("name", list(ONE_IMAGE))
 def test_every_form_is_read(tmp_path: Path, name: str) -> None:
-    from kd_bench.distill.forms import conversation_of
+    from kd_bench.distill.data import conversation_of
 
     tiny.picture("red").save(tmp_path / "a.png")
     found = conversation_of(ONE_IMAGE[name], 3, tmp_path)
@@ -230,7 +228,7 @@ def test_a_torn_line_is_counted(tmp_path: Path) -> None:
 
 
 def test_every_form_has_a_row_here() -> None:
-    from kd_bench.distill.forms import form_of
+    from kd_bench.distill.data import form_of
 
     assert {form_of(row) for row in ONE_IMAGE.values()} == set(FORMS)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from kd_bench.distill.images import MAX_PIXELS, Unreadable, open_image
+from kd_bench.distill.data import MAX_PIXELS, Unreadable, open_image
 from kd_bench.evals.documents import PictureError, open_picture
 
 KINDS = ("png", "jpeg", "webp", "avif", "dds", "tiff", "gif", "bmp", "ico")

@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from kd_bench.distill.build import add_lora, build_student, merge_lora
 from kd_bench.distill.checkpoints import weights_digest
 from kd_bench.distill.distiller import Distiller
-from kd_bench.distill.methods import METHODS
 from kd_bench.distill.models import (
     checkpoint_activations,
     load_model,
@@ -18,7 +17,7 @@ from kd_bench.distill.models import (
     parameter_counts,
     set_trainable,
 )
-from kd_bench.distill.recipe import LoraSettings, StudentParts
+from kd_bench.distill.recipe import METHODS, LoraSettings, StudentParts
 from kd_bench.errors import UsageError
 from tests.support import tiny
 

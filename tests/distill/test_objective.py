@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 from kd_bench.distill import knee as knees
 from kd_bench.distill import losses, objective
-from kd_bench.distill.methods import METHODS, Term, needs_switch, needs_teacher
 from kd_bench.distill.objective import Heads, KneeLog, token_terms
+from kd_bench.distill.recipe import METHODS, Term, needs_switch, needs_teacher
 
 N, VOCABULARY, WIDTH, TEACHER_WIDTH = 23, 40, 8, 12
 

@@ -3,9 +3,7 @@
 import pytest
 
 from kd_bench.config import dump_yaml, parse_yaml
-from kd_bench.distill.methods import METHODS
-from kd_bench.distill.recipe import list_recipes, load_recipe, recipe_yaml
-from kd_bench.distill.sweep import plan
+from kd_bench.distill.recipe import METHODS, list_recipes, load_recipe, plan, recipe_yaml
 from kd_bench.errors import UsageError
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from kd_bench.distill import train as train_module
-from kd_bench.distill.sweep import plan, sweep
+from kd_bench.distill.recipe import plan, sweep
 from kd_bench.errors import TrainingError
 from tests.support import tiny
 

@@ -5,13 +5,11 @@ import json
 import pytest
 import torch
 
-from kd_bench.distill.batches import BatchOrder, Collator, ConversationDataset
 from kd_bench.distill.data import read_conversations
 from kd_bench.distill.distiller import Distiller
-from kd_bench.distill.encoding import Encoder
-from kd_bench.distill.methods import METHODS, Term
+from kd_bench.distill.encoding import BatchOrder, Collator, ConversationDataset, Encoder
 from kd_bench.distill.models import load_model
-from kd_bench.distill.recipe import load_recipe
+from kd_bench.distill.recipe import METHODS, Term, load_recipe
 from kd_bench.distill.switch_kd import SwitchKD
 from kd_bench.distill.trainer import train
 from kd_bench.errors import UsageError

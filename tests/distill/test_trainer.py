@@ -307,14 +307,14 @@ def test_image_terms_and_a_cache_do_not_go_together(place):
 
 
 def test_samples_are_also_read_on_the_way(place, tmp_path, monkeypatch):
-    from kd_bench.distill import batches
+    from kd_bench.distill import encoding
 
     whole = train(recipe_in(place, "ahead", "method=sft", "steps=6"))
     monkeypatch.setattr(train_module, "SMALL_DATA", 0)
     lazily = train(recipe_in(place, "lazily", "method=sft", "steps=6"))
     assert weights_digest(lazily) == weights_digest(whole)
     monkeypatch.undo()
-    monkeypatch.setattr(batches, "MEMORY_BUDGET", 1)
+    monkeypatch.setattr(encoding, "MEMORY_BUDGET", 1)
     assert weights_digest(
         train(recipe_in(place, "big", "method=sft", "steps=6"))
     ) == weights_digest(whole)
