@@ -1,16 +1,17 @@
 """One look for every plot: colours by meaning, resolved by the page's light or dark theme.
 
-Plots are drawn in placeholder colours; in the SVG these become CSS variables, so that one picture
-serves light, dark and print. The first series colours are those of Okabe and Ito (2008), which
-people with the common forms of colour blindness can tell apart, the further ones Tol's (2021);
-markers differ as well, and no two of a hundred series share both.
+Plots are drawn in the colours of the light theme, no two of which are equal; in the SVG these
+become CSS variables, so that one picture serves light, dark and print. The first series colours are
+those of Okabe and Ito (2008), which people with the common forms of colour blindness can tell
+apart, the further ones Tol's (2021); markers differ as well, and no two of a hundred series share
+both.
 """
 
 import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -23,15 +24,10 @@ if TYPE_CHECKING:
     from kd_bench.report.board import Board
 
 
-INK, MUTED, GRID, PAPER = "#010203", "#010204", "#010205", "#010206"
-_SERIES = tuple(f"#0102{number:02x}" for number in range(16, 37))
-_NAMES = {INK: "ink", MUTED: "muted", GRID: "line", PAPER: "paper"} | {
-    color: f"s{number}" for number, color in enumerate(_SERIES)
-}
 # s0 is the teacher's and s1 the floor's: neutral; methods take the colours after them.
 LIGHT = {
     "ink": "#1b1b1a", "muted": "#63615c", "line": "#e3e1dc", "paper": "#ffffff",
-    "s0": "#1b1b1a", "s1": "#8d8b85", "s2": "#0072b2", "s3": "#d55e00", "s4": "#009e73",
+    "s0": "#1b1b1b", "s1": "#8d8b85", "s2": "#0072b2", "s3": "#d55e00", "s4": "#009e73",
     "s5": "#cc79a7", "s6": "#e69f00", "s7": "#56b4e9", "s8": "#7a5195",
     "s9": "#117733", "s10": "#882255", "s11": "#999933", "s12": "#332288", "s13": "#cc6677",
     "s14": "#44aa99", "s15": "#8c510a", "s16": "#b8336a", "s17": "#5b7a00", "s18": "#4477aa",
@@ -45,6 +41,9 @@ DARK = {
     "s14": "#7fd6c8", "s15": "#d39a55", "s16": "#ee7fa8", "s17": "#a5c84a", "s18": "#86b3dd",
     "s19": "#dcb060", "s20": "#ff77a8",
 }  # fmt: skip
+INK, MUTED, GRID, PAPER = (LIGHT[name] for name in ("ink", "muted", "line", "paper"))
+_SERIES = tuple(color for name, color in LIGHT.items() if name[1:].isdigit())
+_NAMES = {color: name for name, color in LIGHT.items()}
 WIDTH = 4.9  # inches, the same for every plot, so that their type has one size on the page
 _MARKERS = ("s", "X", "o", "^", "D", "v", "P", "<", ">", "p", "d")
 
@@ -57,12 +56,14 @@ class Plot:
         name: file name and id prefix.
         svg: inline `<svg>` element, colours as CSS variables.
         summary: what it shows, in a sentence, for those who do not see it.
+        figure: what it was drawn as, in the colours of the light theme.
     """
 
     name: str
     title: str
     svg: str
     summary: str
+    figure: "Figure" = field(compare=False, repr=False)
 
     def standalone(self) -> str:
         """A file of its own, following the viewer's light or dark theme."""
@@ -159,7 +160,7 @@ def spread_out(heights: list[float], least: float) -> list[float]:
 
 
 def series(number: int) -> str:
-    """The placeholder colour of a series; the twentieth method takes the first one's again."""
+    """The colour of a series; the twentieth method takes the first one's again."""
     return _SERIES[css_series(number)]
 
 
@@ -230,7 +231,7 @@ def to_plot(figure: "Figure", name: str, title: str, summary: str) -> Plot:
     stream = BytesIO()
     no_date = {"Date": None, "Creator": None, "Format": None, "Type": None}
     figure.savefig(stream, format="svg", metadata=no_date)
-    return Plot(name, title, _inline(stream.getvalue().decode(), name, summary), summary)
+    return Plot(name, title, _inline(stream.getvalue().decode(), name, summary), summary, figure)
 
 
 def _inline(svg: str, name: str, summary: str) -> str:
@@ -245,7 +246,7 @@ def _inline(svg: str, name: str, summary: str) -> str:
                  "<g>", svg)  # fmt: skip
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'(url\(#|href="#)', rf"\1{name}-", svg)
-    svg = re.sub(r"#0102[0-9a-f]{2}", lambda m: _variable(m.group()), svg)
+    svg = re.sub("|".join(_NAMES), lambda m: f"var(--{_NAMES[m.group()]})", svg)
     svg = re.sub(r"font:\s*([^;\"]*?)'[^;\"]*?(?=[;\"])", r"font: \1var(--font, sans-serif)", svg)
     svg = svg.replace("font: 700 ", "font: 600 ")
     svg = re.sub(r"\n\s*", "\n", svg)
@@ -255,7 +256,3 @@ def _inline(svg: str, name: str, summary: str) -> str:
         f'{box.group() if box else ""} role="img" aria-label="{escape(summary)}"'
     )
     return re.sub(r"<svg[^>]*>", lambda _: head + ">", svg, count=1).strip()
-
-
-def _variable(color: str) -> str:
-    return f"var(--{_NAMES[color]})" if color in _NAMES else color
