@@ -64,13 +64,14 @@ class PlanLine:
 
 @dataclass(frozen=True)
 class Plan:
-    """Margins for a suite, and the policy file that holds them."""
+    """Margins for a suite, and the policy file that holds them; `warnings` are shown loudly."""
 
     baseline: str
     suite: str
     lines: list[PlanLine]
     notes: tuple[str, ...]
     policy: str
+    warnings: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """JSON text with a format version."""
@@ -106,8 +107,22 @@ def plan(baseline: Run, others: Sequence[Run], policy: Policy) -> Plan:
     suite = baseline.manifest.protocol.suite
     named = few or policy.benchmarks is not None
     text = _policy_text(suite, lines, policy, [*keys[:-1]] if named else [])
+    warnings = _limits(runs)
+    text = "".join(f"# {line}\n" for line in warnings) + text
     notes = (*_notes(runs, few), *limits)
-    return Plan(label(baseline), suite, lines, notes, text)
+    return Plan(label(baseline), suite, lines, notes, text, warnings)
+
+
+def _limits(runs: Sequence[Run]) -> tuple[str, ...]:
+    """A warning where a document limit makes the margins those of a smaller test set."""
+    limited = [run for run in runs if run.manifest.protocol.limit is not None]
+    if not limited:
+        return ()
+    names = ", ".join(label(run) for run in limited)
+    return (
+        f"LIMITED: {names}. These margins are for equally limited runs; whole runs carry smaller "
+        "ones, from a plan of their own.",
+    )
 
 
 def _line(

@@ -167,4 +167,6 @@ def _plan(
         typer.echo(found.to_json())
         return
     to_terminal(plan_table(found), Console())
+    for warning in found.warnings:
+        Console().print(warning, style="bold yellow", markup=False, highlight=False)
     typer.echo(f"\nPolicy file:\n\n{found.policy}", nl=False)

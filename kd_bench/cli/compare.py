@@ -47,6 +47,8 @@ def compare(
         return
     found = find_runs(results, runs)
     if flips is not None:
+        if len(found) > 2:
+            raise UsageError("--flips lists the samples of two runs.", "Name the two.")
         changed = list_flips(found, flips, allow_different=allow_different)
         if as_json:
             import json

@@ -230,7 +230,7 @@ def plan_table(plan: Plan) -> Table:
         rows,
         caption="Points on the 0-100 scale. Smallest margin: passes an equal student 95 times in "
         "100; drop found: ends in a regression 95 times in 100 under these margins.",
-        notes=plan.notes,
+        notes=(*plan.warnings, *plan.notes),
     )
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from kd_bench.stats import (
     minimum_detectable_effect,
     two_sided,
 )
+from tests.statistics.gate_rules import TASKS, standard_errors
 from tests.statistics.simulate import (
     Benchmark,
     answers,
@@ -274,6 +275,74 @@ def coverage_few(seed: int, units: int, mus: tuple[float, float], churn: float) 
     return held
 
 
+# --- coverage over training seeds --------------------------------------------------------------
+
+SEEDED = ("gqa", "mmmu", "pope")
+CHURN = 0.15
+
+
+@dataclass(frozen=True)
+class Training:
+    """A method whose seeds' skills are drawn about `mu` with a standard deviation of `spread`."""
+
+    mu: float
+    spread: float
+
+    def seeds(self, rng: np.random.Generator, count: int) -> list[float]:
+        """The skill of each of `count` seeds."""
+        return [float(mu) for mu in rng.normal(self.mu, self.spread, count)]
+
+    def truth(self, shape: Benchmark) -> float:
+        """The mean true score over all seeds that there could be, 0-100."""
+        nodes, weights = np.polynomial.hermite_e.hermegauss(7)
+        scores = [true_score(shape, float(self.mu + self.spread * node)) for node in nodes]
+        return float(np.dot(weights, scores) / weights.sum())
+
+
+@lru_cache(maxsize=16)
+def trained(task: str, mu: float, noise: float) -> tuple[Training, float]:
+    """A method on a benchmark, and its true score.
+
+    Args:
+        noise: standard deviation of a seed's true score, over what the score of a single run
+            owes to the documents that it alone gets right or wrong at a churn of `CHURN`.
+    """
+    shape = real_benchmarks()[task]
+    own = standard_errors(CHURN)[TASKS.index(task)] / np.sqrt(2)
+    slope = (true_score(shape, mu + 1e-3) - true_score(shape, mu - 1e-3)) / 2e-3
+    made = Training(mu, float(noise * own / slope))
+    return made, made.truth(shape)
+
+
+def coverage_seeds(world: int, seeds: int, noise: float) -> dict[str, bool]:
+    """Which 95 % intervals hold the truth: two methods of several seeds, and a teacher of one."""
+    rng = np.random.default_rng([12, world, seeds, round(100 * noise)])
+    sampled, truth = [], []
+    for task in SEEDED:
+        shape = real_benchmarks()[task]
+        floor, student = (trained(task, mu, noise) for mu in (0.2, MU))
+        mus = [*floor[0].seeds(rng, seeds), *student[0].seeds(rng, seeds), 0.8]
+        rows = answers(rng, shape, mus, rho_for(CHURN, MU))
+        sampled.append(resample(aligned(shape, rows), RESAMPLES))
+        truth.append([floor[1], student[1], true_score(shape, 0.8)])
+    evidence = evidence_of(sampled)
+    first = [str(number) for number in range(seeds)]
+    second = [str(number) for number in range(seeds, 2 * seeds)]
+    teacher = [str(2 * seeds)]
+    truth.append([float(each) for each in np.mean(truth, axis=0)])
+    held = {}
+    for key, (low, own, high) in zip([*SEEDED, AVERAGE], truth, strict=True):
+        held[key] = holds(evidence.score(key, second), own)
+        held[f"{key}, difference"] = holds(evidence.difference(key, first, second), own - low)
+        held[f"{key}, retention"] = holds(
+            evidence.retention(key, second, teacher), 100 * own / high
+        )
+        closed = evidence.gap_closed(key, second, first, teacher)
+        if closed is not None and closed.interval is not None:  # a floor may come out above
+            held[f"{key}, gap closed"] = holds(closed, 100 * (own - low) / (high - low))
+    return held
+
+
 # --- the whole suite at its real size --------------------------------------------------------
 
 
@@ -371,6 +440,26 @@ def figures_few(worlds: int = 2_000) -> list[Figure]:
     return made
 
 
+def figures_seeds(worlds: int = 2_000) -> list[Figure]:
+    """Intervals over training seeds, by number of seeds and training noise."""
+    made = []
+    for seeds in (2, 3, 5):
+        for noise in (0.0, 1.0, 3.0):
+            job = partial(coverage_seeds, seeds=seeds, noise=noise)
+            rates = pd.DataFrame(in_parallel(job, worlds)).mean()
+            change = rates[f"{AVERAGE}, difference"]
+            made.append(
+                Figure(
+                    f"{seeds} seeds a method, training noise {noise:g}, {worlds:,} worlds: "
+                    "coverage of the average's difference; lowest and highest of 16 intervals",
+                    "93 % and more",
+                    f"{change:.1%}; {rates.min():.1%} ({rates.idxmin()}) to {rates.max():.1%}",
+                    bool(rates.min() >= 0.93),
+                )
+            )
+    return made
+
+
 def figures_speed() -> list[Figure]:
     """`kd-bench check` on the whole suite at its real size, 10,000 resamples."""
     with tempfile.TemporaryDirectory() as folder:
@@ -397,6 +486,7 @@ def main() -> None:
         lambda: figures_power(100 // share, 10 // share),
         lambda: figures_coverage(2_000 // share),
         lambda: figures_few(2_000 // share),
+        lambda: figures_seeds(2_000 // share),
     ):
         for each in measure():
             mark = "yes" if each.reached else "NO"

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from tests.statistics import figures
-from tests.statistics.simulate import real_benchmarks
+from kd_bench.gate import GateReport, judge
+from kd_bench.records import AVERAGE
+from tests.statistics import figures, gate_rules
+from tests.statistics.simulate import real_benchmarks, rho_for
 
 pytestmark = pytest.mark.slow
 
@@ -61,3 +63,54 @@ def test_the_shipped_margins_can_be_resolved() -> None:
         assert margins.tasks[task] >= 0.9 * figures.detectable(task, 0.15), task
     errors = [figures.detectable(task, 0.15) for task in real_benchmarks()]
     assert margins.average >= np.sqrt(np.sum(np.square(errors))) / 10
+
+
+def test_intervals_over_seeds_hold_the_truth() -> None:
+    for seeds, noise in ((2, 1.0), (3, 0.0), (3, 3.0)):
+        held = [figures.coverage_seeds(world, seeds, noise) for world in range(60)]
+        for name in held[0]:
+            known = [each[name] for each in held if name in each]
+            assert not_below(0.93, sum(known), len(known)), (seeds, noise, name)
+
+
+def exit_codes(differences: list[float], errors: np.ndarray, every: bool) -> int:
+    """The array rules' exit code in one world."""
+    row = np.array([differences])
+    return int(gate_rules.exit_codes(row, errors, gate_rules.MARGINS, every)[0])
+
+
+def test_the_array_rules_of_the_rates_give_the_programs_verdict_on_the_same_draws() -> None:
+    """`gate_rules` draws differences and writes the rules for arrays; here both see whole suites.
+
+    48 suites at the real sizes, equal ones and ones with a drop near what is found, each under both
+    rules. Where the exit codes are not the same the world lies on the edge of a test: the program
+    has the standard errors of this very world, and exact tests; with errors a fifth smaller or
+    larger the array rules give its code, too.
+    """
+    same, seen = 0, set()
+    for seed in range(48):
+        churn = gate_rules.CHURNS[seed % 4]
+        errors = dict(zip(gate_rules.TASKS, gate_rules.standard_errors(churn), strict=False))
+        lost = [{}, {"mmmu": 3.5}, {"gqa": 3.5}, dict.fromkeys(errors, 1.0)][seed // 4 % 4]
+        drops = {
+            task: figures.mu_for(real_benchmarks()[task], by * errors[task])
+            for task, by in lost.items()
+        }
+        rng = np.random.default_rng([13, seed])
+        suite = figures.simulated_suite(rng, rho_for(churn, figures.MU), drops)
+        sampled = [figures.resampled(each, seed) for each in suite]
+        for every in (False, True):
+            policy = figures.POLICY.model_copy(update={"seed": seed, "every": every})
+            verdicts = judge(sampled, figures.MARGINS, policy)
+            assert [each.name for each in verdicts] == [*gate_rules.TASKS, AVERAGE]
+            report = GateReport("new", "old", "ten", policy.alpha, verdicts, [], [], every=every)
+            found = np.array([[each.difference.value for each in verdicts]])
+            smaller, arrays, larger = (
+                int(gate_rules.exit_codes(found, wide, gate_rules.MARGINS, every)[0])
+                for wide in np.outer((0.8, 1.0, 1.25), gate_rules.standard_errors(churn))
+            )
+            assert int(report.exit_code) in (smaller, arrays, larger), (seed, every)
+            same += report.exit_code == arrays
+            seen.add(int(report.exit_code))
+    assert seen == {0, 1, 3}
+    assert same >= 86, same  # of 96
