@@ -108,7 +108,7 @@ class Problem:
 ENGINES = {
     "train": ("kd_bench.distill.train",),
     "eval": (
-        "kd_bench.evals.worker",
+        "kd_bench.evals.run",
         "kd_bench.evals.adapter",
         "lmms_eval.evaluator",
         "filelock._api",  # lmms-eval 0.7.3 imports it when it evaluates

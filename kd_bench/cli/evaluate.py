@@ -1,6 +1,6 @@
 """`kd-bench eval`."""
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,9 @@ from kd_bench.cli.options import (
     specs_of,
 )
 from kd_bench.errors import ExitCode, UsageError
+
+if TYPE_CHECKING:
+    from kd_bench.evals.checkpoint import Model
 
 WAYS = "Name checkpoints, or --model, or --vision with --language."
 
@@ -92,52 +95,47 @@ def evaluate(
     results: Results = RESULTS,
 ) -> None:
     """Evaluate models; the same command continues a stopped evaluation."""
-    subjects = _subjects(checkpoints or [], vision, language, model, model_args)
+    models = _models(checkpoints or [], vision, language, model, model_args)
     told = {"name": name, "seed": seed, "role": role, "method": method, "dtype": dtype}
-    _refuse(subjects, {**told, "quantize": quantize, "prompt-template": prompt_template})
-    profiles = profiles_of(profile, specs_of(suite, tasks))
-    from kd_bench.evals import runner
-    from kd_bench.evals.upstream import REASONING_TAGS
+    _refuse(models, {**told, "quantize": quantize, "prompt-template": prompt_template})
+    given: dict[str, Any] = {
+        **told,
+        "suite": suite,
+        "tasks": comma_separated(tasks),
+        "data": data,
+        "profiles": profiles_of(profile, specs_of(suite, tasks)),
+        "limit": limit,
+        "batch_size": batch_size,
+        "quantize": quantize,
+        "prompt_template": prompt_template,
+        "reasoning_tags": reasoning_tags,
+        "error_limit": error_limit,
+        "truncated_limit": truncated_limit,
+        "results": results,
+        "debug": bool(context.obj),
+    }
+    from kd_bench.evals import run as runs
 
+    settings = runs.EvalSettings(
+        **{key: value for key, value in given.items() if value is not None}
+    )
     unhealthy = False
-    for subject in subjects:
-        run = runner.evaluate(
-            **subject,
-            suite=suite,
-            tasks=comma_separated(tasks),
-            data=data,
-            profiles=profiles,
-            limit=limit,
-            batch_size=batch_size,
-            role=role,
-            name=name,
-            method=method,
-            seed=seed,
-            dtype=dtype or "auto",
-            quantize=quantize or "",
-            prompt_template=prompt_template or "",
-            reasoning_tags=REASONING_TAGS if reasoning_tags is None else reasoning_tags,
-            error_limit=runner.ERROR_LIMIT if error_limit is None else error_limit,
-            truncated_limit=(
-                runner.TRUNCATED_LIMIT if truncated_limit is None else truncated_limit
-            ),
-            results=results,
-            debug=bool(context.obj),
-        )
+    for each in models:
+        run = runs.evaluate(each, settings)
         typer.echo(f"Run: {run.path} ({run.manifest.status})")
         unhealthy |= run.manifest.status != "complete"
     if unhealthy:
         raise typer.Exit(ExitCode.INCOMPLETE)
 
 
-def _subjects(
+def _models(
     checkpoints: list[str],
     vision: str | None,
     language: str | None,
     model: str | None,
     model_args: str | None,
-) -> list[dict[str, Any]]:
-    """What is to be evaluated, as arguments of `evals.runner.evaluate`."""
+) -> "list[Model]":
+    """What is to be evaluated: checkpoints, one stock model, or one visual switch."""
     if (vision is None) != (language is None):
         raise UsageError("--vision and --language belong together.", WAYS)
     ways = {"CHECKPOINT": bool(checkpoints), "--vision": vision, "--model": model}
@@ -146,25 +144,31 @@ def _subjects(
         raise UsageError("No model to evaluate.", WAYS)
     if len(named) > 1:
         raise UsageError(f"{' and '.join(named)} do not go together.", WAYS)
+    from kd_bench.evals.checkpoint import StockModel, VisualSwitch
+
     if model is not None:
-        return [{"model": model, "model_args": model_args or ""}]
+        return [StockModel(model, model_args or "")]
     if model_args is not None:
         raise UsageError("--model-args without --model.", "Name the model, too.")
-    if vision is not None:
-        return [{"vision": vision, "language": language}]
-    return [{"checkpoint": checkpoint} for checkpoint in checkpoints]
+    if vision is not None and language is not None:
+        return [VisualSwitch(vision, language)]
+    return list(checkpoints)
 
 
-def _refuse(subjects: list[dict[str, Any]], options: dict[str, Any]) -> None:
+def _refuse(models: "list[Model]", options: dict[str, Any]) -> None:
     """Refuse options that would silently do nothing, or something else than what was meant."""
+    from kd_bench.evals.checkpoint import StockModel, VisualSwitch
+
+    several, switch = len(models) > 1, isinstance(models[0], VisualSwitch)
+    stock = isinstance(models[0], StockModel)
     rules = [
-        ("name", len(subjects) > 1, "names one model, but several checkpoints were given"),
-        ("seed", len(subjects) > 1, "is of one model, but several checkpoints were given"),
-        ("role", "vision" in subjects[0], "is fixed for --vision with --language: switch"),
-        ("method", "vision" in subjects[0], "is read from the --vision checkpoint"),
-        ("dtype", "model" in subjects[0], "goes into --model-args for a --model"),
-        ("quantize", "model" in subjects[0], "goes into --model-args for a --model"),
-        ("prompt-template", "model" in subjects[0], "goes into --model-args for a --model"),
+        ("name", several, "names one model, but several checkpoints were given"),
+        ("seed", several, "is of one model, but several checkpoints were given"),
+        ("role", switch, "is fixed for --vision with --language: switch"),
+        ("method", switch, "is read from the --vision checkpoint"),
+        ("dtype", stock, "goes into --model-args for a --model"),
+        ("quantize", stock, "goes into --model-args for a --model"),
+        ("prompt-template", stock, "goes into --model-args for a --model"),
     ]
     for option, broken, reason in rules:
         if broken and options[option] is not None:

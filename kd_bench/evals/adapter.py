@@ -161,7 +161,7 @@ class KdBench(_Generative):
         return texts
 
 
-class StockModel:
+class StockAdapter:
     """Any other lmms-eval model, asked in small batches so that its answers can be kept."""
 
     def __init__(self, model: Any, batch_size: int | None = None) -> None:
@@ -208,7 +208,7 @@ class Journalled(_Generative):
     """Puts a journal between lmms-eval and a model: known answers are not computed again.
 
     Args:
-        source: `KdBench` or `StockModel`.
+        source: `KdBench` or `StockAdapter`.
         key: document index -> journal key and picture key.
         known: answers by journal key.
         record: called with each batch of (key, answer) as it is produced.

@@ -1,8 +1,4 @@
-"""What is known about a model before it is loaded: identity, lineage, role and name.
-
-Three kinds: a checkpoint; a hybrid (the student's eyes before the teacher's projector and language
-model); a stock model of lmms-eval, known by its name and arguments.
-"""
+"""What is known about a model before it is loaded: identity, lineage, role and name."""
 
 import re
 from dataclasses import dataclass, replace
@@ -33,15 +29,36 @@ SETUP_FILES = (
 
 
 @dataclass(frozen=True)
+class VisualSwitch:
+    """The vision tower of one checkpoint before projector and language model of another."""
+
+    vision: str | Path
+    language: str | Path
+
+
+@dataclass(frozen=True)
+class StockModel:
+    """A model that lmms-eval brings: its name there, and `key=value,...` arguments."""
+
+    name: str
+    arguments: str = ""
+
+
+Model = str | Path | VisualSwitch | StockModel
+"""What can be evaluated; text or path is a checkpoint: a folder, an adapter folder of peft, a hub
+name, or `embedded:weights/...`."""
+
+
+@dataclass(frozen=True)
 class Checkpoint:
-    """A model that can be evaluated.
+    """A model that can be evaluated, as far as it is known without its weights in memory.
 
     Attributes:
-        path: its folder; of a hybrid, that of the language side.
+        path: its folder; of a visual switch, that of the language side.
         setup_digest: of configuration, tokenizer and processor files, of an adapter its base's too.
         lineage: what `kd-bench train` wrote beside the weights; None for foreign checkpoints.
-        vision: of a hybrid, the folder whose vision tower sees.
-        stock: of a stock model, its name in lmms-eval and its arguments.
+        vision: of a visual switch, the folder whose vision tower sees.
+        stock: what was asked for, when it is a model of lmms-eval.
     """
 
     path: Path
@@ -49,25 +66,30 @@ class Checkpoint:
     setup_digest: str
     lineage: dict[str, Any] | None = None
     vision: Path | None = None
-    stock: tuple[str, str] | None = None
+    stock: StockModel | None = None
 
 
-def inspect_checkpoint(
-    given: str | Path,
+def inspect_model(
+    given: Model,
     *,
     role: str | None = None,
     name: str | None = None,
     method: str | None = None,
     seed: int | None = None,
 ) -> Checkpoint:
-    """Identity of a checkpoint; what the caller leaves open is read from its lineage.
+    """Identity of a model; what the caller leaves open is read from its lineage.
 
-    Args:
-        given: folder, adapter folder of peft, `embedded:weights/...` or hub name.
+    A visual switch has its role by how it is made, and its method from the vision side. Of a stock
+    model the weights are digested where `pretrained` is a folder; otherwise its name and arguments
+    stand for them, and a model that changes behind them would not be noticed.
 
     Raises:
         UsageError: no checkpoint there, or an unknown role.
     """
+    if isinstance(given, VisualSwitch):
+        return _inspect_switch(given, name, seed)
+    if isinstance(given, StockModel):
+        return _inspect_stock(given, role, name, method, seed)
     from kd_bench.distill.checkpoints import base_of, check_files, locate, weights_digest
 
     path = locate(given)
@@ -92,6 +114,44 @@ def inspect_checkpoint(
     return Checkpoint(path, reference, digest_files(present), lineage)
 
 
+def _inspect_switch(given: VisualSwitch, name: str | None, seed: int | None) -> Checkpoint:
+    vision = inspect_model(given.vision, seed=seed)
+    language = inspect_model(given.language)
+    weights = (vision.ref.weights_digest, language.ref.weights_digest)
+    reference = ModelRef(
+        name=name or f"{vision.ref.name}-switch",
+        role="switch",
+        path=f"{given.vision} + {given.language}",
+        weights_digest=digest_text("switch", *weights),
+        method=vision.ref.method,
+        seed=vision.ref.seed,
+        architecture=language.ref.architecture,
+    )
+    setup = digest_text(vision.setup_digest, language.setup_digest)
+    return Checkpoint(language.path, reference, setup, vision.lineage, vision=vision.path)
+
+
+def _inspect_stock(
+    given: StockModel, role: str | None, name: str | None, method: str | None, seed: int | None
+) -> Checkpoint:
+    from kd_bench.distill.checkpoints import weights_digest
+
+    model, arguments = given.name, given.arguments
+    told = dict(part.split("=", 1) for part in arguments.split(",") if "=" in part)
+    place = Path(told.get("pretrained", ""))
+    local = place.is_dir() and any(place.glob("*.safetensors"))
+    reference = ModelRef(
+        name=name or trained_name(told.get("pretrained", "")) or model,
+        role=_role(role or "baseline"),
+        path=f"lmms-eval {model} {arguments}".strip(),
+        weights_digest=weights_digest(place) if local else digest_text(model, arguments),
+        method=method or "",
+        seed=seed,
+        architecture=model,
+    )
+    return Checkpoint(place, reference, digest_text("stock", model, arguments), stock=given)
+
+
 def chosen_dtype(checkpoint: Checkpoint, wanted: str) -> str:
     """The float type of an evaluation, `auto` resolved; empty for a stock model, which has its own.
 
@@ -112,61 +172,6 @@ def chosen_dtype(checkpoint: Checkpoint, wanted: str) -> str:
         torch_dtype(wanted)
         return wanted
     return stored_dtype(checkpoint.path) if torch.cuda.is_available() else "float32"
-
-
-def inspect_hybrid(
-    vision: str | Path, language: str | Path, *, name: str | None = None, seed: int | None = None
-) -> Checkpoint:
-    """Identity of the visual switch: the eyes of one checkpoint, the rest of another.
-
-    Raises:
-        UsageError: one of the two is no checkpoint.
-    """
-    eyes = inspect_checkpoint(vision, seed=seed)
-    mind = inspect_checkpoint(language)
-    reference = ModelRef(
-        name=name or f"{eyes.ref.name}-switch",
-        role="switch",
-        path=f"{vision} + {language}",
-        weights_digest=digest_text("switch", eyes.ref.weights_digest, mind.ref.weights_digest),
-        method=eyes.ref.method,
-        seed=eyes.ref.seed,
-        architecture=mind.ref.architecture,
-    )
-    setup = digest_text(eyes.setup_digest, mind.setup_digest)
-    return Checkpoint(mind.path, reference, setup, eyes.lineage, vision=eyes.path)
-
-
-def inspect_stock(
-    model: str,
-    arguments: str,
-    *,
-    role: str | None = None,
-    name: str | None = None,
-    method: str | None = None,
-    seed: int | None = None,
-) -> Checkpoint:
-    """Identity of a model that lmms-eval knows, run as it is.
-
-    The weights are digested where `pretrained` is a folder; otherwise the name and arguments stand
-    for them, and a model that changes behind them would not be noticed.
-    """
-    from kd_bench.distill.checkpoints import weights_digest
-
-    given = dict(part.split("=", 1) for part in arguments.split(",") if "=" in part)
-    place = Path(given.get("pretrained", ""))
-    local = place.is_dir() and any(place.glob("*.safetensors"))
-    reference = ModelRef(
-        name=name or trained_name(given.get("pretrained", "")) or model,
-        role=_role(role or "baseline"),
-        path=f"lmms-eval {model} {arguments}".strip(),
-        weights_digest=weights_digest(place) if local else digest_text(model, arguments),
-        method=method or "",
-        seed=seed,
-        architecture=model,
-    )
-    setup = digest_text("stock", model, arguments)
-    return Checkpoint(place, reference, setup, stock=(model, arguments))
 
 
 def _lineage(path: Path) -> dict[str, Any] | None:

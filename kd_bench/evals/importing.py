@@ -23,6 +23,7 @@ from kd_bench.aggregators import MME_PERCEPTION, aggregate
 from kd_bench.errors import IncompleteRunError, KdBenchError, UsageError, one_line
 from kd_bench.evals.checkpoint import trained_name
 from kd_bench.evals.scoring import rates
+from kd_bench.evals.upstream import upstream_metrics
 from kd_bench.files import digest_files, digest_text, read_json
 from kd_bench.provenance import collect
 from kd_bench.records import SAMPLE_COLUMNS, ModelRef, Protocol, Role, TaskResult
@@ -574,16 +575,7 @@ _ROWS = {
 
 
 def _metrics_of(told: Any) -> dict[str, float]:
-    return _metrics(told) if isinstance(told, dict) else {}
-
-
-def _metrics(aggregates: Entry) -> dict[str, float]:
-    found = {}
-    for key, value in aggregates.items():
-        name, _, filtered = key.partition(",")
-        if filtered and "_stderr" not in name and isinstance(value, int | float):
-            found[name] = float(value)
-    return found
+    return upstream_metrics(told) if isinstance(told, dict) else {}
 
 
 def _result(

@@ -4,19 +4,21 @@ import inspect
 from typing import Any
 
 from kd_bench.errors import UsageError, closest, one_line
-from kd_bench.evals.adapter import StockModel
+from kd_bench.evals.adapter import StockAdapter
+from kd_bench.evals.checkpoint import StockModel
 from kd_bench.evals.upstream import lmms_eval
 
 # Packages whose module has another name, as far as lmms-eval's models import them.
 _PACKAGES = {"PIL": "pillow", "cv2": "opencv-python-headless", "decord": "eva-decord"}
 
 
-def load_stock(name: str, arguments: str, batch_size: int | None) -> StockModel:
-    """A model by its name in lmms-eval and `key=value,...` arguments.
+def load_stock(wanted: StockModel, batch_size: int | None) -> StockAdapter:
+    """The model behind its journal.
 
     Raises:
         UsageError: lmms-eval does not know it, or it cannot be made with these arguments.
     """
+    name, arguments = wanted.name, wanted.arguments
     lmms_eval()
     from lmms_eval.models import get_model, list_available_models
 
@@ -43,7 +45,7 @@ def load_stock(name: str, arguments: str, batch_size: int | None) -> StockModel:
             f"{type(error).__name__}: {one_line(error)}",
             "Correct --model-args.",
         ) from error
-    return StockModel(model, batch_size)
+    return StockAdapter(model, batch_size)
 
 
 def _on_this_machine(kind: Any, arguments: str) -> dict[str, str]:

@@ -5,6 +5,7 @@ submission writers are dropped, MMBench is scored without a judge model in both 
 keeps each picture at its own placeholder, GQA looks its pictures up instead of downloading them.
 """
 
+import functools
 import hashlib
 import json
 import random
@@ -16,10 +17,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from kd_bench.errors import IncompleteRunError, one_line
-from kd_bench.evals.documents import Document, Documents, load_documents
+from kd_bench.evals.documents import Document, Documents, data_files, load_documents
 from kd_bench.evals.questions import PLACEHOLDER
 from kd_bench.evals.upstream import lmms_eval, lmms_eval_version, quiet, task_config
-from kd_bench.files import digest_text
+from kd_bench.files import digest_files, digest_text
 from kd_bench.registry import Generation, Profile, TaskSpec
 
 SCORING_VERSION = "1"
@@ -115,6 +116,30 @@ def prepare(
     return PreparedTask(
         spec, name, documents, task, prompts, contents, pictures, generation, fingerprint, total
     )
+
+
+def data_digest(spec: TaskSpec, folder: Path, profile: str | None) -> str:
+    """sha256 of what a benchmark asks: its files, its registry entry, profile and upstream.
+
+    Files that this process has read before are not read again while their inode is unchanged.
+
+    Raises:
+        UsageError: the folder lacks the benchmark.
+    """
+    files = data_files(spec, folder, profile)
+    states = (file.stat() for file in files)
+    digest = _digest_of(
+        tuple(files),
+        tuple((s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in states),
+    )
+    asked = f"{profile or spec.default_profile} scoring {SCORING_VERSION}"
+    return digest_text(digest, spec.model_dump_json(), asked, f"lmms-eval {lmms_eval_version()}")
+
+
+@functools.cache
+def _digest_of(files: tuple[Path, ...], states: tuple[tuple[int, ...], ...]) -> str:
+    del states  # part of the cache's key only
+    return digest_files(files)
 
 
 def unit_ids(spec: TaskSpec, documents: Documents) -> list[str]:

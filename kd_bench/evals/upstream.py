@@ -5,7 +5,7 @@ import contextlib
 import functools
 import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -113,3 +113,14 @@ def simple_evaluate(
     )
     task._instances = None  # a kilobyte a document that nobody asks for any more
     return result
+
+
+def upstream_metrics(aggregates: Mapping[str, Any]) -> dict[str, float]:
+    """Numbers of one task by their own names, out of lmms-eval's `results`."""
+    found = {}
+    for key, value in aggregates.items():
+        name, _, filtered = key.partition(",")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if filtered and number and "_stderr" not in name:
+            found[name] = float(value)
+    return found

@@ -71,7 +71,7 @@ class Synthetic:
     batch_size = 64
     path = "synthetic"
 
-    def __init__(self, _: Any) -> None: ...
+    def __init__(self, *_: Any) -> None: ...
 
     def answers(self, requests: Sequence[Any], keys: Sequence[str]) -> Iterator[list[Any]]:
         from kd_bench.evals.questions import Answer
@@ -88,22 +88,18 @@ class Synthetic:
 
 def main() -> None:
     """Score and store all documents; print seconds and peak memory."""
-    from kd_bench.evals import worker
-    from kd_bench.evals.runner import evaluate
+    from kd_bench.evals import run as runs
     from kd_bench.world.build import resolve
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_in_another_process(folder / "data")
-        worker._load = Synthetic
+        runs.load_source = Synthetic
         start = time.perf_counter()
-        run = evaluate(
-            resolve("embedded:weights/student"),
-            suite="ten",
-            tasks=["vqav2"],
-            data=folder / "data",
-            results=folder / "results",
+        settings = runs.EvalSettings(
+            suite="ten", tasks=["vqav2"], data=folder / "data", results=folder / "results"
         )
+        run = runs.evaluate(resolve("embedded:weights/student"), settings)
         elapsed = time.perf_counter() - start
         result = run.result("vqav2")
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -458,13 +458,13 @@ def mutate(folder: Path, seed: int) -> str:
 
 def load_as_eval(folder: Path) -> Any:
     """All that `eval` does before its first question."""
-    from kd_bench.evals.checkpoint import chosen_dtype, inspect_checkpoint
-    from kd_bench.evals.worker import Plan, _load
+    from kd_bench.evals.checkpoint import chosen_dtype, inspect_model
+    from kd_bench.evals.run import load_source
     from kd_bench.records import Protocol
 
-    known = inspect_checkpoint(str(folder))
+    known = inspect_model(str(folder))
     protocol = Protocol("mini", dtype=chosen_dtype(known, "auto"))
-    return _load(Plan(known, [], Path(), protocol, {}, debug=True)).engine.model
+    return load_source(known, protocol, debug=True).engine.model
 
 
 def load_as_train(folder: Path, data: Path, output: Path, role: str, **settings: Any) -> None:

@@ -7,8 +7,8 @@ import pytest
 from kd_bench.aggregators import aggregate, by_content
 from kd_bench.cli.options import profiles_of
 from kd_bench.errors import UsageError
-from kd_bench.evals.asking import answer_keys, ask
 from kd_bench.evals.content import Thinking
+from kd_bench.evals.run import answer_keys, ask
 from kd_bench.evals.scoring import headline, rates
 from kd_bench.evals.tasks import prepare
 from kd_bench.evals.upstream import REASONING_TAGS

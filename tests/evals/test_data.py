@@ -16,10 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from kd_bench.errors import UsageError
-from kd_bench.evals.asking import answer_keys, ask
 from kd_bench.evals.fetch import fetch, verify
 from kd_bench.evals.preview import preview, validate
-from kd_bench.evals.runner import evaluate
+from kd_bench.evals.run import EvalSettings, answer_keys, ask, evaluate
 from kd_bench.evals.scoring import headline
 from kd_bench.evals.tasks import prepare
 from kd_bench.evals.upstream import task_config
@@ -305,14 +304,14 @@ def test_an_eleventh_benchmark_is_one_file(tmp_path: Path) -> None:
     ]
     write_rows(tmp_path, "chartqa", rows, "test")
     checkpoint = save_talker(tmp_path / "model")
-    run = evaluate(
-        checkpoint,
+    settings = EvalSettings(
         tasks=[name],
         data=tmp_path,
         results=tmp_path / "results",
         progress=False,
         truncated_limit=1.0,
     )
+    run = evaluate(checkpoint, settings)
     assert run.manifest.status == "complete", run.manifest.notes
     result = run.result("chartqa")
     assert result.metric == "relaxed_overall"
@@ -402,9 +401,10 @@ def test_evaluating_local_data_uses_no_network(
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: asked.append(a) or [])
-    run = evaluate(
-        checkpoint, tasks=[task for task in TEN if task != "mmbench_en"],
+    settings = EvalSettings(
+        tasks=[task for task in TEN if task != "mmbench_en"],
         data=data, limit=4, results=tmp_path / "results", progress=False, truncated_limit=1.0,
     )  # fmt: skip
+    run = evaluate(checkpoint, settings)
     assert run.manifest.status == "complete", run.manifest.notes
     assert asked == []

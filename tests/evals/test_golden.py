@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from kd_bench.evals.asking import Asked, answer_keys, ask
 from kd_bench.evals.documents import load_documents
 from kd_bench.evals.questions import Answer
+from kd_bench.evals.run import ScoredTask, answer_keys, ask
 from kd_bench.evals.scoring import headline, submission
 from kd_bench.evals.tasks import PreparedTask, prepare
 from kd_bench.evals.upstream import lmms_eval, quiet, task_config
@@ -39,7 +39,7 @@ class Script:
 
 def score(
     task: str, texts: Sequence[str], folder: Path, profile: str | None = None, rows: Any = None
-) -> tuple[PreparedTask, Asked, float]:
+) -> tuple[PreparedTask, ScoredTask, float]:
     spec = load_task(task)
     write_rows(folder, task, rows or ROWS[task], spec.profile(profile).split)
     prepared = prepare(spec, folder, profile=profile)

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from kd_bench.errors import IncompleteRunError, UsageError
+from kd_bench.evals.checkpoint import Model, StockModel, VisualSwitch
 from kd_bench.evals.importing import import_results
-from kd_bench.evals.runner import evaluate
+from kd_bench.evals.run import EvalSettings, evaluate
 from kd_bench.evals.upstream import lmms_eval, quiet, task_config
 from kd_bench.registry import load_task
 from tests.support.eval_world import processor, save_talker, talker, write_replicas
@@ -31,13 +32,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_talker(tmp_path_factory.mktemp("talker"))
 
 
-def go(data: Path, results: Path, **options: Any) -> Any:
-    return evaluate(data=data, results=results, progress=False, limit=12, **options)
+def go(model: Model, data: Path, results: Path, **options: Any) -> Any:
+    settings = EvalSettings(data=data, results=results, progress=False, limit=12, **options)
+    return evaluate(model, settings)
 
 
 def test_a_stock_model_runs_through_our_store(data: Path, tmp_path: Path) -> None:
     tasks = ["mmbench_en", "scienceqa_img", "mmmu", "gqa"]
-    run = go(data, tmp_path, model="dummy", model_args="response=A", tasks=tasks)
+    run = go(StockModel("dummy", "response=A"), data, tmp_path, tasks=tasks)
     manifest = run.manifest
     assert manifest.status == "complete", manifest.notes
     assert (manifest.model.name, manifest.model.role) == ("dummy", "baseline")
@@ -46,26 +48,21 @@ def test_a_stock_model_runs_through_our_store(data: Path, tmp_path: Path) -> Non
         assert run.result(task).computed == run.result(task).documents
     frame = run.samples("scienceqa_img")
     assert ((frame["target"] == "A") == (frame["score"] == 1)).all()
-    again = go(data, tmp_path, model="dummy", model_args="response=A", tasks=tasks)
+    again = go(StockModel("dummy", "response=A"), data, tmp_path, tasks=tasks)
     assert again.path == run.path
-    other = go(data, tmp_path, model="dummy", model_args="response=B", tasks=["gqa"])
+    other = go(StockModel("dummy", "response=B"), data, tmp_path, tasks=["gqa"])
     assert other.path != run.path
 
 
-def test_mistakes_with_stock_models_are_one_line(
-    data: Path, checkpoint: Path, tmp_path: Path
-) -> None:
-    def say(**options: Any) -> str:
+def test_mistakes_with_stock_models_are_one_line(data: Path, tmp_path: Path) -> None:
+    def say(name: str, arguments: str = "") -> str:
         with pytest.raises(UsageError) as caught:
-            go(data, tmp_path, tasks=["gqa"], **options)
+            go(StockModel(name, arguments), data, tmp_path, tasks=["gqa"])
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    assert "no model 'llava_hff'. Did you mean 'llava_hf'?" in say(model="llava_hff")
-    assert "cannot be made with 'frames=x'" in say(model="kd_bench", model_args="frames=x")
-    assert "One model is evaluated at a time." in say()
-    assert "One model is evaluated at a time." in say(checkpoint=checkpoint, model="dummy")
-    assert "--vision and --language belong together" in say(vision=checkpoint)
+    assert "no model 'llava_hff'. Did you mean 'llava_hf'?" in say("llava_hff")
+    assert "cannot be made with 'frames=x'" in say("kd_bench", "frames=x")
     # Nothing was answered, no run is left; a lock is an empty hidden file that stays.
     assert not list((tmp_path / "runs").glob("[!.]*"))
 
@@ -74,8 +71,8 @@ def test_our_own_adapter_by_its_name_in_lmms_eval(
     data: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
     arguments = f"pretrained={checkpoint},device=cpu"
-    stock = go(data, tmp_path, model="kd_bench", model_args=arguments, tasks=["gqa", "mmmu"])
-    own = go(data, tmp_path / "own", checkpoint=checkpoint, tasks=["gqa", "mmmu"])
+    stock = go(StockModel("kd_bench", arguments), data, tmp_path, tasks=["gqa", "mmmu"])
+    own = go(checkpoint, data, tmp_path / "own", tasks=["gqa", "mmmu"])
     for task in ("gqa", "mmmu"):
         assert stock.samples(task)["answer"].tolist() == own.samples(task)["answer"].tolist()
         assert stock.result(task).score == own.result(task).score
@@ -85,8 +82,8 @@ def test_the_hybrid_of_equal_eyes_is_the_teacher(
     data: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
     tasks = ["gqa", "pope"]
-    plain = go(data, tmp_path / "plain", checkpoint=checkpoint, tasks=tasks)
-    switch = go(data, tmp_path / "s", vision=checkpoint, language=checkpoint, tasks=tasks)
+    plain = go(checkpoint, data, tmp_path / "plain", tasks=tasks)
+    switch = go(VisualSwitch(checkpoint, checkpoint), data, tmp_path / "s", tasks=tasks)
     assert switch.manifest.model.role == "switch"
     assert switch.manifest.model.weights_digest != plain.manifest.model.weights_digest
     assert switch.manifest.cost.parameters == plain.manifest.cost.parameters
@@ -103,11 +100,11 @@ def test_the_hybrid_sees_with_the_students_eyes(
     by_hand.model.vision_tower.load_state_dict(talker(5).model.vision_tower.state_dict())
     by_hand.save_pretrained(tmp_path / "by_hand")
     processor().save_pretrained(tmp_path / "by_hand")
-    switch = go(data, tmp_path / "s", vision=student, language=checkpoint, tasks=["gqa"])
-    expected = go(data, tmp_path / "h", checkpoint=tmp_path / "by_hand", tasks=["gqa"])
+    switch = go(VisualSwitch(student, checkpoint), data, tmp_path / "s", tasks=["gqa"])
+    expected = go(tmp_path / "by_hand", data, tmp_path / "h", tasks=["gqa"])
     answers = switch.samples("gqa")["answer"]
     assert answers.tolist() == expected.samples("gqa")["answer"].tolist()
-    teacher = go(data, tmp_path / "t", checkpoint=checkpoint, tasks=["gqa"])
+    teacher = go(checkpoint, data, tmp_path / "t", tasks=["gqa"])
     assert answers.tolist() != teacher.samples("gqa")["answer"].tolist()
 
 
@@ -118,7 +115,7 @@ def test_eyes_that_do_not_fit_are_refused(data: Path, checkpoint: Path, tmp_path
     wide.save_pretrained(tmp_path / "wide")
     processor().save_pretrained(tmp_path / "wide")
     with pytest.raises(UsageError, match=r"vision width differs: student 32, teacher 64"):
-        go(data, tmp_path, vision=tmp_path / "wide", language=checkpoint, tasks=["gqa"])
+        go(VisualSwitch(tmp_path / "wide", checkpoint), data, tmp_path, tasks=["gqa"])
 
 
 ANSWERS = {
@@ -277,9 +274,10 @@ def test_the_stock_command_line_knows_kd_bench(
     log = next((tmp_path / "out").rglob("*_samples_local_sqa.jsonl"))
     entries = [json.loads(line) for line in log.read_text().splitlines()]
     theirs = {entry["doc_id"]: entry["filtered_resps"] for entry in entries}
-    run = evaluate(
-        checkpoint, tasks=["scienceqa_img"], data=data, results=tmp_path / "r", progress=False
+    settings = EvalSettings(
+        tasks=["scienceqa_img"], data=data, results=tmp_path / "r", progress=False
     )
+    run = evaluate(checkpoint, settings)
     ours = run.samples("scienceqa_img")["answer"].tolist()
     assert [str(theirs[index]).strip("[]'") for index in range(len(ours))] == ours
 
@@ -289,7 +287,7 @@ def test_torch_is_not_changed_by_an_evaluation(
 ) -> None:
     torch.manual_seed(7)
     before = torch.random.get_rng_state()
-    go(data, tmp_path, checkpoint=checkpoint, tasks=["gqa"])
+    go(checkpoint, data, tmp_path, tasks=["gqa"])
     assert torch.equal(before, torch.random.get_rng_state())
 
 
@@ -305,9 +303,9 @@ def test_a_repetition_penalty_counts_as_it_does_in_lmms_evals_own_model(
     file = folder / "generation_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"repetition_penalty": 1.6}))
     tasks: dict[str, Any] = {"tasks": ["gqa", "pope"], "truncated_limit": 1.0}
-    free = go(data, tmp_path, checkpoint=plain, **tasks)
-    ours = go(data, tmp_path, checkpoint=folder, **tasks)
-    stock = go(data, tmp_path, model="llava_hf", model_args=f"pretrained={folder}", **tasks)
+    free = go(plain, data, tmp_path, **tasks)
+    ours = go(folder, data, tmp_path, **tasks)
+    stock = go(StockModel("llava_hf", f"pretrained={folder}"), data, tmp_path, **tasks)
     for task in ("gqa", "pope"):
         answers = [list(run.samples(task)["answer"]) for run in (free, ours, stock)]
         assert answers[1] == answers[2] != answers[0]

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from kd_bench.evals.runner import evaluate
+from kd_bench.evals.run import EvalSettings, evaluate
 from kd_bench.registry import load_task, load_tasks
 from kd_bench.report import print_report
 from kd_bench.report.board_loading import load_board
@@ -62,10 +62,11 @@ def run_of(
         }
         if not chosen:
             continue
-        run = evaluate(
-            checkpoint, tasks=list(chosen), profiles=chosen, data=data, limit=8,
+        settings = EvalSettings(
+            tasks=list(chosen), profiles=chosen, data=data, limit=8,
             name=f"profile-{place}", results=results, progress=False, truncated_limit=1.0,
         )  # fmt: skip
+        run = evaluate(checkpoint, settings)
         assert run.manifest.status == "complete", run.manifest.notes
         found |= dict.fromkeys(chosen.items(), run)
     return found
@@ -177,10 +178,11 @@ def test_a_finished_test_dev_run_is_returned(
     data: Path, checkpoint: Path, run_of: dict[tuple[str, str], Run]
 ) -> None:
     run = run_of["vqav2", "test-dev"]
-    again = evaluate(
-        checkpoint, tasks=list(run.manifest.tasks), profiles=dict(run.manifest.protocol.profiles),
+    settings = EvalSettings(
+        tasks=list(run.manifest.tasks), profiles=dict(run.manifest.protocol.profiles),
         data=data, limit=8, name=run.manifest.model.name, results=run.path.parent.parent,
         progress=False,
     )  # fmt: skip
+    again = evaluate(checkpoint, settings)
     assert again.path == run.path
     assert again.result("vqav2").computed == run.result("vqav2").computed

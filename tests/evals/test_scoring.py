@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kd_bench.evals.asking import Asked, answer_keys, ask
 from kd_bench.evals.documents import Document
 from kd_bench.evals.questions import Answer
+from kd_bench.evals.run import ScoredTask, answer_keys, ask
 from kd_bench.evals.scoring import headline, rates
 from kd_bench.evals.tasks import PreparedTask, prepare
 from kd_bench.registry import load_task
@@ -52,7 +52,7 @@ def replicas(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(
     task: str, folder: Path, rule: Callable[[Document], str], **options: Any
-) -> tuple[PreparedTask, Asked, float]:
+) -> tuple[PreparedTask, ScoredTask, float]:
     prepared = prepare(load_task(task), folder, **options)
     asked = ask(prepared, Parrot(prepared, rule), answer_keys(prepared, "parrot"))
     assert asked is not None

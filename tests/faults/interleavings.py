@@ -1,7 +1,7 @@
 """Two processes on one results folder, their file operations put in every order that a seed draws.
 
 Each child stops before every rename, read, unlink and lock, and goes on when the parent says so.
-What `eval` asks a model is a stub: `runner.Worker` is replaced by one that commits given samples;
+What `eval` asks a model is a stub: `run.Worker` is replaced by one that commits given samples;
 looking up, holding, beginning, committing and finishing a run are the real ones.
 """
 
@@ -32,7 +32,7 @@ PATIENCE = 30
 
 
 class Stub:
-    """Stands for `runner.Worker`: answers that are known beforehand."""
+    """Stands for `run.Worker`: answers that are known beforehand."""
 
     def __init__(self, run: Run, plan: Any, bars: Any) -> None:
         self.run = run
@@ -52,25 +52,26 @@ class Stub:
 
 
 def evaluate(store: Path, name: str, **changes: Any) -> None:
-    """`runner.evaluate` from where the checkpoint is known, with a stub for the model."""
-    from kd_bench.evals import runner
+    """`run.evaluate` from where the checkpoint is known, with a stub for the model."""
+    from kd_bench.evals import run as runs
     from kd_bench.evals.checkpoint import Checkpoint
     from kd_bench.registry import load_task
 
-    runner.Worker = Stub  # type: ignore[assignment,misc]
-    runner._check_data = lambda specs, plan: None
+    runs.Worker = Stub  # type: ignore[assignment,misc]
+    runs.load_documents = lambda *_: None  # type: ignore[assignment,return-value]
     ref = run_of(template(), name).manifest.model
     protocol = replace(Protocol("mini", batch_size=16, engine="shared prefix"), **changes)
-    plan = runner.Plan(
+    plan = runs.Plan(
         Checkpoint(Path("nowhere"), ref, "", None),
         [load_task(task) for task in TASKS],
         store,
         protocol,
         {},
+        runs.EvalSettings(progress=False),
     )
     wanted = wanted_run(ref, protocol, TASKS)
     with held_run(store, wanted) as run:
-        runner._execute(run, plan, wanted, False, {"error": 0.01})
+        runs.execute(run, plan, wanted)
 
 
 def evaluate_again(store: Path) -> None:

@@ -45,12 +45,12 @@ def noised(checkpoint: Path, folder: Path, share: float, seed: int = 0) -> Path:
 
 def answers(checkpoint: Path, name: str, batch: int, world: Path, results: Path) -> Run:
     """Evaluate a checkpoint on the ten mini benchmarks of a world."""
-    from kd_bench.evals.runner import evaluate
+    from kd_bench.evals.run import EvalSettings, evaluate
 
-    return evaluate(
-        checkpoint, name=name, batch_size=batch, data=world / "test", results=results,
-        progress=False,
-    )  # fmt: skip
+    settings = EvalSettings(
+        name=name, batch_size=batch, data=world / "test", results=results, progress=False
+    )
+    return evaluate(checkpoint, settings)
 
 
 def row(title: str, report: GateReport) -> str:

@@ -16,7 +16,7 @@ import pytest
 
 from kd_bench.compare.align import numeric_notes
 from kd_bench.errors import IncompleteRunError, UsageError
-from kd_bench.evals.runner import evaluate
+from kd_bench.evals.run import EvalSettings, evaluate
 from kd_bench.files import Journal, read_json, write_json
 from kd_bench.records import ModelRef, Protocol
 from kd_bench.stats import FEWEST_UNITS
@@ -40,7 +40,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def go(checkpoint: Path, data: Path, results: Path, **options: Any) -> Run:
     settings: dict[str, Any] = {"tasks": TEN, "limit": 24, "progress": False, "debug": False}
     settings["truncated_limit"] = 1.0  # a random model seldom ends its answers
-    return evaluate(checkpoint, data=data, results=results, **{**settings, **options})
+    return evaluate(checkpoint, EvalSettings(data=data, results=results, **{**settings, **options}))
 
 
 def frames(run: Run) -> dict[str, pd.DataFrame]:
@@ -108,7 +108,7 @@ def test_the_store_keeps_the_pictures_of_its_samples(whole: Run) -> None:
 def test_a_finished_run_is_returned_without_loading_the_model(
     whole: Run, checkpoint: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kd_bench.evals.runner.Worker", None)
+    monkeypatch.setattr("kd_bench.evals.run.Worker", None)
     again = go(checkpoint, data, whole.path.parents[1])
     assert again.path == whole.path
     assert again.manifest.status == "complete"
@@ -193,11 +193,11 @@ def test_killed_at_random_moments_and_resumed(
 TOGETHER = """
 import sys
 from pathlib import Path
-from kd_bench.evals.runner import evaluate
+from kd_bench.evals.run import EvalSettings, evaluate
 
 checkpoint, data, results, *tasks = sys.argv[1:]
 settings = {"tasks": tasks, "limit": 24, "progress": False, "truncated_limit": 1.0}
-evaluate(checkpoint, data=Path(data), results=Path(results), **settings)
+evaluate(checkpoint, EvalSettings(data=Path(data), results=Path(results), **settings))
 """
 
 
@@ -397,9 +397,9 @@ def test_one_task_that_cannot_be_asked_does_not_cost_the_others(
     assert note.startswith("mmmu: failed: mmmu: document 5 ")
 
 
-def problem(**options: Any) -> str:
+def problem(checkpoint: Path, **options: Any) -> str:
     with pytest.raises(UsageError) as caught:
-        evaluate(**{"progress": False, **options})
+        evaluate(checkpoint, EvalSettings(progress=False, **options))
     message = str(caught.value)
     assert "\n" not in message
     return message
