@@ -17,7 +17,7 @@ from kd_bench.gate import GateReport, RuleOutcome, Verdict, check
 from kd_bench.policy import Policy, load_policy
 from kd_bench.records import Cost, Interval
 from kd_bench.report import ci
-from kd_bench.report.tables_markup import to_markdown
+from kd_bench.report.tables import to_markdown
 from kd_bench.report.verdicts import verdict_table
 from kd_bench.stats import NonInferiority
 from kd_bench.store import Run, find_run

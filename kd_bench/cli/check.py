@@ -80,7 +80,7 @@ def check(
         return
     from rich.console import Console
 
-    from kd_bench.report.tables_terminal import to_terminal
+    from kd_bench.report.tables import to_terminal
     from kd_bench.report.verdicts import verdict_table
 
     try:
@@ -151,7 +151,7 @@ def _plan(
 
     from kd_bench.gate_plan import plan
     from kd_bench.policy import load_policy
-    from kd_bench.report.tables_terminal import to_terminal
+    from kd_bench.report.tables import to_terminal
     from kd_bench.report.verdicts import plan_table
     from kd_bench.store import find_runs
 

@@ -33,7 +33,7 @@ def compare(
 
     from kd_bench.compare import compare as compare_runs
     from kd_bench.compare import list_flips
-    from kd_bench.report.tables_terminal import to_terminal
+    from kd_bench.report.tables import to_terminal
     from kd_bench.report.verdicts import comparison_tables, flip_table
     from kd_bench.store import find_runs
 
@@ -74,7 +74,7 @@ def _compare_methods(
     from rich.console import Console
 
     from kd_bench.compare import compare_all_methods
-    from kd_bench.report.tables_terminal import to_terminal
+    from kd_bench.report.tables import to_terminal
     from kd_bench.report.verdicts import method_tables
 
     found = compare_all_methods(results, methods, allow_different=allow_different)

@@ -19,7 +19,7 @@ def list_runs(results: Results = RESULTS) -> None:
     from rich.console import Console
 
     from kd_bench.report.runs import run_table
-    from kd_bench.report.tables_terminal import to_terminal
+    from kd_bench.report.tables import to_terminal
     from kd_bench.store import catalogue
 
     there = catalogue(results)

@@ -46,7 +46,7 @@ def render_report(
         NotComparableError: mini scores were to stand beside the paper's.
     """
     from kd_bench.report.page import render
-    from kd_bench.report.tables_terminal import to_terminal
+    from kd_bench.report.tables import to_terminal
 
     board, evidence = _load(results, names, suite, main)
     if not board.entries and not allow_empty:
@@ -111,7 +111,7 @@ def print_report(
     results: Path, names: Sequence[str] | None = None, *, compare: str | None = None
 ) -> str:
     """The same tables as text of at most 100 columns, without a page; raises the same."""
-    from kd_bench.report.tables_terminal import to_terminal
+    from kd_bench.report.tables import to_terminal
 
     board, _ = _load(results, names, None, None)
     return "\n".join(to_terminal(table) for table in _tables(board, compare))

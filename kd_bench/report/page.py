@@ -23,12 +23,16 @@ from kd_bench.report.tables import (
     Row,
     Table,
     clean,
+    column_groups,
     format_interval,
     format_number,
     sections,
+    to_csv,
+    to_html,
+    to_json_text,
+    to_latex,
+    to_markdown,
 )
-from kd_bench.report.tables_data import to_csv, to_json_text
-from kd_bench.report.tables_markup import column_groups, to_html, to_latex, to_markdown
 from kd_bench.report.training import logs_of
 
 TABLES = ("leaderboard.md", "leaderboard.csv", "leaderboard.tex", "leaderboard.json")

@@ -15,8 +15,7 @@ from kd_bench.records import AVERAGE
 from kd_bench.report.board import Board, Entry
 from kd_bench.report.board_loading import average
 from kd_bench.report.leaderboard import leaderboard
-from kd_bench.report.tables import Cell, Column, Row, Table, clean, format_number
-from kd_bench.report.tables_markup import tex
+from kd_bench.report.tables import Cell, Column, Row, Table, clean, format_number, tex
 
 ACROSS = 5  # columns of numbers that a narrow column of a paper holds
 

@@ -33,9 +33,17 @@ from kd_bench.report.style import (
     short,
     to_plot,
 )  # fmt: skip
-from kd_bench.report.tables import Cell, Column, Row, Table, clean
-from kd_bench.report.tables_data import to_csv, to_json_text
-from kd_bench.report.tables_markup import to_html, to_markdown
+from kd_bench.report.tables import (
+    Cell,
+    Column,
+    Row,
+    Table,
+    clean,
+    to_csv,
+    to_html,
+    to_json_text,
+    to_markdown,
+)
 from kd_bench.store import Run, baseline_moves, baselines
 
 LAYOUT = (("plots", "Trend", "The average of every finished run by date.", ("trend",)),)

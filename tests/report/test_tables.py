@@ -14,10 +14,20 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from kd_bench.records import Interval
-from kd_bench.report.tables import Cell, Column, Row, Table, clean, format_number
-from kd_bench.report.tables_data import to_csv, to_json_text
-from kd_bench.report.tables_markup import to_html, to_latex, to_markdown
-from kd_bench.report.tables_terminal import to_terminal
+from kd_bench.report.tables import (
+    Cell,
+    Column,
+    Row,
+    Table,
+    clean,
+    format_number,
+    to_csv,
+    to_html,
+    to_json_text,
+    to_latex,
+    to_markdown,
+    to_terminal,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 HOSTILE = [
