@@ -16,7 +16,7 @@ def convert(
     """Convert a TinyLLaVA checkpoint to transformers' LLaVA classes."""
     if kind != "tinyllava":
         raise UsageError(f"Unknown checkpoint format {kind!r}.", "Known: tinyllava.")
-    from kd_bench.distill.convert import convert_tinyllava
+    from kd_bench.distill.build import convert_tinyllava
 
     convert_tinyllava(source, destination)
     typer.echo(f"Checkpoint: {destination}")

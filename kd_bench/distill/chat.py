@@ -20,30 +20,14 @@ from typing import Any
 from kd_bench.distill.data import Unreadable
 from kd_bench.errors import UsageError, closest, one_line
 
-_TURN = (
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}{{ '<image>\n' }}{% else %}{{ part['text'] }}"
-    "{% endif %}{% endfor %}"
-)
-_LLAVA = (
-    "{% for message in messages %}"
-    "{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
-    + _TURN
-    + "{{ eos_token if message['role'] == 'assistant' else ' ' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
-_CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
-    + _TURN
-    + "{{ '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-_PLAIN = (
-    "{% for message in messages %}"
-    + _TURN
-    + "{{ eos_token if message['role'] == 'assistant' else '\n' }}{% endfor %}"
-)
-TEMPLATES = {"llava": _LLAVA, "chatml": _CHATML, "plain": _PLAIN}
+
+def shipped_template(name: str) -> str:
+    """The Jinja text of one of kd-bench's own chat templates."""
+    path = Path(__file__).parent / "templates" / f"{name}.jinja"
+    return path.read_text(encoding="utf-8").removesuffix("\n")
+
+
+TEMPLATES = {name: shipped_template(name) for name in ("llava", "chatml", "plain")}
 """Templates by name, for checkpoints that bring none."""
 
 PLAIN_FAMILIES = {"PaliGemmaProcessor"}

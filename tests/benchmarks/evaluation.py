@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from kd_bench.distill.mini import build_processor
+from kd_bench.distill.build import build_processor
 from kd_bench.evals import pictures
 from kd_bench.evals.adapter import KdBench
 from kd_bench.evals.engine import Engine

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kd_bench.distill.build import tinyllava_template
+from kd_bench.distill.chat import shipped_template
 from kd_bench.distill.data import Conversation, Turn, Unreadable, read_conversations
 from kd_bench.distill.encoding import Encoder
 from kd_bench.distill.recipe import DataSource
@@ -109,7 +109,7 @@ def test_a_template_that_turns_its_prompt_around_is_refused(conversations):
 
 def test_tinyllavas_prompt_to_the_letter(conversations):
     processor = tiny.processor()
-    processor.chat_template = tinyllava_template()
+    processor.chat_template = shipped_template("tinyllava")
     messages = conversations[0].messages
     system = (
         "A chat between a curious user and an artificial intelligence assistant. The assistant "

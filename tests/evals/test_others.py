@@ -109,7 +109,7 @@ def test_the_hybrid_sees_with_the_students_eyes(
 
 
 def test_eyes_that_do_not_fit_are_refused(data: Path, checkpoint: Path, tmp_path: Path) -> None:
-    from kd_bench.distill.mini import Size, build_model
+    from kd_bench.distill.build import Size, build_model
 
     wide = build_model(Size(width=64, layers=2, heads=4, vision_width=32), processor(), 0)
     wide.save_pretrained(tmp_path / "wide")

@@ -174,9 +174,9 @@ OWN_STRING = (  # of a language model's tokenizer: content must be a string
 
 def tinyllava() -> str:
     """The one that `kd-bench convert` writes."""
-    from kd_bench.distill.build import tinyllava_template
+    from kd_bench.distill.chat import shipped_template
 
-    return tinyllava_template()
+    return shipped_template("tinyllava")
 
 
 TOKENIZERS = ("byte level", "normalizer", "pre-tokenizer")

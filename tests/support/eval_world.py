@@ -24,7 +24,7 @@ FIRST = 23
 @lru_cache
 def processor() -> Any:
     """The embedded world's processor."""
-    from kd_bench.distill.mini import build_processor
+    from kd_bench.distill.build import build_processor
 
     return build_processor()
 
@@ -38,7 +38,7 @@ def talker(seed: int = 0, end: float = 6.0) -> Any:
     import torch
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-    from kd_bench.distill.mini import Size, build_model
+    from kd_bench.distill.build import Size, build_model
 
     tied = build_model(Size(width=96, layers=4, heads=3), processor(), seed + FIRST)
     config = LlavaConfig(**{**tied.config.to_dict(), "tie_word_embeddings": False})
