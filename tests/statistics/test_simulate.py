@@ -5,6 +5,7 @@ import pytest
 from scipy.stats import kstest
 
 from kd_bench.aggregators import aggregate, get_aggregator, unit_statistics
+from kd_bench.stats import bootstrap_sums, unit_seed
 from tests.statistics import figures
 from tests.statistics.simulate import (
     answers,
@@ -79,3 +80,11 @@ def test_drawing_equal_units_together_has_the_programs_distribution(
         (own.null_draws(0, 1), fast.null_draws(0, 1)),
     ):
         assert kstest(one, other).pvalue > 1e-3
+
+
+def test_weights_of_the_bootstrap_give_the_programs_draws() -> None:
+    shape = figures.seeded_shapes()[1]
+    values = sums_by_unit(shape, answers(np.random.default_rng(4), shape, [0.4], 0.0)[0])
+    seed = unit_seed(np.arange(shape.units).astype(object))
+    own = bootstrap_sums(values, figures.RESAMPLES, seed)
+    np.testing.assert_allclose(figures.weights_of(shape.units) @ values, own)
