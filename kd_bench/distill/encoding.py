@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from kd_bench.distill.chat import ChatFormat, Turns, use_template
+from kd_bench.distill.conversations import Conversations, read_conversations
 from kd_bench.distill.data import (
     Conversation,
     Unreadable,
     open_image,
-    read_conversations,
 )
 from kd_bench.distill.models import load_processor
 from kd_bench.distill.recipe import MAX_PIXELS, DataSource
@@ -368,7 +368,7 @@ class ConversationDataset(Dataset[EncodedSample | Lost]):
 
     def __init__(
         self,
-        conversations: list[Conversation],
+        conversations: Conversations,
         encoder: Encoder,
         *,
         unreadable: Sequence[tuple[str, str]] = (),
@@ -401,20 +401,21 @@ class ConversationDataset(Dataset[EncodedSample | Lost]):
         What cannot be read is left out of `conversations`.
         """
         kept: list[EncodedSample] = []
-        sound: list[Conversation] = []
+        sound: list[int] = []
+        places = iter(range(len(self.conversations)))
         lost: list[tuple[str, str]] = []
         for group in batched(self.conversations, AT_A_TIME):
             made = self.encoder.encode_many(group)
-            for conversation, sample in zip(group, made, strict=True):
+            for conversation, sample, place in zip(group, made, places, strict=False):
                 if isinstance(sample, Unreadable):
                     lost.append(conversation.given_up(sample))
                 else:
                     sample["sample_index"] = torch.tensor(len(kept))
                     kept.append(sample)
-                    sound.append(conversation)
+                    sound.append(place)
             if _bytes(kept) / max(len(kept), 1) * len(self.conversations) > MEMORY_BUDGET:
                 return
-        self.conversations, self._kept = sound, kept
+        self.conversations, self._kept = self.conversations.select(sound), kept
         self.left_out = self.encoder.left_out
         self.unreadable += lost
         self.check_limit()
@@ -445,14 +446,13 @@ class ConversationDataset(Dataset[EncodedSample | Lost]):
 
     def has_image(self, index: int) -> bool:
         """Whether a sample holds a picture."""
-        return bool(self.conversations[index].images)
+        return bool(self.conversations.images[index])
 
     def length(self, index: int) -> int:
         """Tokens of a sample, or its characters while it is not encoded: for grouping only."""
         if self._kept:
             return len(self._kept[index]["input_ids"])
-        turns = self.conversations[index].turns
-        return sum(len(piece or "") for turn in turns for piece in turn.pieces)
+        return int(self.conversations.characters[index])
 
 
 def _bytes(samples: list[EncodedSample]) -> int:

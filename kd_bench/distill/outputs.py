@@ -10,7 +10,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from kd_bench.distill.checkpoints import locate, weights_digest
-from kd_bench.distill.data import Conversation, data_digest
+from kd_bench.distill.conversations import Conversations, data_digest
 from kd_bench.distill.recipe import NEW, Recipe, Stage, load_recipe
 from kd_bench.errors import TrainingError, UsageError
 from kd_bench.files import claim_folder, read_json, unsound, write_digests
@@ -99,7 +99,7 @@ def _begun(recipe: Recipe, folder: Path) -> int:
 def is_done(
     recipe: Recipe,
     folder: Path,
-    conversations: Callable[[Stage], tuple[list[Conversation], Any]],
+    conversations: Callable[[Stage], tuple[Conversations, Any]],
     say: Callable[[str], None] = lambda line: None,
 ) -> bool:
     """Whether the folder holds this very training, finished.
@@ -196,7 +196,7 @@ def _check_data(
     stages: list[Stage],
     folder: Path,
     told: dict[str, Any],
-    conversations: Callable[[Stage], tuple[list[Conversation], Any]],
+    conversations: Callable[[Stage], tuple[Conversations, Any]],
 ) -> None:
     """The same paths may hold other conversations or images by now.
 
@@ -207,7 +207,7 @@ def _check_data(
         before = told.get("stages", {}).get(stage.name, {}).get("data")
         if before is None:
             continue
-        now = data_digest(conversations(stage)[0])
+        now = data_digest(conversations(stage)[0], version=before.get("version", 1))
         if now["sha256"] != before["sha256"]:
             counts = f"{before['conversations']} conversations then, {now['conversations']} now"
             raise UsageError(

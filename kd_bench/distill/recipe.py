@@ -180,7 +180,9 @@ class DataSource(StrictModel):
     """Conversations and their pictures.
 
     Attributes:
-        path: LLaVA JSON, JSONL, or a folder written by `datasets.save_to_disk`; one or several.
+        path: JSON, JSONL, parquet, a folder written by `datasets.save_to_disk`, a pattern of those
+            (`data/*.json`) or the name of a hub dataset; one or several.
+        subset, split: of a hub dataset.
         images: folder that picture names are relative to; by default the file's own folder.
         limit: only the first so many conversations, after `skip`.
         skip: leave out the first so many.
@@ -189,6 +191,8 @@ class DataSource(StrictModel):
     """
 
     path: str | list[str]
+    subset: str | None = None
+    split: str = "train"
     images: str | None = None
     limit: Count | None = None
     skip: int = Field(default=0, ge=0)

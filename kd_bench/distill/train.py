@@ -30,7 +30,7 @@ from kd_bench.distill.compatibility import (
     image_difference,
     step_zero,
 )
-from kd_bench.distill.data import Conversation, data_digest, read_conversations
+from kd_bench.distill.conversations import Conversations, data_digest, read_conversations
 from kd_bench.distill.distiller import Distiller
 from kd_bench.distill.encoding import (
     BatchOrder,
@@ -93,7 +93,7 @@ class Run:
     teacher: Any = None
     teacher_processor: Any = None
     done: list[str] = field(default_factory=list)
-    read: tuple[DataSource, tuple[list[Conversation], list[tuple[str, str]]]] | None = None
+    read: tuple[DataSource, tuple[Conversations, list[tuple[str, str]]]] | None = None
 
     def note(self, **changes: Any) -> None:
         """Update lineage.json."""
@@ -105,7 +105,7 @@ class Run:
         if self.is_main:
             self.console.print(text, highlight=False, soft_wrap=True)
 
-    def conversations(self, stage: Stage) -> tuple[list[Conversation], list[tuple[str, str]]]:
+    def conversations(self, stage: Stage) -> tuple[Conversations, list[tuple[str, str]]]:
         """The stage's conversations and what is malformed; the last file that was read is kept."""
         source = self.recipe.data_of(stage)
         if self.read is None or self.read[0] != source:

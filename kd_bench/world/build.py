@@ -356,7 +356,7 @@ def resolve(reference: str) -> Path:
 
 def world_folder(*, teacher: bool = False, study: bool = False) -> Path:
     """The embedded world, drawn on first use; `teacher` and `study` add files of `build_world`."""
-    folder = _cache() / f"world-{VERSION}"
+    folder = cache_folder() / f"world-{VERSION}"
     build_world(folder, SEED, teacher=teacher, study=study)
     return folder
 
@@ -367,7 +367,7 @@ def wanted_cache(environment: Mapping[str, str] = os.environ) -> Path:
     return Path(chosen) if chosen else user_cache_path("kd-bench")
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
     """The wanted cache, or a temporary one where the user's is not writable."""
     cache = wanted_cache()
     try:

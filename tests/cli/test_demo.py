@@ -73,7 +73,7 @@ def test_the_map_has_every_cell_once_and_begins_with_the_demos() -> None:
 @pytest.mark.slow
 def test_every_cell_finds_its_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KD_BENCH_CACHE", str(tmp_path))
-    from kd_bench.distill.data import read_conversations
+    from kd_bench.distill.conversations import read_conversations
 
     labels = []
     for error in STUDY_ERRORS:

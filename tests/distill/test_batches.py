@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kd_bench.distill.data import read_conversations
+from kd_bench.distill.conversations import read_conversations
 from kd_bench.distill.encoding import BatchOrder, Collator, ConversationDataset, Encoder, joined
 from kd_bench.distill.recipe import DataSource
 from kd_bench.errors import TrainingError, UsageError

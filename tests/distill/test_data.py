@@ -6,13 +6,8 @@ import json
 import pytest
 from PIL import Image
 
-from kd_bench.distill.data import (
-    Conversation,
-    Unreadable,
-    data_digest,
-    open_image,
-    read_conversations,
-)
+from kd_bench.distill.conversations import data_digest, read_conversations
+from kd_bench.distill.data import Unreadable, open_image
 from kd_bench.distill.recipe import DataSource
 from kd_bench.errors import UsageError
 from tests.support import tiny
@@ -191,5 +186,5 @@ def test_the_digest_follows_words_and_pixels(tmp_path):
     assert (first["conversations"], first["images"], first["pictures"]) == (1, 1, "content")
     tiny.picture("blue").save(tmp_path / "a.png")
     second = data_digest(read(path)[0])
-    other = [Conversation(c.id, c.turns[:1], c.images) for c in read(path)[0]]
-    assert len({first["sha256"], second["sha256"], data_digest(other)["sha256"]}) == 3
+    other = written(tmp_path, [{"id": "x", "image": "a.png", "conversations": TURNS[:4]}])
+    assert len({first["sha256"], second["sha256"], data_digest(read(other)[0])["sha256"]}) == 3

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from kd_bench.distill import losses
-from kd_bench.distill.data import read_conversations
+from kd_bench.distill.conversations import read_conversations
 from kd_bench.distill.distiller import Distiller, default_chunk
 from kd_bench.distill.encoding import Collator, Encoder
 from kd_bench.distill.image_terms import FirstLayerProbe, count_items, image_correlation

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from kd_bench.distill.chat import shipped_template
-from kd_bench.distill.data import Conversation, Turn, Unreadable, read_conversations
+from kd_bench.distill.conversations import read_conversations
+from kd_bench.distill.data import Conversation, Turn, Unreadable
 from kd_bench.distill.encoding import Encoder
 from kd_bench.distill.recipe import DataSource
 from kd_bench.errors import UsageError

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from kd_bench.distill.data import FORMS, Conversation, read_conversations
+from kd_bench.distill.conversations import read_conversations
+from kd_bench.distill.data import FORMS, Conversation
 from kd_bench.distill.encoding import ConversationDataset, Encoder
 from kd_bench.distill.recipe import DataSource
 from kd_bench.errors import UsageError

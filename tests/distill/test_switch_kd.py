@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from kd_bench.distill.data import read_conversations
+from kd_bench.distill.conversations import read_conversations
 from kd_bench.distill.distiller import Distiller
 from kd_bench.distill.encoding import BatchOrder, Collator, ConversationDataset, Encoder
 from kd_bench.distill.models import load_model

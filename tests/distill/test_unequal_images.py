@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from kd_bench.distill.compatibility import check_pair, image_difference
-from kd_bench.distill.data import Unreadable, read_conversations
+from kd_bench.distill.conversations import read_conversations
+from kd_bench.distill.data import Unreadable
 from kd_bench.distill.distiller import Distiller
 from kd_bench.distill.encoding import Collator, Encoder, PairEncoder
 from kd_bench.distill.recipe import METHODS, DataSource, load_recipe

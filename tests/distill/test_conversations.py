@@ -1,0 +1,175 @@
+"""Sources at their size: an index that is made once, and rows that are parsed when asked for."""
+
+import io
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, Features, Value
+from datasets import Image as HFImage
+from datasets import Sequence as HFSequence
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kd_bench.distill import conversations as data
+from kd_bench.distill.conversations import data_digest, read_conversations
+from kd_bench.distill.recipe import DataSource
+from kd_bench.errors import UsageError
+from tests.distill.test_data import TURNS, read, written
+from tests.support import tiny
+
+
+@pytest.fixture
+def on_disk(monkeypatch, tmp_path):
+    """Every source counts as large, its rows come in batches of 3, JSON in pieces of 7."""
+    monkeypatch.setenv("KD_BENCH_CACHE", str(tmp_path / "cache"))
+    for name, value in (("SMALL", -1), ("ROWS", 3), ("CHUNK", 7)):
+        monkeypatch.setattr(data, name, value)
+    return tmp_path / "cache" / "training-data"
+
+
+SAID = [{**TURNS[0], "value": "what colour ?"}, TURNS[1]]
+
+
+def numbered(count, **more):
+    return [{"id": f"r{i}", "conversations": SAID, **more} for i in range(count)]
+
+
+def test_a_large_file_is_parsed_once(on_disk, tmp_path, monkeypatch):
+    path = written(tmp_path, numbered(8))
+    first, _ = read(path)
+
+    def parsed_again(path):
+        raise AssertionError(path)
+        yield
+
+    monkeypatch.setattr(data, "json_rows", parsed_again)
+    second, _ = read(path)
+    assert list(first) == list(second)
+    assert [c.id for c in second] == [f"r{i}" for i in range(8)]
+    assert [c.number for c in second[2:4]] == [2, 3]
+    assert second.images.tolist() == [0] * 8
+    assert second.characters.tolist() == [sum(len(t["value"]) for t in SAID)] * 8
+    assert len(list(on_disk.glob("*.arrow"))) == 1
+
+
+def test_a_changed_file_is_parsed_again(on_disk, tmp_path):
+    read(written(tmp_path, numbered(8)))
+    found, _ = read(written(tmp_path, numbered(9)))
+    assert len(found) == 9
+
+
+def test_a_worker_gets_names_not_rows(on_disk, tmp_path):
+    found, _ = read(written(tmp_path, numbered(2_000)))
+    list(found[:3])
+    sent = pickle.dumps(found)
+    assert len(sent) < 30_000
+    assert pickle.loads(sent)[1_999].id == "r1999"
+
+
+def test_the_digest_is_kept_while_files_look_the_same(on_disk, tmp_path):
+    picture = tmp_path / "a.png"
+    tiny.picture("red").save(picture)
+    found, _ = read(written(tmp_path, numbered(3, image="a.png")))
+    first = data_digest(found)
+    state = picture.stat()
+    content = bytearray(picture.read_bytes())
+    content[-1] ^= 1
+    picture.write_bytes(bytes(content))
+    os.utime(picture, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert data_digest(found) == first
+    assert data_digest(found, verify=True) != first
+    picture.touch()
+    assert data_digest(found) != first
+    assert data_digest(found[:2]) != data_digest(found)
+
+
+def test_small_and_large_sources_have_one_digest(tmp_path, on_disk, monkeypatch):
+    path = written(tmp_path, numbered(5))
+    large = data_digest(read(path)[0])
+    monkeypatch.setattr(data, "SMALL", 1 << 20)
+    assert data_digest(read(path)[0]) == large
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=12),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(JSON_VALUES, max_size=6), st.sampled_from([None, 1]), st.integers(1, 20))
+def test_a_list_read_in_pieces_is_the_list(values, indent, chunk):
+    text = json.dumps(values, indent=indent, ensure_ascii=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "CHUNK", chunk)
+        found = list(data.json_items(io.StringIO(text), Path("x.json")))
+    assert [value for _, value in found] == values
+    assert [json.loads(piece) for piece, _ in found] == values
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(JSON_VALUES, min_size=1, max_size=4), st.integers(0, 200), st.integers(1, 20))
+def test_a_damaged_list_is_refused_as_json_refuses_it(values, cut, chunk):
+    text = json.dumps(values)
+    text = text[: cut % len(text)] + text[cut % len(text) + 1 :]
+    try:
+        whole = json.loads(text)
+    except ValueError:
+        whole = None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "CHUNK", chunk)
+        try:
+            found = [value for _, value in data.json_items(io.StringIO(text), Path("x.json"))]
+        except (ValueError, UsageError):
+            found = None
+    assert found == (whole if isinstance(whole, list) else None)
+
+
+def test_parquet_patterns_and_folders_hold_the_same_rows(tmp_path):
+    rows = [{"id": f"r{i}", "conversations": SAID} for i in range(6)]
+    table = Dataset.from_list(rows)
+    table.select(range(4)).to_parquet(tmp_path / "part-0.parquet")
+    table.select(range(4, 6)).to_parquet(tmp_path / "part-1.parquet")
+    table.save_to_disk(tmp_path / "folder")
+    (tmp_path / "a-0.json").write_text(json.dumps(rows[:4]))
+    (tmp_path / "a-1.json").write_text(json.dumps(rows[4:]))
+    expected = [f"r{i}" for i in range(6)]
+    for name in ("part-*.parquet", "folder", "a-*.json"):
+        found, broken = read(tmp_path / name)
+        assert [c.id for c in found] == expected
+        assert not broken
+    found, _ = read(tmp_path / "part-*.parquet", skip=3, limit=2)
+    assert [c.id for c in found] == expected[3:5]
+    with pytest.raises(UsageError, match="no training data at"):
+        read(tmp_path / "b-*.json")
+
+
+def test_images_inside_parquet_stay_encoded_until_they_are_needed(tmp_path):
+    picture = io.BytesIO()
+    tiny.picture("red").save(picture, "png")
+    rows = [{"images": [{"bytes": picture.getvalue(), "path": None}],
+             "texts": [{"user": "what colour ?", "assistant": "red"}]}] * 2  # fmt: skip
+    features = Features(
+        {
+            "images": HFSequence(HFImage()),
+            "texts": [{"user": Value("string"), "assistant": Value("string")}],
+        }
+    )
+    Dataset.from_list(rows, features=features).to_parquet(tmp_path / "x.parquet")
+    found, broken = read(tmp_path / "x.parquet")
+    assert not broken
+    assert found[1].images == (picture.getvalue(),)
+    assert found.images.tolist() == [1, 1]
+
+
+def test_what_is_no_parquet_and_no_hub_dataset_is_one_line(tmp_path):
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 and nothing else")
+    with pytest.raises(UsageError, match="is not a parquet file"):
+        read(tmp_path / "x.parquet")
+    with pytest.raises(UsageError, match="neither a file nor a dataset of the hub") as raised:
+        read_conversations(DataSource(path="somebody/no-such-dataset"))
+    assert "data.subset" in raised.value.hint
