@@ -7,6 +7,7 @@ interval is kept apart. Nothing here knows about tables, pictures or HTML.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from kd_bench.errors import UsageError
@@ -195,6 +196,27 @@ class Board:
             if (size(manifest.cost) == size(entry.cost) if known else other is entry)
         ]
         return sorted(float(v) for each in runs if (v := getattr(each, cost)) is not None)
+
+    @cached_property
+    def colours(self) -> dict[str, int]:
+        """Series number by entry key: teacher and floor are neutral, methods follow in order.
+
+        A hybrid takes a light blue, or what is left last, so that methods keep their colours
+        without it.
+        """
+        numbers: dict[str, int] = {}
+        free = iter(range(2, len(self.entries) + 2))
+        hybrid = 7
+        for entry in sorted(self.entries, key=lambda e: e.role == "switch"):
+            if self.teacher is not None and entry.key == self.teacher.key:
+                numbers[entry.key] = 0
+            elif self.floor is not None and entry.key == self.floor.key:
+                numbers[entry.key] = 1
+            elif entry.role == "switch" and hybrid not in numbers.values():
+                numbers[entry.key] = hybrid
+            else:
+                numbers[entry.key] = next(free)
+        return numbers
 
     @property
     def mini(self) -> bool:

@@ -5,7 +5,6 @@ from typing import Literal
 
 from kd_bench.records import AVERAGE, Interval
 from kd_bench.report.board import ROLE_TITLES, Board, Entry, Score
-from kd_bench.report.style import colours
 from kd_bench.report.tables import (
     Cell,
     Column,
@@ -224,7 +223,7 @@ def _row(board: Board, entry: Entry, cells: tuple[Cell, ...]) -> Row:
         cells,
         _section(board, entry),
         entry.role,
-        colours(board)[entry.key],
+        board.colours[entry.key],
         status_of(entry) if entry.health else "",
     )
 

@@ -16,7 +16,7 @@ from kd_bench.report.leaderboard import MODES, Mode, interval_text, leaderboard,
 from kd_bench.report.plots import board_plots
 from kd_bench.report.samples import Chosen, choose_samples, embed_json, write_samples
 from kd_bench.report.shell import PlotSection, claim_report, plot_sections, write_page
-from kd_bench.report.style import Plot, colours, css_series
+from kd_bench.report.style import Plot, css_series
 from kd_bench.report.tables import (
     Cell,
     Column,
@@ -125,7 +125,6 @@ def _context(
     chosen: Chosen | None,
     downloads: list[tuple[str, str]],
 ) -> dict[str, Any]:
-    numbers = colours(board)
     table = tables["scores"]
     return {
         "mini": board.mini,
@@ -146,7 +145,7 @@ def _context(
         "samples_json": Markup(embed_json(chosen.data)) if chosen else None,
         "sample_count": chosen.count if chosen else 0,
         "published": _published(board),
-        "runs": [r for entry in board.entries for r in _runs(entry, numbers[entry.key])],
+        "runs": [r for entry in board.entries for r in _runs(entry, board.colours[entry.key])],
         "left_out": [clean(line) for line in board.left_out],
         "downloads": downloads,
     }

@@ -21,9 +21,6 @@ from kd_bench.report.tables import clean
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from kd_bench.report.board import Board
-
-
 # s0 is the teacher's and s1 the floor's: neutral; methods take the colours after them.
 LIGHT = {
     "ink": "#1b1b1a", "muted": "#63615c", "line": "#e3e1dc", "paper": "#ffffff",
@@ -78,28 +75,6 @@ class Plot:
 def variables(theme: dict[str, str]) -> str:
     """CSS custom properties of a theme."""
     return "".join(f"--{name}:{color};" for name, color in theme.items())
-
-
-def colours(board: "Board") -> dict[str, int]:
-    """Series number by entry key: teacher and floor are neutral, methods follow in order.
-
-    A hybrid takes a light blue, or what is left last, so that methods keep their colours
-    without it.
-    """
-    numbers: dict[str, int] = {}
-    free = 2
-    hybrid = 7
-    for entry in sorted(board.entries, key=lambda e: e.role == "switch"):
-        if board.teacher is not None and entry.key == board.teacher.key:
-            numbers[entry.key] = 0
-        elif board.floor is not None and entry.key == board.floor.key:
-            numbers[entry.key] = 1
-        elif entry.role == "switch" and hybrid not in numbers.values():
-            numbers[entry.key] = hybrid
-        else:
-            numbers[entry.key] = free
-            free += 1
-    return numbers
 
 
 def canvas(width: float, height: float, rows: int = 0, columns: int = 0) -> tuple[Any, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from kd_bench.errors import UsageError
 from kd_bench.files import read_json, write_text
 from kd_bench.report.facts import flatten, titled
-from kd_bench.report.plots_training import training_plots
+from kd_bench.report.plots import training_plots
 from kd_bench.report.shell import PlotSection, claim_report, plot_sections, write_page
 from kd_bench.report.tables import clean
 from kd_bench.report.training import LOG_NAME, TrainingLog, read_log

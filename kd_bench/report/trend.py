@@ -18,21 +18,10 @@ from kd_bench.files import write_text
 from kd_bench.records import AVERAGE, Interval
 from kd_bench.report.board import Board, Entry
 from kd_bench.report.board_loading import load_board
+from kd_bench.report.plots import trend
 from kd_bench.report.relations import read_evidence
 from kd_bench.report.shell import claim_report, plot_sections, write_page
-from kd_bench.report.style import (
-    INK,
-    MUTED,
-    WIDTH,
-    Plot,
-    canvas,
-    legend,
-    marker,
-    plotting,
-    series,
-    short,
-    to_plot,
-)  # fmt: skip
+from kd_bench.report.style import plotting
 from kd_bench.report.tables import (
     Cell,
     Column,
@@ -99,7 +88,8 @@ def render_trend(
     claim_report(destination, files, ["trend"])
     for name, text in files.items():
         write_text(destination / name, text)
-    plot = _plot(steps, moves)
+    with plotting():
+        plot = trend(steps, moves)
     plots = [plot] if plot else []
     for each in plots:
         write_text(destination / "plots" / f"{each.name}.svg", each.standalone())
@@ -222,48 +212,3 @@ def _table(steps: Sequence[Step], suite: str) -> Table:
     warning = "Embedded mini world: not the real benchmarks." if suite.startswith("mini") else ""
     caption = f"Suite {suite}. In brackets: 95 % intervals over samples."
     return Table("Runs by date", columns, rows, caption, warning=warning)
-
-
-def _plot(steps: Sequence[Step], moves: Sequence[tuple[datetime, str]]) -> Plot | None:
-    """A line a method or name; upright lines where the baseline moved."""
-    shown = [step for step in steps if step.average is not None]
-    if not shown:
-        return None
-    lines = list(dict.fromkeys(step.line for step in shown))
-    with plotting():
-        figure, axes = canvas(WIDTH, 3.4)
-        for number, line in enumerate(lines, start=2):
-            own = [step for step in shown if step.line == line]
-            days = [_day(step.when) for step in own]
-            axes.plot(days, [step.average for step in own], color=series(number), linewidth=1.2,
-                      marker=marker(number), markersize=4.5, label=short(line))  # fmt: skip
-            for day, step in zip(days, own, strict=True):
-                if step.interval is not None:
-                    ends = [step.interval.low, step.interval.high]
-                    axes.plot([day, day], ends, color=series(number), linewidth=0.8, alpha=0.6)
-        for when, _ in moves:
-            axes.axvline(_day(when), color=INK, linewidth=0.8, linestyle=(0, (3, 2)))
-        axes.xaxis.set_major_formatter(lambda value, _: f"{_date(value):%Y-%m-%d}")
-        axes.xaxis.set_major_locator(_locator())
-        axes.tick_params(axis="y", labelcolor=MUTED)
-        axes.set_ylabel("Average")
-        legend(figure, axes)
-        summary = (
-            f"Average of {len(shown)} runs by date, with 95 % intervals over samples. "
-            f"Broken upright lines: the baseline moved ({len(moves)})."
-        )
-        return to_plot(figure, "trend", "Average by date", summary)
-
-
-def _locator() -> Any:
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(nbins=4)
-
-
-def _day(when: datetime) -> float:
-    return when.timestamp() / 86_400
-
-
-def _date(day: float) -> datetime:
-    return datetime.fromtimestamp(day * 86_400, UTC)

@@ -9,9 +9,8 @@ import pytest
 
 from kd_bench.report.board import Board
 from kd_bench.report.board_loading import load_board
-from kd_bench.report.calibration import measure
 from kd_bench.report.leaderboard import leaderboard
-from kd_bench.report.plots import board_plots, group_scores
+from kd_bench.report.plots import board_plots, group_scores, measure
 from kd_bench.report.relations import read_evidence, relate
 from kd_bench.report.style import DARK, LIGHT, Plot, css_series, marker, spread_out
 from kd_bench.report.training import logs_of

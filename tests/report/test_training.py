@@ -9,7 +9,7 @@ import pytest
 from kd_bench.errors import UsageError
 from kd_bench.report import render_training
 from kd_bench.report.board_loading import load_board
-from kd_bench.report.plots_training import POINTS, _thin
+from kd_bench.report.plots import POINTS, thin
 from kd_bench.report.training import logs_of, read_log
 from tests.support.report_store import Model, add_run, add_training
 
@@ -74,7 +74,7 @@ def test_a_training_without_a_step_is_a_clear_error(tmp_path: Path) -> None:
 
 
 def test_long_curves_are_thinned_to_means() -> None:
-    x, y = _thin(range(10_000), [float(i % 2) for i in range(10_000)])
+    x, y = thin(range(10_000), [float(i % 2) for i in range(10_000)])
     assert len(x) <= POINTS
     assert all(0.4 < value < 0.6 for value in y)
-    assert _thin([1, 2, 3], [1.0, math.nan, 3.0]) == ([1, 3], [1.0, 3.0])
+    assert thin([1, 2, 3], [1.0, math.nan, 3.0]) == ([1, 3], [1.0, 3.0])
