@@ -131,8 +131,8 @@ def _load(
 
 def _tables(board: "Board", compare: str | None) -> "list[Table]":
     """What stands on a terminal; refuses before anything is written."""
-    from kd_bench.report.facts import comparison
     from kd_bench.report.leaderboard import terminal_tables
+    from kd_bench.report.published import comparison
 
     tables = terminal_tables(board)
     return tables if compare is None else [*tables, comparison(board, compare)]

@@ -1,25 +1,30 @@
-"""The report's folder: a self-contained page, the tables in every format, plots, all samples."""
+"""A report's folder: a self-contained page, the tables in every format, plots, all samples."""
 
+import base64
+import hashlib
 import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from kd_bench import __version__
 from kd_bench.compare.estimates import Evidence
-from kd_bench.files import write_text
-from kd_bench.records import AVERAGE
+from kd_bench.files import claim_folder, write_text
+from kd_bench.records import AVERAGE, RunManifest
 from kd_bench.report.board import Board, Entry, Score
 from kd_bench.report.categories import category_tables
-from kd_bench.report.facts import paper_table, published_tables, run_facts
 from kd_bench.report.leaderboard import MODES, Mode, interval_text, leaderboard, status_of
 from kd_bench.report.plots import board_plots
-from kd_bench.report.samples import Chosen, choose_samples, embed_json, write_samples
-from kd_bench.report.shell import PlotSection, claim_report, plot_sections, write_page
-from kd_bench.report.style import Plot, css_series
+from kd_bench.report.published import paper_table, published_tables
+from kd_bench.report.samples import choose_samples, embed_json, write_samples
+from kd_bench.report.style import DARK, LIGHT, Plot, css_series, variables
 from kd_bench.report.tables import (
     Cell,
-    Column,
+    Kind,
     Row,
     Table,
     clean,
@@ -35,7 +40,128 @@ from kd_bench.report.tables import (
 )
 from kd_bench.report.training import logs_of
 
-TABLES = ("leaderboard.md", "leaderboard.csv", "leaderboard.tex", "leaderboard.json")
+TEMPLATES = Path(__file__).parent / "templates"
+BRAND = '<span class="brand">kd-bench</span>'
+"""On every page, also on those from before folders were marked."""
+# Text colours keep a contrast of 4.5 to the paper, borders of controls 3.
+CHROME_LIGHT = {
+    "accent": "#0a58a8", "edge": "#8d8b85", "soft": "#f5f4f1", "warn": "#a33b00",
+    "right": "#00785a", "wrong": "#b04a00",
+}  # fmt: skip
+CHROME_DARK = {
+    "accent": "#7cbcf0", "edge": "#6d6b65", "soft": "#1f1f1d", "warn": "#ff9d6b",
+    "right": "#2fc59a", "wrong": "#f0803c",
+}  # fmt: skip
+EMPTY: dict[str, Any] = {
+    "mini": False, "title": "", "eyebrow": "", "lead": [], "figures": [], "warnings": [],
+    "rows": False, "categories": [], "plot_sections": [], "samples_json": None,
+    "published": None, "runs": [], "trend": None, "left_out": [], "downloads": [],
+}  # fmt: skip
+
+PlotSection = tuple[str, str, str, tuple[str, ...]]
+
+
+def claim_report(folder: Path, files: Iterable[str], plots: Iterable[str]) -> None:
+    """Make sure that a folder's page is ours to replace.
+
+    Raises:
+        UsageError: a file that would be replaced is somebody else's.
+    """
+    page = folder / "index.html"
+    made_before = page.is_file() and BRAND in page.read_text(encoding="utf-8", errors="replace")
+    names = ["index.html", *files, *(f"plots/{name}.svg" for name in plots)]
+    claim_folder(folder, "report", names, made_before=made_before)
+
+
+def write_report(
+    folder: Path,
+    context: dict[str, Any],
+    files: Mapping[str, str],
+    plots: Sequence[Plot],
+    layout: Sequence[PlotSection],
+) -> Path:
+    """Write texts, plots and the page that shows them; returns the page's path.
+
+    What the context leaves out is not on the page; plots of an earlier report that this one has not
+    are removed.
+    """
+    for name, text in files.items():
+        write_text(folder / name, text)
+    drawn = {plot.name: plot for plot in plots}
+    for name in (name for *_, names in layout for name in names):
+        path = folder / "plots" / f"{name}.svg"
+        if name in drawn:
+            write_text(path, drawn[name].standalone())
+        else:
+            path.unlink(missing_ok=True)
+    shown: list[dict[str, Any]] = [
+        {
+            "id": key, "title": title, "intro": intro,
+            "plots": [
+                {"title": plot.title, "summary": plot.summary, "svg": Markup(plot.svg)}
+                for name in names
+                if (plot := drawn.get(name)) is not None
+            ],
+        }
+        for key, title, intro, names in layout
+        if not drawn.keys().isdisjoint(names)
+    ]  # fmt: skip
+    script = (TEMPLATES / "page.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    context = EMPTY | context | {
+        "plot_sections": shown,
+        "css": Markup(_css()),
+        "script": Markup(script),
+        "script_hash": f"sha256-{digest}",
+        "version": __version__,
+    }  # fmt: skip
+    links = [
+        ("trend", "Trend", context["trend"]),
+        ("leaderboard", "Leaderboard", context["rows"]),
+        ("categories", "Categories", context["categories"]),
+        *((section["id"], section["title"], True) for section in shown),
+        ("samples", "Samples", context["samples_json"]),
+        ("published", "Published", context["published"]),
+        ("runs", "Runs", context["runs"]),
+    ]
+    context["sections"] = [(anchor, title) for anchor, title, there in links if there]
+    page = folder / "index.html"
+    write_text(page, _environment().get_template("page.html.j2").render(context))
+    return page
+
+
+@lru_cache(maxsize=1)
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["clean"] = clean
+    environment.filters["clean_lines"] = lambda text: "\n".join(map(clean, text.splitlines()))
+    return environment
+
+
+def _css() -> str:
+    light, dark = variables(LIGHT | CHROME_LIGHT), variables(DARK | CHROME_DARK)
+    themes = (
+        f":root{{color-scheme:light;{light}}}"
+        f"@media screen and (prefers-color-scheme:dark){{:root:not([data-theme=light])"
+        f"{{color-scheme:dark;{dark}}}}}"
+        f"@media screen{{:root[data-theme=dark]{{color-scheme:dark;{dark}}}}}\n"
+    )
+    return themes + (TEMPLATES / "style.css").read_text(encoding="utf-8")
+
+
+TABLES = {
+    "leaderboard.md": "Markdown",
+    "leaderboard.csv": "full precision, with intervals and spreads",
+    "leaderboard.tex": "LaTeX, booktabs",
+    "leaderboard.json": "scores, differences and retention for machines",
+}
 PLOTS: tuple[PlotSection, ...] = (
     (
         "skills", "Skills", "Where the models are strong, by skill group and by benchmark.",
@@ -64,75 +190,29 @@ def render(
     `paper` is written to `paper.tex`. Equal boards give equal bytes: nothing depends on the time or
     place of rendering.
     """
-    plot_names = [name for *_, names in PLOTS for name in names]
-    claim_report(
-        destination, [*TABLES, "categories.json", "paper.tex", "samples.parquet"], plot_names
-    )
+    names = [*TABLES, "categories.json", "paper.tex", "samples.parquet"]
+    claim_report(destination, names, [name for *_, names in PLOTS for name in names])
     logs = {entry.key: logs_of(entry) for entry in board.entries}
     plots = board_plots(board, evidence, logs)
     chosen = choose_samples(board)
     tables = {mode: leaderboard(board, mode) for mode, _ in MODES}
-    categories = category_tables(board)
-    downloads = _write_tables(tables, destination)
+    table, categories = tables["scores"], category_tables(board)
+    files = dict(zip(TABLES, (to_markdown(table), to_csv(table), to_latex(table),
+                              to_json_text(list(tables.values()))), strict=True))  # fmt: skip
+    downloads = list(TABLES.items())
     if categories:
-        write_text(destination / "categories.json", to_json_text(categories))
+        files["categories.json"] = to_json_text(categories)
         downloads.append(("categories.json", "scores by category for machines"))
     if paper is not None:
-        write_text(destination / "paper.tex", paper)
+        files["paper.tex"] = paper
         downloads.append(("paper.tex", "a paper's table, with caption"))
-    _write_plots(plots, destination / "plots")
     if plots:
         downloads.append(("plots/", "every plot as SVG, in light and dark"))
     if chosen is not None:
         rows = write_samples(board, destination / "samples.parquet")
         downloads.append(("samples.parquet", f"all {rows:,} samples of every model"))
-    page = destination / "index.html"
-    context = _context(board, tables, plots, chosen, downloads)
-    context["categories"] = [_embedded(table, folded=True) for table in categories]
-    write_page(page, context)
-    return page
-
-
-def _write_plots(plots: list[Plot], folder: Path) -> None:
-    """One file a plot; those of an earlier report that this one has not are removed."""
-    for name in {name for *_, names in PLOTS for name in names} - {plot.name for plot in plots}:
-        (folder / f"{name}.svg").unlink(missing_ok=True)
-    for plot in plots:
-        write_text(folder / f"{plot.name}.svg", plot.standalone())
-
-
-def _write_tables(tables: dict[Mode, Table], destination: Path) -> list[tuple[str, str]]:
-    """The text renderings; returns names and descriptions."""
-    table = tables["scores"]
-    texts = {
-        "leaderboard.md": (to_markdown(table), "Markdown"),
-        "leaderboard.csv": (to_csv(table), "full precision, with intervals and spreads"),
-        "leaderboard.tex": (to_latex(table), "LaTeX, booktabs"),
-        "leaderboard.json": (
-            to_json_text(list(tables.values())),
-            "scores, differences and retention for machines",
-        ),
-    }
-    for name, (text, _) in texts.items():
-        write_text(destination / name, text)
-    return [(name, text) for name, (_, text) in texts.items()]
-
-
-def _context(
-    board: Board,
-    tables: dict[Mode, Table],
-    plots: list[Plot],
-    chosen: Chosen | None,
-    downloads: list[tuple[str, str]],
-) -> dict[str, Any]:
-    table = tables["scores"]
-    return {
-        "mini": board.mini,
-        "title": _title(board),
-        "eyebrow": _eyebrow(board),
-        "lead": _lead(board),
-        "figures": _figures(board),
-        "warnings": _unhealthy(board),
+    context = {
+        **head(board),
         "caption": _caption(board),
         "legend": _legend(board, table),
         "modes": MODES if board.floor and board.teacher else MODES[:1],
@@ -141,23 +221,25 @@ def _context(
         "column_groups": column_groups(table),
         "row_sections": _row_sections(tables),
         "rows": bool(table.rows),
-        "plot_sections": plot_sections(plots, PLOTS),
+        "categories": [_embedded(table, folded=True) for table in categories],
         "samples_json": Markup(embed_json(chosen.data)) if chosen else None,
         "sample_count": chosen.count if chosen else 0,
         "published": _published(board),
-        "runs": [r for entry in board.entries for r in _runs(entry, board.colours[entry.key])],
+        "runs": [run for entry in board.entries for run in _runs(board, entry)],
         "left_out": [clean(line) for line in board.left_out],
         "downloads": downloads,
     }
+    return write_report(destination, context, files, plots, PLOTS)
 
 
 # --- the leaderboard ---------------------------------------------------------------------------
 
 
 def _row_sections(tables: dict[Mode, Table]) -> list[dict[str, Any]]:
-    """The rows of the tables over each other: a cell has a face in each, or one where all agree."""
-    faces = {mode: {row.key: row for row in table.rows} for mode, table in tables.items()}
-    table = tables["scores"]
+    """The rows of the tables over each other, under their headings."""
+    table, places = tables["scores"], range(1, len(tables["scores"].columns))
+    stacks = zip(*(each.rows for each in tables.values()), strict=True)
+    by_key = {stack[0].key: stack for stack in stacks}
     return [
         {
             "title": clean(title),
@@ -166,10 +248,7 @@ def _row_sections(tables: dict[Mode, Table]) -> list[dict[str, Any]]:
                     "row": row,
                     "name": row.cells[0],
                     "color": css_series(row.series or 0),
-                    "cells": [
-                        _faces(tables, faces, row.key, place)
-                        for place in range(1, len(table.columns))
-                    ],
+                    "cells": [_faces(tables, by_key[row.key], place) for place in places],
                 }
                 for row in rows
             ],
@@ -178,100 +257,98 @@ def _row_sections(tables: dict[Mode, Table]) -> list[dict[str, Any]]:
     ]
 
 
-def _faces(
-    tables: dict[Mode, Table], rows: dict[Mode, dict[str, Row]], key: str, place: int
-) -> list[dict[str, Any]]:
-    """One cell as each of the tables has it."""
-    found = []
-    for mode, table in tables.items():
-        cell, column = rows[mode][key].cells[place], table.columns[place]
+def _faces(tables: dict[Mode, Table], stack: tuple[Row, ...], place: int) -> list[dict[str, Any]]:
+    """One cell as each of the tables has it, or once where all agree."""
+    found: list[dict[str, Any]] = []
+    for row, (mode, table) in zip(stack, tables.items(), strict=True):
+        cell, column = row.cells[place], table.columns[place]
         if mode != "scores" and column.kind == tables["scores"].columns[place].kind:
             continue  # relations and costs are the same in every view
-        found.append({"mode": mode, "cell": cell, **_shown(cell, column)})
+        known = isinstance(cell.value, int | float) and math.isfinite(cell.value)
+        spread = f"± {cell.spread:.1f}" if known and cell.spread is not None else ""
+        found.append(
+            {
+                "mode": mode,
+                "cell": cell,
+                "text": format_number(cell.value, column.kind),
+                "small": spread or (format_interval(cell, column.kind) if known else ""),
+                "number": f"{cell.value:.6g}" if known else "",
+                "tip": "\n".join(line for line in cell.detail if line),
+            }
+        )
     if len(found) == 1:
         found[0]["mode"] = "only"
     return found
 
 
-def _shown(cell: Cell, column: Column) -> dict[str, str]:
-    """The number, what stands small below it, and what it is sorted by."""
-    value = cell.value
-    known = isinstance(value, int | float) and math.isfinite(value)
-    spread = f"± {cell.spread:.1f}" if known and cell.spread is not None else ""
-    return {
-        "text": format_number(value, column.kind),
-        "small": spread or (format_interval(cell, column.kind) if known else ""),
-        "number": f"{value:.6g}" if known else "",
-        "tip": "\n".join(line for line in cell.detail if line),
-    }
+# --- the head of the page ------------------------------------------------------------------------
 
 
-# --- the head of the page ----------------------------------------------------------------------
+def head(board: Board) -> dict[str, Any]:
+    """What the page says before its tables: title, lead, few large numbers, warnings.
 
-
-def _title(board: Board) -> str:
-    """What the page may claim in one line; how much it holds, and nothing else, where it may not.
-
-    Only a claim that holds over all methods, or of the one named as main, stands here, and only
-    one of methods: a difference of single seeds may be that of the seeds.
+    The title is what the page may claim in one line; how much it holds, and nothing else, where it
+    may not. Only a claim that holds over all methods, or of the one named as main, stands there,
+    and only one of methods: a difference of single seeds may be that of the seeds.
     """
-    if not board.entries:
-        return "No runs yet"
-    subject, claim = _subject(board), board.claim
-    if claim is not None and subject is not None and not claim.weights_only:
-        return f"{clean(subject.name)} {_change(claim.difference.value)} SFT"
-    models = _count(len(board.entries), "model")
-    return f"{models} on {_count(len(board.tasks), 'benchmark')}"
-
-
-def _change(points: float) -> str:
-    number = format_number(abs(points), "score")
-    return f"gains {number} points over" if points > 0 else f"loses {number} points against"
-
-
-def _subject(board: Board) -> Entry | None:
-    """The row that the head of the page is about: the one named as main, else the claim's."""
-    if board.main is not None:
-        return board.main
-    claim = board.claim
-    return next((e for e in board.entries if claim and e.key == claim.method), None)
-
-
-def _eyebrow(board: Board) -> str:
+    claim, subject = board.claim, board.main
+    if subject is None:
+        subject = next((e for e in board.entries if claim and e.key == claim.method), None)
     runs = sum(len(entry.runs) for entry in board.entries)
     if not runs:
-        return "kd-bench report"
-    newest = max(m.finished or m.created for e in board.entries for m in e.manifests)
-    return f"Suite {clean(board.suite)}, {_count(runs, 'run')}, newest of {clean(newest)[:10]}"
+        empty = (
+            "Evaluate a checkpoint with `kd-bench eval CHECKPOINT`, then render this page again."
+        )
+        title, eyebrow = "No runs yet", "kd-bench report"
+        lead = [empty, *map(clean, board.left_out)]
+    else:
+        title = f"{_count(len(board.entries), 'model')} on {_count(len(board.tasks), 'benchmark')}"
+        if claim is not None and subject is not None and not claim.weights_only:
+            points = claim.difference.value
+            number = format_number(abs(points), "score")
+            verb = f"gains {number} points over" if points > 0 else f"loses {number} points against"
+            title = f"{clean(subject.name)} {verb} SFT"
+        newest = max(m.finished or m.created for e in board.entries for m in e.manifests)
+        suite = f"Suite {clean(board.suite)}, {_count(runs, 'run')}"
+        eyebrow = f"{suite}, newest of {clean(newest)[:10]}"
+        lead = [*_averages(board, subject), *_claimed(board, subject)]
+    return {
+        "mini": board.mini,
+        "title": title,
+        "eyebrow": eyebrow,
+        "lead": lead,
+        "figures": _figures(board, subject),
+        "warnings": [
+            {
+                "head": f"{clean(entry.name)}: {status_of(entry)}.",
+                "text": "; ".join(map(clean, entry.health)),
+            }
+            for entry in board.entries
+            if entry.health
+        ],
+    }
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _lead(board: Board) -> list[str]:
-    if not board.entries:
-        lines = [
-            "Evaluate a checkpoint with `kd-bench eval CHECKPOINT`, then render this page again."
-        ]
-        return lines + [clean(line) for line in board.left_out]
-    teacher, floor = board.teacher, board.floor
-    parts = []
-    if teacher is not None and teacher.score(AVERAGE).known:
-        name = clean(teacher.name)
-        who = "The teacher" if name.lower() == "teacher" else f"The teacher, {name},"
-        parts.append(f"{who} reaches {teacher.score(AVERAGE).value:.1f}")
-    if floor is not None and floor.score(AVERAGE).known:
-        parts.append(f"plain fine-tuning {floor.score(AVERAGE).value:.1f}")
-    subject = _subject(board)
-    if subject is not None and subject.score(AVERAGE).known:
-        parts.append(f"{clean(subject.name)} {subject.score(AVERAGE).value:.1f}")
-    lines = [", ".join(parts) + f" on average over {len(board.tasks)} benchmarks."] * bool(parts)
-    return lines + _claimed(board, subject)
+def _averages(board: Board, subject: Entry | None) -> list[str]:
+    """What teacher, SFT and the page's subject reach."""
+    named = clean(board.teacher.name) if board.teacher else ""
+    who = "The teacher" if named.lower() == "teacher" else f"The teacher, {named},"
+    told = (
+        (board.teacher, f"{who} reaches"),
+        (board.floor, "plain fine-tuning"),
+        (subject, clean(subject.name) if subject else ""),
+    )
+    averages = ((words, entry.score(AVERAGE)) for entry, words in told if entry is not None)
+    parts = [f"{words} {score.value:.1f}" for words, score in averages if score.known]
+    return [", ".join(parts) + f" on average over {len(board.tasks)} benchmarks."] * bool(parts)
 
 
 def _claimed(board: Board, subject: Entry | None) -> list[str]:
-    """What the claim rests on, or that there is none."""
+    """What the claim rests on, or that there is none; and that one seed says nothing of others."""
     floor, claim = board.floor, board.claim
     others = [e for e in board.students if floor is not None and e.key != floor.key]
     if not others or floor is None or not floor.score(AVERAGE).known:
@@ -279,68 +356,53 @@ def _claimed(board: Board, subject: Entry | None) -> list[str]:
     if claim is None or subject is None or claim.difference.interval is None:
         who = clean(board.main.name) if board.main else _count(len(others), "method")
         verb = "and SFT cannot be told apart" if board.main else "against SFT: no gain is certain"
-        return [f"{who} {verb} on the average.", *_noise(others, floor)]
-    interval = claim.difference.interval
-    ends = format_interval(Cell(0.0, interval=interval), "difference")
-    over = f", corrected for choosing among {claim.candidates} methods"
-    over *= claim.candidates > 1
-    line = f"The {100 * interval.level:.3g} % interval of that difference is {ends} points{over}."
-    if claim.weights_only:
-        line = (
-            f"These weights of {clean(subject.name)} score "
-            f"{format_number(claim.difference.value, 'difference')} points beside SFT's "
-            f"({100 * interval.level:.3g} % interval {ends}{over})."
-        )
-    return [line, *_noise([subject], floor)]
-
-
-def _noise(entries: list[Entry], floor: Entry) -> list[str]:
-    """That one seed says nothing of a method, where there is only one."""
-    if all(len(entry.runs) > 1 for entry in (*entries, floor)):
-        return []
+        line, about = f"{who} {verb} on the average.", others
+    else:
+        interval, about = claim.difference.interval, [subject]
+        ends = format_interval(Cell(0.0, interval=interval), "difference")
+        over = f", corrected for choosing among {claim.candidates} methods"
+        over *= claim.candidates > 1
+        level = f"{100 * interval.level:.3g} % interval"
+        line = f"The {level} of that difference is {ends} points{over}."
+        if claim.weights_only:
+            points = format_number(claim.difference.value, "difference")
+            line = (
+                f"These weights of {clean(subject.name)} score {points} points beside SFT's "
+                f"({level} {ends}{over})."
+            )
+    if all(len(entry.runs) > 1 for entry in (*about, floor)):
+        return [line]
     return [
+        line,
         "Single training seeds: what another seed would give is unknown, so these are differences "
-        "of weights, not of methods."
+        "of weights, not of methods.",
     ]
 
 
-def _figures(board: Board) -> list[dict[str, str]]:
+def _figures(board: Board, subject: Entry | None) -> list[dict[str, str]]:
     """The few numbers that the page is about.
 
     None where nobody was named and nothing holds, or holds for single seeds alone: the best of
     several would stand there in large type.
     """
-    subject, claim = _subject(board), board.claim
+    claim = board.claim
     if subject is None or (board.main is None and claim is not None and claim.weights_only):
         return []
-    found = [
-        _figure(f"{board.average_title} of {clean(subject.name)}", subject.score(AVERAGE), "score"),
-        _figure("Difference from SFT", subject.differences.get(AVERAGE), "difference", "points"),
-        _figure("Of the teacher kept", subject.retentions.get(AVERAGE), "percent"),
-        _figure("Gap to the teacher closed", subject.gap_closed, "percent"),
-    ]
-    return [figure for figure in found if figure is not None]
-
-
-def _figure(name: str, score: Score | None, kind: Any, unit: str = "") -> dict[str, str] | None:
-    if score is None or not score.known:
-        return None
-    return {
-        "name": name,
-        "value": format_number(score.value, kind),
-        "unit": unit,
-        "note": interval_text(score, kind) or "no interval",
-    }
-
-
-def _unhealthy(board: Board) -> list[dict[str, str]]:
+    found: tuple[tuple[str, Score | None, Kind, str], ...] = (
+        (f"{board.average_title} of {clean(subject.name)}", subject.score(AVERAGE), "score", ""),
+        ("Difference from SFT", subject.differences.get(AVERAGE), "difference", "points"),
+        ("Of the teacher kept", subject.retentions.get(AVERAGE), "percent", ""),
+        ("Gap to the teacher closed", subject.gap_closed, "percent", ""),
+    )
     return [
         {
-            "head": f"{clean(entry.name)}: {status_of(entry)}.",
-            "text": "; ".join(map(clean, entry.health)),
+            "name": name,
+            "value": format_number(score.value, kind),
+            "unit": unit,
+            "note": interval_text(score, kind) or "no interval",
         }
-        for entry in board.entries
-        if entry.health
+        for name, score, kind, unit in found
+        if score is not None and score.known
     ]
 
 
@@ -369,7 +431,7 @@ def _legend(board: Board, table: Table) -> str:
     return " ".join(line for line in lines if line)
 
 
-# --- the rest ----------------------------------------------------------------------------------
+# --- published numbers and runs ------------------------------------------------------------------
 
 
 def _published(board: Board) -> dict[str, Any] | None:
@@ -384,26 +446,76 @@ def _published(board: Board) -> dict[str, Any] | None:
         intro += (
             " The scores above are of the embedded mini world and cannot be compared with these."
         )
-    beside = paper_table(board)
-    tables = [_embedded(table, folded=False) for table in (beside, main) if table]
+    tables = [_embedded(table) for table in (paper_table(board), main) if table]
     if rest is not None:
         tables.append(_embedded(rest, folded=True))
     return {"intro": intro, "tables": tables}
 
 
-def _embedded(table: Table, folded: bool) -> dict[str, Any]:
+def _embedded(table: Table, folded: bool = False) -> dict[str, Any]:
     return {"html": Markup(to_html(table)), "folded": folded, "summary": table.title}
 
 
-def _runs(entry: Entry, color: int) -> list[dict[str, Any]]:
+def _runs(board: Board, entry: Entry) -> list[dict[str, Any]]:
     return [
         {
             "name": clean(manifest.model.name),
             "role": entry.role,
             "status": manifest.status,
             "health": manifest.status != "complete",
-            "color": css_series(color),
+            "color": css_series(board.colours[entry.key]),
             "facts": [(name, clean(text)) for name, text in run_facts(manifest) if text],
         }
         for manifest in entry.manifests
     ]
+
+
+def run_facts(manifest: RunManifest) -> list[tuple[str, str]]:
+    """Name and text of what a reader needs to judge a run and to make it again."""
+    model, protocol, provenance = manifest.model, manifest.protocol, manifest.provenance
+    facts = [
+        ("Run", manifest.run_id),
+        (
+            "Status",
+            manifest.status + ("" if not manifest.notes else ": " + "; ".join(manifest.notes)),
+        ),
+        ("Checkpoint", model.path),
+        ("Weights digest", model.weights_digest),
+        ("Architecture", model.architecture),
+        ("Parameters", format_number(manifest.cost.parameters, "count")),
+        ("Method", model.method),
+        ("Seed", "" if model.seed is None else str(model.seed)),
+        ("Suite", protocol.suite + ("" if protocol.limit is None else f", first {protocol.limit}")),
+        ("Profiles", ", ".join(f"{k}: {v}" for k, v in sorted(protocol.profiles.items()))),
+        ("Number type", protocol.dtype),
+        ("Quantized to", protocol.quantize),
+        ("Batch size", "" if protocol.batch_size is None else str(protocol.batch_size)),
+        ("Engine", protocol.engine),
+        ("Evaluated", manifest.finished or manifest.created),
+    ]
+    facts += [(titled(name), text) for name, text in flatten(provenance)]
+    facts += [(titled(f"training {name}"), text) for name, text in flatten(manifest.training or {})]
+    return [(name, text) for name, text in facts if text and text != "–"]
+
+
+def flatten(mapping: dict[str, Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
+    """Leaves of a nested mapping as (`outer inner`, text); long lists are cut."""
+    for key, value in mapping.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and depth < 2:
+            yield from flatten(value, f"{name} ", depth + 1)
+        elif isinstance(value, list | tuple):
+            joined = " ".join(map(str, value)) if key == "command" else ", ".join(map(str, value))
+            yield name, _cut(joined)
+        elif value is not None:
+            yield name, _cut(str(value))
+
+
+def _cut(text: str, limit: int = 400) -> str:
+    return text if len(text) <= limit else text[:limit] + " …"
+
+
+def titled(name: str) -> str:
+    """`weights_digest` -> `Weights digest`."""
+    words = name.replace("_", " ").strip()
+    return words[:1].upper() + words[1:]

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from kd_bench.errors import UsageError
-from kd_bench.files import read_json, write_text
-from kd_bench.report.facts import flatten, titled
+from kd_bench.files import read_json
+from kd_bench.report.page import PlotSection, claim_report, flatten, titled, write_report
 from kd_bench.report.plots import training_plots
-from kd_bench.report.shell import PlotSection, claim_report, plot_sections, write_page
 from kd_bench.report.tables import clean
 from kd_bench.report.training import LOG_NAME, TrainingLog, read_log
 
@@ -27,22 +26,17 @@ def render_training(trainings: Sequence[Path], destination: Path) -> Path:
     logs = [_read(path) for path in trainings]
     plots = training_plots(logs)
     claim_report(destination, (), [plot.name for plot in plots])
-    for plot in plots:
-        write_text(destination / "plots" / f"{plot.name}.svg", plot.standalone())
     one = len(logs) == 1
     context: dict[str, Any] = {
         "title": f"Training of {clean(logs[0].name)}" if one else f"{len(logs)} trainings",
         "eyebrow": "kd-bench report",
         "lead": [_state(log) for log in logs],
-        "plot_sections": plot_sections(plots, LAYOUT),
         "runs": [
             _facts(path, log, number)
             for number, (path, log) in enumerate(zip(trainings, logs, strict=True))
         ],
     }
-    page = destination / "index.html"
-    write_page(page, context)
-    return page
+    return write_report(destination, context, {}, plots, LAYOUT)
 
 
 def _read(path: Path) -> TrainingLog:

@@ -14,13 +14,12 @@ from markupsafe import Markup
 
 from kd_bench.compare.estimates import Evidence
 from kd_bench.errors import UsageError
-from kd_bench.files import write_text
 from kd_bench.records import AVERAGE, Interval
 from kd_bench.report.board import Board, Entry
 from kd_bench.report.board_loading import load_board
+from kd_bench.report.page import claim_report, write_report
 from kd_bench.report.plots import trend
 from kd_bench.report.relations import read_evidence
-from kd_bench.report.shell import claim_report, plot_sections, write_page
 from kd_bench.report.style import plotting
 from kd_bench.report.tables import (
     Cell,
@@ -86,26 +85,18 @@ def render_trend(
         "trend.json": to_json_text([table]),
     }  # fmt: skip
     claim_report(destination, files, ["trend"])
-    for name, text in files.items():
-        write_text(destination / name, text)
     with plotting():
         plot = trend(steps, moves)
-    plots = [plot] if plot else []
-    for each in plots:
-        write_text(destination / "plots" / f"{each.name}.svg", each.standalone())
     intro = "Differences are from the baseline of that day, paired by sample, with their interval."
     context: dict[str, Any] = {
         "title": f"{len(steps)} runs of the suite {clean(suite)}",
         "eyebrow": "kd-bench report",
         "mini": suite.startswith("mini"),
         "lead": [_moved(moves, steps)],
-        "plot_sections": plot_sections(plots, LAYOUT),
         "trend": {"html": Markup(to_html(table)), "summary": table.title, "intro": intro},
         "downloads": [(name, "the same table") for name in files],
     }
-    page = destination / "index.html"
-    write_page(page, context)
-    return page
+    return write_report(destination, context, files, [plot] if plot else [], LAYOUT)
 
 
 def steps_of(

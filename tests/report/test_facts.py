@@ -8,7 +8,8 @@ import pytest
 from kd_bench.errors import NotComparableError, UsageError
 from kd_bench.report import print_report
 from kd_bench.report.board_loading import load_board
-from kd_bench.report.facts import paper_table, published_tables, run_facts
+from kd_bench.report.page import run_facts
+from kd_bench.report.published import paper_table, published_tables
 from kd_bench.report.tables import Table
 from tests.support.report_store import Model, add_run
 

@@ -180,17 +180,17 @@ def test_the_headline_is_of_the_row_named_as_main_or_of_what_holds_over_all(stor
 
 def test_equal_methods_and_single_seeds_get_no_headline(tmp_path: Path) -> None:
     """Nine equal methods of one seed each: whatever comes out best is chance."""
-    from kd_bench.report.page import _figures, _lead, _title
+    from kd_bench.report.page import head
 
     add_run(tmp_path, Model("floor", "sft", "sft", 0.3, 0), tasks=TWO, units=20)
     for number in range(9):
         add_run(tmp_path, Model(f"m{number}", "kd", f"m{number}", 0.3, 0), tasks=TWO, units=20)
     board, _ = board_of(tmp_path, 500)
-    assert _title(board) == "10 models on 2 benchmarks"
+    assert head(board)["title"] == "10 models on 2 benchmarks"
     add_run(tmp_path, Model("giant", "kd", "giant", 3.0, 0), tasks=TWO, units=20)
     board, _ = board_of(tmp_path, 500)
     assert board.claim is not None
     assert board.claim.weights_only
-    assert _title(board) == "11 models on 2 benchmarks"
-    assert _figures(board) == []
-    assert any("what another seed would give is unknown" in line for line in _lead(board))
+    assert head(board)["title"] == "11 models on 2 benchmarks"
+    assert head(board)["figures"] == []
+    assert any("what another seed would give is unknown" in line for line in head(board)["lead"])

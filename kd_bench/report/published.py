@@ -1,14 +1,14 @@
-"""What stands beside the measured rows: published numbers, and where each run comes from."""
+"""What papers published, and the measured rows beside it where that is fair."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from kd_bench.errors import NotComparableError, UsageError
-from kd_bench.records import AVERAGE, RunManifest
+from kd_bench.records import AVERAGE
 from kd_bench.registry import Published, TaskSpec, load_suite, load_tasks, published
 from kd_bench.report.board import Board, TaskInfo, task_info
-from kd_bench.report.tables import Cell, Column, Row, Table, format_number
+from kd_bench.report.tables import Cell, Column, Row, Table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -186,54 +186,3 @@ def _value(value: Any) -> float | None:
 
 def _text(value: Any) -> str:
     return "" if value is None or value != value else str(value)
-
-
-def run_facts(manifest: RunManifest) -> list[tuple[str, str]]:
-    """Name and text of what a reader needs to judge a run and to make it again."""
-    model, protocol, provenance = manifest.model, manifest.protocol, manifest.provenance
-    facts = [
-        ("Run", manifest.run_id),
-        (
-            "Status",
-            manifest.status + ("" if not manifest.notes else ": " + "; ".join(manifest.notes)),
-        ),
-        ("Checkpoint", model.path),
-        ("Weights digest", model.weights_digest),
-        ("Architecture", model.architecture),
-        ("Parameters", format_number(manifest.cost.parameters, "count")),
-        ("Method", model.method),
-        ("Seed", "" if model.seed is None else str(model.seed)),
-        ("Suite", protocol.suite + ("" if protocol.limit is None else f", first {protocol.limit}")),
-        ("Profiles", ", ".join(f"{k}: {v}" for k, v in sorted(protocol.profiles.items()))),
-        ("Number type", protocol.dtype),
-        ("Quantized to", protocol.quantize),
-        ("Batch size", "" if protocol.batch_size is None else str(protocol.batch_size)),
-        ("Engine", protocol.engine),
-        ("Evaluated", manifest.finished or manifest.created),
-    ]
-    facts += [(titled(name), text) for name, text in flatten(provenance)]
-    facts += [(titled(f"training {name}"), text) for name, text in flatten(manifest.training or {})]
-    return [(name, text) for name, text in facts if text and text != "–"]
-
-
-def flatten(mapping: dict[str, Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
-    """Leaves of a nested mapping as (`outer inner`, text); long lists are cut."""
-    for key, value in mapping.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict) and depth < 2:
-            yield from flatten(value, f"{name} ", depth + 1)
-        elif isinstance(value, list | tuple):
-            joined = " ".join(map(str, value)) if key == "command" else ", ".join(map(str, value))
-            yield name, _cut(joined)
-        elif value is not None:
-            yield name, _cut(str(value))
-
-
-def _cut(text: str, limit: int = 400) -> str:
-    return text if len(text) <= limit else text[:limit] + " …"
-
-
-def titled(name: str) -> str:
-    """`weights_digest` -> `Weights digest`."""
-    words = name.replace("_", " ").strip()
-    return words[:1].upper() + words[1:]
