@@ -109,7 +109,7 @@ ENGINES = {
     "train": ("kd_bench.distill.train",),
     "eval": (
         "kd_bench.evals.run",
-        "kd_bench.evals.adapter",
+        "kd_bench.evals.models",
         "lmms_eval.evaluator",
         "filelock._api",  # lmms-eval 0.7.3 imports it when it evaluates
     ),

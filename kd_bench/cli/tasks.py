@@ -67,7 +67,7 @@ def _show_sample(
 ) -> None:
     import tempfile
 
-    from kd_bench.evals.preview import preview
+    from kd_bench.evals.benchmark import preview
     from kd_bench.world.build import resolve
 
     source = data or resolve("embedded:data/test")
@@ -91,8 +91,8 @@ def validate(
     ] = None,
 ) -> None:
     """Do the registry entries fit lmms-eval? Schema, upstream task, metric, split."""
-    from kd_bench.evals.preview import validate as problems_of
-    from kd_bench.evals.upstream import lmms_eval
+    from kd_bench.evals.benchmark import lmms_eval
+    from kd_bench.evals.benchmark import validate as problems_of
     from kd_bench.registry import load_task, task_names
 
     lmms_eval()  # missing, it is one error and not one of each entry

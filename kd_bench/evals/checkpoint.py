@@ -164,7 +164,7 @@ def chosen_dtype(checkpoint: Checkpoint, wanted: str) -> str:
     import torch
 
     from kd_bench.distill.checkpoints import stored_dtype
-    from kd_bench.evals.adapter import torch_dtype
+    from kd_bench.evals.models import torch_dtype
 
     if checkpoint.stock is not None:
         return ""

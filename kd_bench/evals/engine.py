@@ -8,21 +8,30 @@ Three paths, by what the family allows; `path` says which one a model takes:
                that are not known: `generate` of transformers on left-padded batches
 """
 
+import contextlib
+import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from kd_bench.distill.models import weight_count
 from kd_bench.distill.vision_language import VisionLanguageModel
 from kd_bench.errors import UsageError, one_line
-from kd_bench.evals.budget import MemoryBudget
-from kd_bench.evals.constraints import Constraints, end_ids
-from kd_bench.evals.generate import Decoded, Decoder
-from kd_bench.evals.pictures import PictureStore, Prepared
-from kd_bench.evals.plain import PlainDecoder
-from kd_bench.evals.prompts import PromptBuilder
-from kd_bench.evals.questions import Answer, Question, Settings
-from kd_bench.evals.rows import FixedRows, GeneralRows, Ready, RowMaker
+from kd_bench.evals.benchmark import Answer, Question, Settings
+from kd_bench.evals.decoding import Constraints, Decoded, Decoder, PlainDecoder, end_ids
+from kd_bench.evals.inputs import (
+    FixedRows,
+    GeneralRows,
+    PictureStore,
+    Prepared,
+    PromptBuilder,
+    Ready,
+    WholeBatch,
+)
+from kd_bench.records import Cost
 
 NOT_FINITE = "the model's logits are not finite"
 
@@ -59,30 +68,23 @@ class Engine:
         self._processor = processor
         self._prompts = PromptBuilder(processor)
         self._pictures = pictures or PictureStore()
-        self.path = _path(self._parts)
+        self.path = path_of(self._parts)
         self.share = share and self.path != "generate" and not _slides(model)
         ends = end_ids(model, processor.tokenizer, self._prompts.chat.stop_ids)
         settings = getattr(model, "generation_config", None)
         self.constraints = Constraints(settings, ends, self.device)
-        self._decoder: Decoder | PlainDecoder
-        self._rows: RowMaker | None = None
+        tokenizer = processor.tokenizer
+        self._rows: Any
+        self._decoder: Any
         if self.path == "generate" or self._parts is None:
-            self._decoder = PlainDecoder(model, processor, self._prompts, ends, self.constraints)
+            self._rows = WholeBatch(self._prompts, self.device)
+            self._decoder = PlainDecoder(model, tokenizer, ends, self.constraints)
         else:
             embed = model.get_input_embeddings()
-            self._rows = (
-                FixedRows(self._parts, self._prompts, embed)
-                if self.path == "prefix"
-                else GeneralRows(self._parts, self._prompts, embed)
-            )
-            self._decoder = Decoder(
-                self._parts.language_model,
-                self._parts.lm_head,
-                embed,
-                processor.tokenizer,
-                ends,
-                self.constraints,
-            )
+            kind = FixedRows if self.path == "prefix" else GeneralRows
+            self._rows = kind(self._parts, self._prompts, embed)
+            parts = (self._parts.language_model, self._parts.lm_head, embed)
+            self._decoder = Decoder(*parts, tokenizer, ends, self.constraints)
         tokens = None if self._parts is None else self._parts.image_token_count
         self.budget = MemoryBudget(model, tokens, budget_bytes)
 
@@ -130,14 +132,9 @@ class Engine:
         return ready, failed
 
     def _batch(self, ready: Sequence[Ready], settings: Settings) -> list[Answer]:
-        if self._rows is None:
-            assert isinstance(self._decoder, PlainDecoder)
-            decoded = self._decoder.decode(ready, settings)
-        else:
-            assert isinstance(self._decoder, Decoder)
-            with torch.inference_mode():
-                rows = self._rows.rows(ready)
-            decoded = self._decoder.decode(rows, settings, self.share)
+        with torch.inference_mode():
+            rows = self._rows.rows(ready)
+        decoded = self._decoder.decode(rows, settings, self.share)
         return [
             self._answer(item, result, settings)
             for item, result in zip(ready, decoded, strict=True)
@@ -169,7 +166,7 @@ def _known(model: Any) -> VisionLanguageModel | None:
         return None
 
 
-def _path(parts: VisionLanguageModel | None) -> str:
+def path_of(parts: VisionLanguageModel | None) -> str:
     """Which way through the engine a family takes."""
     if parts is None or parts.architecture in LOOKING_BACK:
         return "generate"
@@ -227,3 +224,133 @@ def _free(error: Exception) -> None:
     error.__traceback__ = None
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+MOST_ROWS = {"cpu": 64, "cuda": 256}
+"""Above this a batch gains nothing more."""
+
+
+class MemoryBudget:
+    """An upper bound of what a batch of questions needs, and the rows that stay below a budget.
+
+    Args:
+        model: for its language model's sizes.
+        budget_bytes: memory above the model's own; None takes a quarter of what is free now, at
+            most 2 GiB on a processor and half of what is free on a GPU.
+    """
+
+    def __init__(
+        self, model: Any, image_tokens: int | None, budget_bytes: int | None = None
+    ) -> None:
+        config = model.config.get_text_config()
+        weight = max(model.parameters(), key=lambda each: each.is_floating_point())
+        self._size = weight.element_size()
+        self._device = weight.device.type
+        heads = config.num_attention_heads
+        head = getattr(config, "head_dim", None) or config.hidden_size // heads
+        pairs = getattr(config, "num_key_value_heads", None) or heads
+        self._cache_token = 2 * config.num_hidden_layers * pairs * head * self._size
+        # A layer's widest moment: its input, the two branches of the MLP, and copies of them.
+        wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+        self._working_token = (6 * config.hidden_size + 3 * wide) * self._size
+        self._logits = 3 * config.vocab_size * 4
+        self._image_tokens = image_tokens or 1024
+        self.bytes = budget_bytes or _free_share(self._device)
+
+    def row_bytes(self, text_bytes: int, settings: Settings, pictures: int = 1) -> int:
+        """Memory of one question; a token is at least a byte of text."""
+        prompt = text_bytes + 64 + pictures * self._image_tokens
+        kept = prompt + settings.max_new_tokens
+        # The prefixes' caches, then the rows that go on, stand for a moment beside the batch's own.
+        return int(1.5 * kept * self._cache_token) + prompt * self._working_token + self._logits
+
+    def rows(self, question: Question) -> int:
+        """How many questions as long as this one fit, at least one."""
+        pictures = max(1, question.text.count("<image>"))
+        need = self.row_bytes(len(question.text.encode()), question.settings, pictures)
+        return max(1, min(MOST_ROWS.get(self._device, 64), self.bytes // need))
+
+
+def _free_share(device: str) -> int:
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0] // 2)
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(min(2 << 30, int(line.split()[1]) * 1024 // 4))
+    except OSError:
+        pass
+    return 1 << 30
+
+
+REPEATS = 15
+
+
+class MemoryMeter:
+    """Peak memory since the meter was made: the accelerator's own, or this process's growth."""
+
+    def __init__(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            return
+        # Linux forgets its high-water mark when asked to; elsewhere nothing is measured.
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        self._before = _status_bytes("VmRSS:")
+
+    def peak(self) -> int | None:
+        """Bytes, None where it cannot be told."""
+        if torch.cuda.is_available():
+            return int(torch.cuda.max_memory_allocated())
+        peak = _status_bytes("VmHWM:")
+        return None if peak is None or self._before is None else max(0, peak - self._before)
+
+
+def measure(engine: "Engine", memory: MemoryMeter, repeats: int = REPEATS) -> Cost:
+    """Measure a loaded model on a fixed question about a fixed picture, four tokens an answer.
+
+    The latency is the median of `repeats` answers at batch 1, picture encoding included. On an
+    accelerator the peak memory is the evaluation's. On a CPU it is the weights and what the answers
+    need: the evaluation's would count the libraries that a process loads with its first model.
+    """
+    weights = {id(weight): weight for weight in engine.model.parameters()}.values()
+    weight_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
+    on_cpu = not torch.cuda.is_available()
+    meter = MemoryMeter() if on_cpu else memory
+    latency = _latency(engine, repeats)
+    peak = meter.peak()
+    return Cost(
+        parameters=sum(weight_count(weight) for weight in weights),
+        weight_bytes=weight_bytes,
+        latency_ms=round(latency, 3),
+        peak_memory_bytes=peak + weight_bytes if on_cpu and peak is not None else peak,
+    )
+
+
+def _latency(engine: "Engine", repeats: int) -> float:
+    from PIL import Image
+
+    settings = Settings(max_new_tokens=4)
+    times = []
+    for number in range(repeats + 2):
+        shade = (number * 7) % 256  # a new picture each time: nothing is read from a cache
+        picture = Image.new("RGB", (64, 64), (shade, 128, 255 - shade))
+        question = Question(number, "What is this?", _once(picture), settings)
+        started = time.perf_counter()
+        for _ in engine.answers([question]):
+            pass
+        times.append(1000 * (time.perf_counter() - started))
+    return statistics.median(times[2:])  # the first two warm up
+
+
+def _once(picture: Any) -> Any:
+    return lambda: [picture]
+
+
+def _status_bytes(field: str) -> int | None:
+    """One of the memory lines of Linux's /proc/self/status."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith(field):
+                return int(line.split()[1]) * 1024
+    return None

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from kd_bench.aggregators import MME_PERCEPTION, aggregate
 from kd_bench.errors import IncompleteRunError, KdBenchError, UsageError, one_line
+from kd_bench.evals.benchmark import upstream_metrics
 from kd_bench.evals.checkpoint import trained_name
 from kd_bench.evals.scoring import rates
-from kd_bench.evals.upstream import upstream_metrics
 from kd_bench.files import digest_files, digest_text, read_json
 from kd_bench.provenance import collect
 from kd_bench.records import SAMPLE_COLUMNS, ModelRef, Protocol, Role, TaskResult
@@ -481,9 +481,8 @@ def _samples(spec: TaskSpec, entries: list[Entry], data: Path | None) -> "pd.Dat
 
 def _samples_with_documents(spec: TaskSpec, entries: list[Entry], data: Path) -> "pd.DataFrame":
     """Score the logged answers again, on the documents themselves."""
-    from kd_bench.evals.questions import Answer
+    from kd_bench.evals.benchmark import Answer, prepare
     from kd_bench.evals.scoring import samples_frame
-    from kd_bench.evals.tasks import prepare
 
     prepared = prepare(spec, data)
     answers = {}
@@ -551,7 +550,7 @@ def _mmbench(spec: TaskSpec, entry: Entry, answer: str) -> Entry:
 
 
 def _mmmu(spec: TaskSpec, entry: Entry, answer: str) -> Entry:
-    from kd_bench.evals.scoring import mmmu_right
+    from kd_bench.evals.benchmark import mmmu_right
 
     logged = entry["mmmu_acc"]
     said = logged["parsed_pred"][0]

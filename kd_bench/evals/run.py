@@ -32,12 +32,19 @@ from rich.progress import (
 from kd_bench.distill import processes
 from kd_bench.distill.chat import read_template
 from kd_bench.errors import IncompleteRunError, KdBenchError, UsageError, explained, one_line
+from kd_bench.evals.benchmark import (
+    REASONING_TAGS,
+    Answer,
+    PreparedTask,
+    data_digest,
+    prepare,
+    quiet,
+    simple_evaluate,
+    upstream_metrics,
+)
 from kd_bench.evals.checkpoint import Checkpoint, Model, chosen_dtype, inspect_model, with_role
-from kd_bench.evals.content import Thinking
 from kd_bench.evals.documents import load_documents
-from kd_bench.evals.questions import Answer
-from kd_bench.evals.tasks import PreparedTask, data_digest, prepare
-from kd_bench.evals.upstream import REASONING_TAGS, quiet, simple_evaluate, upstream_metrics
+from kd_bench.evals.scoring import Thinking
 from kd_bench.files import Journal, digest_text, write_json
 from kd_bench.provenance import collect
 from kd_bench.records import Cost, Protocol, RunManifest, RunStatus, TaskResult
@@ -47,7 +54,7 @@ from kd_bench.store import Run, catalogue, held_run, wanted_run
 if TYPE_CHECKING:
     import pandas as pd
 
-    from kd_bench.evals.pictures import PictureStore
+    from kd_bench.evals.inputs import PictureStore
 
 
 ENGINE = "kd-bench 2"
@@ -362,7 +369,7 @@ class Worker:
     """The loaded model of a run: its benchmarks are asked, scored and committed one by one."""
 
     def __init__(self, run: Run, plan: Plan, bars: SuiteProgress) -> None:
-        from kd_bench.evals.cost import MemoryMeter
+        from kd_bench.evals.engine import MemoryMeter
 
         self._run = run
         self._plan = plan
@@ -467,7 +474,7 @@ class Worker:
         )
 
     def _keep_pictures(self, prepared: PreparedTask, scored: "ScoredTask") -> None:
-        from kd_bench.evals.pictures import keep_pictures
+        from kd_bench.evals.inputs import keep_pictures
 
         def decode(number: int) -> Any:
             return prepared.task.doc_to_visual(prepared.documents[number])
@@ -494,7 +501,7 @@ _PREPARED: dict[str, PreparedTask] = {}
 @functools.cache
 def _picture_store() -> "PictureStore":
     """Prepared pictures, shared by all checkpoints that this process evaluates."""
-    from kd_bench.evals.pictures import PictureStore
+    from kd_bench.evals.inputs import PictureStore
 
     return PictureStore()
 
@@ -506,9 +513,7 @@ def load_source(checkpoint: Checkpoint, protocol: Protocol, debug: bool = False)
         UsageError: it cannot be loaded, or cannot answer a question about an image.
     """
     from kd_bench.distill import models
-    from kd_bench.evals.adapter import KdBench
-    from kd_bench.evals.hybrid import load_hybrid
-    from kd_bench.evals.stock import load_stock
+    from kd_bench.evals.models import KdBench, load_hybrid, load_stock
 
     if not debug:
         models.quiet()  # what did not load is told in one line of ours
@@ -576,7 +581,7 @@ def ask(
     Raises:
         IncompleteRunError: a document cannot be scored, or samples and upstream disagree.
     """
-    from kd_bench.evals.adapter import Journalled
+    from kd_bench.evals.models import Journalled
     from kd_bench.evals.scoring import agree, own_metrics, rescored, samples_frame
 
     thinking = Thinking(reasoning_tags)

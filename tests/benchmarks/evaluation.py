@@ -21,12 +21,10 @@ import torch
 from PIL import Image
 
 from kd_bench.distill.build import build_processor
-from kd_bench.evals import pictures
-from kd_bench.evals.adapter import KdBench
+from kd_bench.evals import inputs
+from kd_bench.evals.benchmark import Question, Settings, lmms_eval, prepare, quiet, settings_of
 from kd_bench.evals.engine import Engine
-from kd_bench.evals.questions import Question, Settings, settings_of
-from kd_bench.evals.tasks import prepare
-from kd_bench.evals.upstream import lmms_eval, quiet
+from kd_bench.evals.models import KdBench
 from kd_bench.registry import load_suite, load_task
 from kd_bench.world.build import resolve
 from tests.benchmarks.figures import Figure, peak_memory, print_table
@@ -285,9 +283,9 @@ def our_answers(
         adapter = KdBench(model=model, processor=processor, share=share)
         adapter.task_dict = {"speed": {"test": documents}}
         numbers = count()
-        digest = pictures.pixel_digest if share_tower else lambda _: f"picture {next(numbers)}"
+        digest = inputs.pixel_digest if share_tower else lambda _: f"picture {next(numbers)}"
         named = keys if share_tower else [""] * len(keys)
-        with patch.object(pictures, "pixel_digest", digest):
+        with patch.object(inputs, "pixel_digest", digest):
             found = {a.index: a.text for batch in adapter.answers(requests, named) for a in batch}
         return [found[number] for number in range(len(requests))]
 

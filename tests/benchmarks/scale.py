@@ -74,7 +74,7 @@ class Synthetic:
     def __init__(self, *_: Any) -> None: ...
 
     def answers(self, requests: Sequence[Any], keys: Sequence[str]) -> Iterator[list[Any]]:
-        from kd_bench.evals.questions import Answer
+        from kd_bench.evals.benchmark import Answer
 
         for start in range(0, len(requests), self.batch_size):
             stop = min(start + self.batch_size, len(requests))

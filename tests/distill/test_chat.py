@@ -12,7 +12,7 @@ from kd_bench.distill.chat import TEMPLATES, ChatFormat, read_template, use_temp
 from kd_bench.distill.data import Conversation, Turn, Unreadable
 from kd_bench.distill.encoding import Encoder
 from kd_bench.errors import UsageError
-from kd_bench.evals.prompts import PromptBuilder
+from kd_bench.evals.inputs import PromptBuilder
 from tests.support import chat_templates as public
 from tests.support.chat_templates import PUBLIC, TOKENIZERS
 

@@ -15,8 +15,8 @@ from PIL import Image
 from kd_bench.distill.models import load_model, load_processor
 from kd_bench.distill.recipe import load_recipe
 from kd_bench.distill.train import train
+from kd_bench.evals.benchmark import Answer, Question, Settings
 from kd_bench.evals.engine import Engine
-from kd_bench.evals.questions import Answer, Question, Settings
 from tests.support.chat_templates import TOKENIZERS
 from tests.support.public_families import MODELS, save
 

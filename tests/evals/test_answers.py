@@ -7,11 +7,9 @@ import pytest
 from kd_bench.aggregators import aggregate, by_content
 from kd_bench.cli.options import profiles_of
 from kd_bench.errors import UsageError
-from kd_bench.evals.content import Thinking
+from kd_bench.evals.benchmark import REASONING_TAGS, prepare
 from kd_bench.evals.run import answer_keys, ask
-from kd_bench.evals.scoring import headline, rates
-from kd_bench.evals.tasks import prepare
-from kd_bench.evals.upstream import REASONING_TAGS
+from kd_bench.evals.scoring import Thinking, headline, rates
 from kd_bench.registry import load_task
 from tests.evals.test_scoring import Parrot, oracle
 from tests.support.eval_world import TEN, write_replicas

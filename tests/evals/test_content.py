@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kd_bench.evals.content import read_choice, read_short, read_yes_no
+from kd_bench.evals.scoring import read_choice, read_short, read_yes_no
 
 LABELLED = Path(__file__).parents[1] / "data" / "answers_labelled.tsv"
 OPTIONS = {

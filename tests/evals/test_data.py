@@ -16,12 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from kd_bench.errors import UsageError
+from kd_bench.evals.benchmark import prepare, preview, task_config, validate
 from kd_bench.evals.fetch import fetch, verify
-from kd_bench.evals.preview import preview, validate
 from kd_bench.evals.run import EvalSettings, answer_keys, ask, evaluate
 from kd_bench.evals.scoring import headline
-from kd_bench.evals.tasks import prepare
-from kd_bench.evals.upstream import task_config
 from kd_bench.registry import load_task, load_tasks, tasks_folder
 from tests.evals.test_golden import Script
 from tests.support.eval_world import TEN, save_talker, write_replicas

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from kd_bench.evals import generate
+from kd_bench.evals import decoding
+from kd_bench.evals.benchmark import PLACEHOLDER, Answer, Question, Settings
 from kd_bench.evals.engine import Engine, plan_batches
-from kd_bench.evals.questions import PLACEHOLDER, Answer, Question, Settings
 from tests.support.eval_world import processor, talker
 
 SHORT = Settings(24, ("\n\n",))
@@ -83,7 +83,7 @@ def test_prefilling_a_few_rows_at_a_time_changes_nothing(
     rows: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(generate, "PREFILL_ROWS", {"cpu": rows})
+    monkeypatch.setattr(decoding, "PREFILL_ROWS", {"cpu": rows})
     for share in (False, True):
         answers = ask(Engine(model, processor(), batch_size=64, share=share), questions())
         assert facts(answers) == facts(one_by_one)

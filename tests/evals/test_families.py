@@ -10,14 +10,11 @@ from transformers import GenerationConfig
 
 from kd_bench.distill.vision_language import VisionLanguageModel
 from kd_bench.errors import UsageError
-from kd_bench.evals import generate
-from kd_bench.evals.budget import MemoryBudget
-from kd_bench.evals.constraints import Constraints
-from kd_bench.evals.engine import Engine, _path
-from kd_bench.evals.generate import Decoder
-from kd_bench.evals.plain import PlainDecoder
-from kd_bench.evals.questions import Question, Settings
-from kd_bench.evals.rows import Ready, row_of
+from kd_bench.evals import decoding
+from kd_bench.evals.benchmark import Question, Settings
+from kd_bench.evals.decoding import Constraints, Decoder, PlainDecoder
+from kd_bench.evals.engine import Engine, MemoryBudget, path_of
+from kd_bench.evals.inputs import row_of
 from tests.support.eval_world import processor
 from tests.support.tiny_families import (
     FAMILIES,
@@ -136,7 +133,7 @@ def test_generation_settings_count_as_in_generate(family: str, kind: str) -> Non
     assert [d.tokens for d in free.decode(rows, Settings(GENERATED))] != expected
 
 
-def written(prompts: list[str], *_: Any, **__: Any) -> dict[str, Tensor]:
+def written(prompts: list[str]) -> dict[str, Tensor]:
     """In place of a processor: the token ids that stand in the prompt, padded in front."""
     ids = [[int(word) for word in prompt.split()] for prompt in prompts]
     longest = max(len(row) for row in ids)
@@ -146,10 +143,7 @@ def written(prompts: list[str], *_: Any, **__: Any) -> dict[str, Tensor]:
 
 
 # The padding token is also the end, as in many checkpoints.
-WRITTEN: Any = SimpleNamespace(
-    tokenizer=SimpleNamespace(pad_token_id=2, decode=lambda tokens, **_: str(tokens)),
-    chat=SimpleNamespace(processed=written),
-)
+WRITTEN: Any = SimpleNamespace(pad_token_id=2, decode=lambda tokens, **_: str(tokens))
 
 
 @pytest.mark.parametrize("kind", sorted(CONSTRAINTS))
@@ -157,10 +151,9 @@ def test_padding_is_no_token_where_generate_itself_decodes(kind: str) -> None:
     model = make("llava-siglip")
     model.generation_config.update(eos_token_id=2, pad_token_id=2, **CONSTRAINTS[kind])
     constraints = Constraints(model.generation_config, [2], torch.device("cpu"))
-    decoder = PlainDecoder(model, WRITTEN, WRITTEN, [2], constraints)
+    decoder = PlainDecoder(model, WRITTEN, [2], constraints)
     prompts = ["5 6 7", "9 10 11 12 13 14 15 16", "30"]
-    ready = [Ready(Question(0, "", list, Settings(8)), [], prompt) for prompt in prompts]
-    together = [found.tokens for found in decoder.decode(ready, Settings(8))]
+    together = [found.tokens for found in decoder.decode(written(prompts), Settings(8))]
     expected = []
     for prompt in prompts:
         ids = torch.tensor([[int(word) for word in prompt.split()]])
@@ -181,7 +174,7 @@ def test_a_batch_may_mix_rows_with_pictures_and_without(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three axes of positions in one part of a batch, one in the other."""
-    monkeypatch.setattr(generate, "PREFILL_ROWS", {"cpu": 2})
+    monkeypatch.setattr(decoding, "PREFILL_ROWS", {"cpu": 2})
     model = make(family)
     parts = VisionLanguageModel(model)
     pixels, tokens = one_picture(family, model)
@@ -192,7 +185,7 @@ def test_a_batch_may_mix_rows_with_pictures_and_without(
             features = parts.image_embeddings(inputs)
             rows.append(row_of(parts, embed, inputs, features, "picture"))
             words = inputs["input_ids"][0][inputs["input_ids"][0] != IMAGE]
-            rows.append(generate.Row(words.tolist(), embed(words)))
+            rows.append(decoding.Row(words.tolist(), embed(words)))
     decoder = Decoder(parts.language_model, parts.lm_head, embed, NoStops(), [2])
     settings = Settings(GENERATED)
     alone = [decoder.decode([row], settings)[0].tokens for row in rows]
@@ -201,7 +194,7 @@ def test_a_batch_may_mix_rows_with_pictures_and_without(
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_the_path_of_each_family_is_stated(family: str) -> None:
-    path = _path(VisionLanguageModel(make(family)))
+    path = path_of(VisionLanguageModel(make(family)))
     if family in BY_GENERATE:
         assert path == "generate"
     else:

@@ -12,12 +12,10 @@ from typing import Any
 
 import pytest
 
+from kd_bench.evals.benchmark import Answer, PreparedTask, lmms_eval, prepare, quiet, task_config
 from kd_bench.evals.documents import load_documents
-from kd_bench.evals.questions import Answer
 from kd_bench.evals.run import ScoredTask, answer_keys, ask
 from kd_bench.evals.scoring import headline, submission
-from kd_bench.evals.tasks import PreparedTask, prepare
-from kd_bench.evals.upstream import lmms_eval, quiet, task_config
 from kd_bench.registry import load_task, load_tasks
 from tests.support.golden_rows import ROWS, ten, write_rows
 

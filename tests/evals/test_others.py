@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from kd_bench.errors import IncompleteRunError, UsageError
+from kd_bench.evals.benchmark import lmms_eval, quiet, task_config
 from kd_bench.evals.checkpoint import Model, StockModel, VisualSwitch
 from kd_bench.evals.importing import import_results
 from kd_bench.evals.run import EvalSettings, evaluate
-from kd_bench.evals.upstream import lmms_eval, quiet, task_config
 from kd_bench.registry import load_task
 from tests.support.eval_world import processor, save_talker, talker, write_replicas
 from tests.support.golden_rows import ROWS, write_rows

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from kd_bench.distill.models import load_model, load_processor
-from kd_bench.evals.adapter import KdBench
-from kd_bench.evals.constraints import end_ids
+from kd_bench.evals.benchmark import Question, Settings
+from kd_bench.evals.decoding import end_ids
 from kd_bench.evals.engine import Engine
-from kd_bench.evals.questions import Question, Settings
+from kd_bench.evals.models import KdBench
 from tests.support.chat_templates import SPECIAL
 from tests.support.public_families import MODELS, save
 

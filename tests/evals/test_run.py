@@ -96,7 +96,7 @@ def test_a_run_holds_what_was_asked(whole: Run, checkpoint: Path) -> None:
 def test_the_store_keeps_the_pictures_of_its_samples(whole: Run) -> None:
     from PIL import Image
 
-    from kd_bench.evals.pictures import pixel_digest
+    from kd_bench.evals.inputs import pixel_digest
 
     digests = {name for task in TEN for name in whole.samples(task)["image_digest"]}
     for digest in digests:

@@ -9,11 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kd_bench.evals.benchmark import Answer, PreparedTask, prepare
 from kd_bench.evals.documents import Document
-from kd_bench.evals.questions import Answer
 from kd_bench.evals.run import ScoredTask, answer_keys, ask
 from kd_bench.evals.scoring import headline, rates
-from kd_bench.evals.tasks import PreparedTask, prepare
 from kd_bench.registry import load_task
 from tests.support.eval_world import TEN, write_replicas
 
@@ -167,7 +166,7 @@ def test_no_upstream_file_is_left_behind(
 
 @given(st.text(alphabet="ab1,.?!-/' \t", max_size=12))
 def test_remembered_normalisation_is_upstreams_own(text):
-    from kd_bench.evals.upstream import lmms_eval
+    from kd_bench.evals.benchmark import lmms_eval
 
     lmms_eval()
     from lmms_eval.tasks._task_utils.vqa_eval_metric import EvalAIAnswerProcessor

@@ -1,7 +1,9 @@
 """The models that lmms-eval sees: our engine, and any other model behind a journal."""
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,12 +11,15 @@ from lmms_eval.api.model import lmms
 
 from kd_bench.distill.chat import use_template
 from kd_bench.distill.checkpoints import locate, stored_dtype
+from kd_bench.distill.compatibility import check_pair
 from kd_bench.distill.models import check_image_token, load_model, load_processor, weight_count
-from kd_bench.errors import IncompleteRunError, UsageError, one_line
-from kd_bench.evals.cost import MemoryMeter, measure
-from kd_bench.evals.engine import NOT_FINITE, Engine
-from kd_bench.evals.pictures import PictureStore
-from kd_bench.evals.questions import Answer, Question, Settings, settings_of
+from kd_bench.distill.recipe import Term
+from kd_bench.distill.vision_language import VisionLanguageModel, put_vision
+from kd_bench.errors import IncompleteRunError, UsageError, closest, one_line
+from kd_bench.evals.benchmark import Answer, Question, Settings, lmms_eval, settings_of
+from kd_bench.evals.checkpoint import StockModel
+from kd_bench.evals.engine import NOT_FINITE, Engine, MemoryMeter, measure
+from kd_bench.evals.inputs import PictureStore
 from kd_bench.records import Cost
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -295,3 +300,72 @@ def _shared_key(model: _Generative, request: Any) -> str:
     """Without our own data source nothing tells cheaply whether two pictures are equal."""
     del model, request
     return ""
+
+
+# Packages whose module has another name, as far as lmms-eval's models import them.
+_PACKAGES = {"PIL": "pillow", "cv2": "opencv-python-headless", "decord": "eva-decord"}
+
+
+def load_stock(wanted: StockModel, batch_size: int | None) -> StockAdapter:
+    """The model behind its journal.
+
+    Raises:
+        UsageError: lmms-eval does not know it, or it cannot be made with these arguments.
+    """
+    name, arguments = wanted.name, wanted.arguments
+    lmms_eval()
+    from lmms_eval.models import get_model, list_available_models
+
+    known = list_available_models(include_aliases=True)
+    if name not in known:
+        raise UsageError(
+            f"lmms-eval has no model {name!r}.{closest(name, known)}",
+            f"It has {len(known)}, among them llava_hf, qwen2_5_vl and internvl_hf.",
+        )
+    try:
+        kind: Any = get_model(name)
+        extra: dict[str, Any] = {} if batch_size is None else {"batch_size": batch_size}
+        extra |= _on_this_machine(kind, arguments)
+        model = kind.create_from_arg_string(arguments, extra)
+    except (ImportError, ModuleNotFoundError) as error:
+        lacking = (error.name or "").partition(".")[0]
+        raise UsageError(
+            f"lmms-eval's {name} cannot be loaded: {one_line(error)}.",
+            f"Install what it needs: pip install {_PACKAGES.get(lacking, lacking) or name}",
+        ) from error
+    except Exception as error:
+        raise UsageError(
+            f"lmms-eval's {name} cannot be made with {arguments!r}: "
+            f"{type(error).__name__}: {one_line(error)}",
+            "Correct --model-args.",
+        ) from error
+    return StockAdapter(model, batch_size)
+
+
+def _on_this_machine(kind: Any, arguments: str) -> dict[str, str]:
+    """Arguments for a CPU: upstream's defaults place models on an accelerator, or nowhere."""
+    import torch
+
+    if torch.cuda.is_available():
+        return {}
+    known = inspect.signature(kind.__init__).parameters
+    given = {part.partition("=")[0] for part in arguments.split(",")}
+    return {name: "cpu" for name in ("device", "device_map") if name in known and name not in given}
+
+
+def load_hybrid(vision: Path, language: Path, dtype: str, quantize: str = "") -> dict[str, Any]:
+    """Model and processor of a hybrid, as `KdBench` takes them: the teacher with another tower.
+
+    Raises:
+        UsageError: the two do not fit each other; both values are named.
+    """
+    place = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = torch_dtype(dtype)
+    student = load_model(vision, dtype=kind, device=place, quantize=quantize)
+    teacher = load_model(language, dtype=kind, device=place, quantize=quantize)
+    eyes, words = load_processor(vision), load_processor(language)
+    check_image_token(language, teacher, words)
+    switch = [Term(loss="dbild", of="switch")]
+    check_pair(student, teacher, eyes, words, switch, truncate_vocabulary=True)
+    put_vision(VisionLanguageModel(student), into=VisionLanguageModel(teacher))
+    return {"model": teacher, "processor": words}

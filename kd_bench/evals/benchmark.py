@@ -5,23 +5,209 @@ submission writers are dropped, MMBench is scored without a judge model in both 
 keeps each picture at its own placeholder, GQA looks its pictures up instead of downloading them.
 """
 
+import argparse
+import contextlib
 import functools
 import hashlib
+import io
 import json
 import random
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kd_bench.errors import IncompleteRunError, one_line
+from kd_bench.aggregators import AGGREGATORS
+from kd_bench.errors import (
+    IncompleteRunError,
+    KdBenchError,
+    MissingExtraError,
+    UsageError,
+    closest,
+    one_line,
+)
 from kd_bench.evals.documents import Document, Documents, data_files, load_documents
-from kd_bench.evals.questions import PLACEHOLDER
-from kd_bench.evals.upstream import lmms_eval, lmms_eval_version, quiet, task_config
 from kd_bench.files import digest_files, digest_text
+from kd_bench.records import Status
 from kd_bench.registry import Generation, Profile, TaskSpec
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+PLACEHOLDER = "<image>"
+"""Where a picture stands inside a question; a question without it has its pictures in front."""
+
+
+@dataclass(frozen=True, order=True)
+class Settings:
+    """Greedy generation: at most `max_new_tokens`, stopped before the first of `until`."""
+
+    max_new_tokens: int
+    until: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Question:
+    """One request.
+
+    Attributes:
+        index: the asker's number for it; comes back with the answer.
+        text: the question as the benchmark words it, without chat template.
+        pictures: decodes its pictures, in the order of their placeholders.
+        picture_key: equal for questions about the same pictures; empty means "do not share".
+    """
+
+    index: int
+    text: str
+    pictures: Callable[[], Sequence["Image"]]
+    settings: Settings
+    picture_key: str = ""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer.
+
+    Attributes:
+        tokens: generated tokens, the end mark included.
+        confidence: probability of the first token, None where there was none.
+        image_digest: of the decoded pixels of the first picture; empty without one.
+        error: what went wrong, when the status is `error`.
+    """
+
+    index: int
+    text: str
+    status: Status
+    tokens: int = 0
+    confidence: float | None = None
+    image_digest: str = ""
+    error: str = ""
+
+
+def settings_of(generation: dict[str, Any]) -> Settings:
+    """Settings from lmms-eval's `generation_kwargs`; without a cap, 1024 as its own models do."""
+    until = generation.get("until") or ()
+    stops = (until,) if isinstance(until, str) else tuple(until)
+    return Settings(int(generation.get("max_new_tokens") or 1024), stops)
+
+
+def lmms_eval() -> Any:
+    """The module `lmms_eval.evaluator`; importing it costs seconds and about a gigabyte."""
+    already = "lmms_eval.evaluator" in sys.modules
+    try:
+        import lmms_eval.evaluator as evaluator
+    except ImportError as error:
+        raise MissingExtraError("eval", "eval", error.name or "lmms-eval") from error
+    if not already:
+        from loguru import logger
+
+        logger.disable("lmms_eval")
+        _remember_normalised_answers()
+    return evaluator
+
+
+def _remember_normalised_answers() -> None:
+    """Let upstream normalise each wording of an answer once.
+
+    VQA scores normalise ten annotators' answers a question, most of them alike, and took most of
+    the time outside the model. The function looks at its text alone.
+    """
+    from lmms_eval.tasks._task_utils.vqa_eval_metric import EvalAIAnswerProcessor
+
+    normalise = EvalAIAnswerProcessor.process_punctuation
+    remembered = functools.lru_cache(maxsize=2**16)(
+        functools.partial(normalise, EvalAIAnswerProcessor())
+    )
+    remembered_method = functools.wraps(normalise)(lambda _, text: remembered(text))
+    EvalAIAnswerProcessor.process_punctuation = remembered_method
+
+
+def lmms_eval_version() -> str:
+    """The installed version."""
+    return version("lmms-eval")
+
+
+@contextlib.contextmanager
+def quiet(debug: bool = False) -> Iterator[None]:
+    """Keep upstream's prints and progress bars off the terminal, unless debugging."""
+    if debug:
+        yield
+        return
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def task_config(name: str) -> dict[str, Any]:
+    """Upstream's own configuration of a task, with its prompt and scoring functions.
+
+    Raises:
+        UsageError: lmms-eval has no such task.
+    """
+    evaluator = lmms_eval()
+    from lmms_eval.utils import load_yaml_config
+
+    folder = Path(evaluator.__file__).parent / "tasks"
+    found = sorted(folder.glob(f"*/{name}.yaml")) or sorted(folder.rglob(f"{name}.yaml"))
+    if not found:
+        raise UsageError(
+            f"lmms-eval {lmms_eval_version()} has no task {name!r}.",
+            "`lmms-eval --tasks list` shows those it has.",
+        )
+    with quiet():
+        config = load_yaml_config(str(found[0]), mode="full")
+    return dict(config)
+
+
+REASONING_TAGS = '[["<think>", "</think>"], ["<analysis>", "</analysis>"]]'
+"""What the stock `lmms-eval` command leaves out of an answer by default (`--reasoning_tags`)."""
+
+
+def simple_evaluate(
+    model: Any, task: Any, folder: Path, reasoning_tags: str = "none"
+) -> dict[str, Any] | None:
+    """Upstream's evaluation of one task; what its aggregations write goes to `folder`.
+
+    None on every process but the first.
+    """
+    evaluator = lmms_eval()
+    from lmms_eval.tasks import TaskManager
+
+    arguments = argparse.Namespace(
+        output_path=str(folder), process_with_media=False, reasoning_tags=reasoning_tags
+    )
+    result: dict[str, Any] | None = evaluator.simple_evaluate(
+        model,
+        tasks=[task],
+        task_manager=TaskManager("ERROR", include_defaults=False),
+        bootstrap_iters=0,
+        log_samples=False,
+        process_docs_parallel=1,
+        cli_args=arguments,
+        random_seed=None,
+        numpy_random_seed=None,
+        torch_random_seed=None,
+        fewshot_random_seed=None,
+        verbosity="ERROR",
+    )
+    task._instances = None  # a kilobyte a document that nobody asks for any more
+    return result
+
+
+def upstream_metrics(aggregates: Mapping[str, Any]) -> dict[str, float]:
+    """Numbers of one task by their own names, out of lmms-eval's `results`."""
+    found = {}
+    for key, value in aggregates.items():
+        name, _, filtered = key.partition(",")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if filtered and number and "_stderr" not in name:
+            found[name] = float(value)
+    return found
+
 
 SCORING_VERSION = "1"
 """Counts up when our own part of prompts, parsing or scoring changes."""
@@ -285,8 +471,6 @@ def _task_class(chat: bool) -> type[Any]:
             metrics, guessed = self._scored(doc, [answer])
             value = metrics[metric]
             if isinstance(value, dict):  # MMMU's open questions
-                from kd_bench.evals.scoring import mmmu_right
-
                 value = mmmu_right(value, *value["parsed_pred"])
             return 0.0 if guessed else float(value)
 
@@ -307,6 +491,14 @@ def _task_class(chat: bool) -> type[Any]:
                 ) from error
 
     return LocalTask
+
+
+def mmmu_right(logged: dict[str, Any], said: Any) -> float:
+    """Whether a parsed answer is right, by upstream's functions."""
+    from lmms_eval.tasks.mmmu.utils import eval_multi_choice, eval_open
+
+    choice = logged["question_type"] == "multiple-choice"
+    return float((eval_multi_choice if choice else eval_open)(logged["answer"], said))
 
 
 class _seeded_guess:  # noqa: N801 - reads as a context, like those of contextlib
@@ -342,3 +534,76 @@ def _render(task: Any, document: Document, spec: TaskSpec) -> str:
             f"{type(error).__name__}: {one_line(error)}",
             "Check that row of the data.",
         ) from error
+
+
+@dataclass(frozen=True)
+class Preview:
+    """One document as a model meets it.
+
+    Attributes:
+        prompt: the question as upstream words it, before the chat template.
+        pictures: where its pictures were written.
+    """
+
+    task: str
+    document: int
+    prompt: str
+    pictures: list[Path]
+    fingerprint: str
+
+
+def preview(
+    spec: TaskSpec,
+    data: Path,
+    pictures: Path,
+    *,
+    document: int = 0,
+    profile: str | None = None,
+) -> Preview:
+    """Render one document and write its pictures into the folder `pictures`.
+
+    Raises:
+        UsageError: the data cannot be used.
+    """
+    prepared = prepare(spec, data, profile=profile)
+    index = min(document, len(prepared.documents) - 1)
+    pictures.mkdir(parents=True, exist_ok=True)
+    written = []
+    for number, picture in enumerate(prepared.task.doc_to_visual(prepared.documents[index]), 1):
+        path = pictures / f"{spec.id}-{index}-{number}.png"
+        picture.save(path)
+        written.append(path)
+    return Preview(spec.id, index, prepared.prompts[index], written, prepared.fingerprint)
+
+
+def validate(spec: TaskSpec) -> list[str]:
+    """Problems of a registry entry that its schema cannot see; none means that it fits."""
+    from kd_bench.evals.scoring import RULES
+
+    problems = []
+    for name, profile in spec.profiles.items():
+        where = f"{spec.id}, profile {name}"
+        try:
+            config = task_config(profile.upstream or spec.upstream)
+        except KdBenchError as error:
+            problems.append(f"{where}: {one_line(error)}")
+            continue
+        reported = [str(entry["metric"]) for entry in config.get("metric_list") or []]
+        metric = profile.metric or spec.metric
+        if profile.scored and metric not in reported:
+            problems.append(
+                f"{where}: upstream reports {', '.join(reported)}, not {metric}."
+                f"{closest(metric, reported)}"
+            )
+        aggregator = profile.aggregator or spec.aggregator
+        if aggregator not in AGGREGATORS:
+            known = list(AGGREGATORS)
+            problems.append(f"{where}: no aggregator {aggregator!r}.{closest(aggregator, known)}")
+        if profile.rescore is not None and profile.rescore not in RULES:
+            problems.append(f"{where}: no rule {profile.rescore!r} for raw answers")
+        if config.get("output_type") != "generate_until":
+            problems.append(f"{where}: {config.get('output_type')} tasks are not supported")
+        split = config.get("test_split") or config.get("validation_split")
+        if not profile.split and split != spec.dataset.split:
+            problems.append(f"{where}: upstream's split is {split}, not {spec.dataset.split}")
+    return problems

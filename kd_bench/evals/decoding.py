@@ -1,0 +1,630 @@
+"""Batched greedy decoding on a KV cache, with a common prefix computed once.
+
+    prefixes  [P, Lp]  system text + picture, one row a distinct picture
+        |  prefill, then each row copied to its questions' places in the cache of the batch
+    suffixes  [B, Ls]  the question, left-padded behind its prefix
+        |  prefill, on a processor a few rows at a time
+    answers   [B, 1]   one token a step, finished rows dropped
+
+Padding is masked and positions count real tokens only, so a row's answer does not depend on its
+neighbours.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.cache_utils import Cache, DynamicLayer
+
+from kd_bench.errors import UsageError, one_line
+from kd_bench.evals.benchmark import Settings
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What a processor may need to know: prompt tokens, tokens with the answer, end marks."""
+
+    prompt: int
+    longest: int
+    ends: Tensor
+
+
+# In the order in which `generate` applies them.
+_MAKERS: dict[str, Callable[[Any, _Row], LogitsProcessor]] = {
+    "sequence_bias": lambda value, row: transformers.SequenceBiasLogitsProcessor(value),
+    "repetition_penalty": lambda value, row: transformers.RepetitionPenaltyLogitsProcessor(value),
+    "no_repeat_ngram_size": lambda value, row: transformers.NoRepeatNGramLogitsProcessor(value),
+    "bad_words_ids": lambda value, row: transformers.NoBadWordsLogitsProcessor(value, row.ends),
+    "min_length": lambda value, row: transformers.MinLengthLogitsProcessor(
+        value, row.ends, device=str(row.ends.device)
+    ),
+    "min_new_tokens": lambda value, row: transformers.MinNewTokensLengthLogitsProcessor(
+        row.prompt, value, row.ends, device=str(row.ends.device)
+    ),
+    "forced_bos_token_id": lambda value, row: transformers.ForcedBOSTokenLogitsProcessor(value),
+    "forced_eos_token_id": lambda value, row: transformers.ForcedEOSTokenLogitsProcessor(
+        row.longest, value, device=str(row.ends.device)
+    ),
+    "remove_invalid_values": lambda value, row: transformers.InfNanRemoveLogitsProcessor(),
+    "exponential_decay_length_penalty": lambda value, row: (
+        transformers.ExponentialDecayLengthPenalty(tuple(value), row.ends, row.prompt)
+    ),
+    "suppress_tokens": lambda value, row: transformers.SuppressTokensLogitsProcessor(
+        value, device=str(row.ends.device)
+    ),
+    "begin_suppress_tokens": lambda value, row: transformers.SuppressTokensAtBeginLogitsProcessor(
+        value, row.prompt, device=str(row.ends.device)
+    ),
+}
+
+
+class Constraints:
+    """The score processors of one model.
+
+    Attributes:
+        settings: those of the generation config that count, for the run's record; mostly empty.
+
+    Raises:
+        UsageError: a setting makes no sense.
+    """
+
+    def __init__(self, config: Any, ends: Sequence[int], device: torch.device) -> None:
+        self.settings = {
+            name: value
+            for name in _MAKERS
+            if (value := getattr(config, name, None)) not in (None, False, 0, [], {})
+            and not (name == "repetition_penalty" and value == 1)
+        }
+        self._ends = torch.tensor(list(ends), device=device)
+        for name in self.settings:
+            try:
+                self._make([name], _Row(1, 2, self._ends))
+            except Exception as error:  # each processor checks its value in its own way
+                raise UsageError(
+                    f"generation_config.json: {name} {self.settings[name]!r} cannot be used: "
+                    f"{one_line(error)[:200]}.",
+                    "Correct or remove it.",
+                ) from None
+
+    def for_row(self, prompt: int, new_tokens: int) -> LogitsProcessorList:
+        """The processors of one row with that many tokens of prompt."""
+        return self._make(list(self.settings), _Row(prompt, prompt + new_tokens, self._ends))
+
+    def _make(self, names: list[str], row: _Row) -> LogitsProcessorList:
+        return LogitsProcessorList([_MAKERS[name](self.settings[name], row) for name in names])
+
+
+def end_ids(model: Any, tokenizer: Any, stop_ids: Sequence[int]) -> list[int]:
+    """Tokens that end an answer: of the generation settings, the tokenizer, the chat template.
+
+    Raises:
+        UsageError: they are no token ids.
+    """
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    found = {each for each in [*ids, tokenizer.eos_token_id, *stop_ids] if each is not None}
+    if any(not isinstance(each, int) or each < 0 for each in found):
+        raise UsageError(
+            f"generation_config.json: eos_token_id {configured!r} is no token id.", "Correct it."
+        )
+    return sorted(found)
+
+
+def grows_by_column(cache: DynamicCache) -> bool:
+    """Whether every layer keeps every token: no sliding windows, no recurrent states."""
+    return all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+class BatchCache(Cache):
+    """The cache of one batch; `part` gives a few of its rows to the language model.
+
+    Args:
+        layers: of the language model.
+        rows: questions.
+        columns: tokens of the longest prompt and of its answer.
+    """
+
+    def __init__(self, layers: int, rows: int, columns: int) -> None:
+        rooms = [_Room(rows, columns) for _ in range(layers)]
+        super().__init__(layers=[_RoomLayer(room, slice(None), 0) for room in rooms])
+
+    def put(self, prefixes: DynamicCache, which: Tensor) -> None:
+        """Let row n begin with what prefix `which[n]` left behind."""
+        for layer, prefix in zip(self.layers, prefixes.layers, strict=True):
+            layer.update(prefix.keys[which], prefix.values[which])
+
+    def part(self, rows: slice, filled: int) -> Cache:
+        """Some rows, of which the first columns count as filled; the room stays the same."""
+        return Cache(layers=[layer.part(rows, filled) for layer in self.layers])
+
+
+class _Room:
+    """Room of one layer, [rows, heads, columns, head size] for keys and for values."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        self._rows = rows
+        self._columns = columns
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def for_like(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, set aside when the first ones show their sizes."""
+        if self.keys is None or self.values is None:
+            # Zeros: columns that no token takes are masked, and a masked NaN would still be one.
+            self.keys, self.values = (
+                like.new_zeros(self._rows, like.shape[1], self._columns, like.shape[3])
+                for like in (keys, values)
+            )
+        return self.keys, self.values
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all other rows."""
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys, self.values = self.keys[rows], self.values[rows]
+
+
+class _RoomLayer(DynamicLayer):
+    """Some rows of a room, the way transformers' attention sees a layer of a cache."""
+
+    def __init__(self, room: _Room, rows: slice, filled: int) -> None:
+        super().__init__()
+        self._room = room
+        self._rows = rows
+        self._filled = filled
+        self.is_initialized = True
+
+    def part(self, rows: slice, filled: int) -> "_RoomLayer":
+        """Other rows of the same room."""
+        return _RoomLayer(self._room, rows, filled)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write [rows, heads, new, head size] behind what is filled; all filled columns."""
+        keys, values = self._room.for_like(key_states, value_states)
+        start, self._filled = self._filled, self._filled + key_states.shape[2]
+        keys[self._rows, :, start : self._filled] = key_states
+        values[self._rows, :, start : self._filled] = value_states
+        self.keys = keys[self._rows, :, : self._filled]
+        self.values = values[self._rows, :, : self._filled]
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """Filled columns, padding included."""
+        return self._filled
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep some rows of the whole room."""
+        self._room.keep(indices)
+
+
+PREFILL_ROWS = {"cpu": 8}
+"""On a processor the activations of more rows leave its caches; a GPU takes the whole batch."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt.
+
+    Attributes:
+        ids: token ids.
+        embeddings: [length, hidden], image features already at their places.
+        prefix: number of leading tokens that equal prompts share; 0 for none.
+        prefix_key: equal for rows whose prefixes are equal.
+        positions: [axes, length] where a family counts them its own way; None counts tokens.
+        deep: features that enter deeper layers (DeepStack), [image tokens, hidden] each.
+        places: bool [length], where the image tokens are; needed with `deep` only.
+    """
+
+    ids: Sequence[int]
+    embeddings: Tensor
+    prefix: int = 0
+    prefix_key: str = ""
+    positions: Tensor | None = None
+    deep: tuple[Tensor, ...] = ()
+    places: Tensor | None = None
+
+    def part(self, start: int, end: int) -> "Row":
+        """Tokens `start` to `end`; the image tokens must lie wholly inside or outside."""
+        positions = self.counted()[:, start:end]
+        inside = self.places is not None and bool(self.places[start:end].any())
+        return Row(
+            self.ids[start:end],
+            self.embeddings[start:end],
+            positions=positions,
+            deep=self.deep if inside else (),
+            places=None if self.places is None else self.places[start:end],
+        )
+
+    def counted(self) -> Tensor:
+        """Positions [axes, length]."""
+        if self.positions is not None:
+            return self.positions
+        return torch.arange(len(self.ids), device=self.embeddings.device)[None]
+
+
+@dataclass
+class Decoded:
+    """What was generated for one row.
+
+    Attributes:
+        tokens: generated ids, the end mark included when there was one.
+        finished: whether an end mark or a stop string was met within the cap.
+        confidence: probability of the first token.
+        broken: the scores were not finite, so there is no next token.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    finished: bool = False
+    confidence: float = float("nan")
+    broken: bool = False
+
+
+class Decoder:
+    """Greedy decoding with one language model."""
+
+    def __init__(
+        self,
+        language_model: Any,
+        lm_head: Callable[[Tensor], Tensor],
+        embed: Callable[[Tensor], Tensor],
+        tokenizer: Any,
+        end_ids: Sequence[int],
+        constraints: Constraints | None = None,
+    ) -> None:
+        self._language_model = language_model
+        self._lm_head = lm_head
+        self._embed = embed
+        self._tokenizer = tokenizer
+        self._end_ids = frozenset(end_ids)
+        self._constraints = constraints if constraints and constraints.settings else None
+        self._pieces: dict[int, str] = {}
+
+    def decode(self, rows: Sequence[Row], settings: Settings, share: bool = True) -> list[Decoded]:
+        """Answers of rows with equal settings, in order."""
+        # Rows near in length stand together: the parts of a batch are padded less.
+        order = sorted(range(len(rows)), key=lambda number: len(rows[number].ids))
+        near = [rows[number] for number in order]
+        with torch.inference_mode():
+            state = self._prefill(near, settings, share and _worth_sharing(rows))
+            found = self._continue(state, near, settings)
+        answers = dict(zip(order, found, strict=True))
+        return [answers[number] for number in range(len(rows))]
+
+    def _prefill(self, rows: Sequence[Row], settings: Settings, share: bool) -> "_State":
+        """The state behind all prompts; with `share` each distinct prefix is computed once."""
+        first = self._new_cache()
+        device = rows[0].embeddings.device
+        lead = torch.zeros(len(rows), 0, dtype=torch.long, device=device)
+        which = None
+        if share:
+            prefixes, which = _distinct_prefixes(rows)
+            self._forward(prefixes, prefixes.mask, first)
+            lead = prefixes.mask[which]  # [B, Lp]
+            rows = [row.part(row.prefix, len(row.ids)) for row in rows]
+        width = lead.shape[1] + max(len(row.ids) for row in rows)
+        mask = torch.cat([lead, lead.new_zeros(len(rows), width - lead.shape[1])], dim=1)
+        if not grows_by_column(first):
+            if which is not None:
+                first.batch_select_indices(which)
+            hidden, positions = self._prefill_part(rows, mask, lambda _: first)
+            return _State(first, mask, positions, self._lm_head(hidden))
+        whole = BatchCache(len(first.layers), len(rows), width + settings.max_new_tokens)
+        if which is not None:
+            whole.put(first, which)
+        size = PREFILL_ROWS.get(device.type, len(rows))
+        parts = [slice(start, start + size) for start in range(0, len(rows), size)]
+        done = [
+            self._prefill_part(rows[part], mask[part], partial(whole.part, part)) for part in parts
+        ]
+        hidden = torch.cat([hidden for hidden, _ in done])
+        axes = max(len(positions) for _, positions in done)
+        positions = torch.cat([positions[:1] for _, positions in done], dim=1).expand(axes, -1)
+        return _State(whole.part(slice(None), width), mask, positions, self._lm_head(hidden))
+
+    def _prefill_part(
+        self, rows: Sequence[Row], mask: Tensor, cache: Callable[[int], Cache]
+    ) -> tuple[Tensor, Tensor]:
+        """Last hidden states [rows, hidden] and positions [axes, rows]; fills in the mask.
+
+        Args:
+            cache: gives the cache to fill from a column on.
+        """
+        block = _side_by_side(rows)
+        start = mask.shape[1] - block.mask.shape[1]
+        mask[:, start:] = block.mask
+        return self._forward(block, mask, cache(start)), block.last_positions()
+
+    def _new_cache(self) -> DynamicCache:
+        return DynamicCache(config=self._language_model.config)
+
+    def _continue(self, state: "_State", rows: Sequence[Row], settings: Settings) -> list[Decoded]:
+        """Append one token a step until every row has ended."""
+        results = [Decoded() for _ in rows]
+        constrain = self._constrained(rows, settings)
+        active = list(range(len(results)))  # result of each row of the state
+        for step in range(settings.max_new_tokens):
+            scores = constrain(state.logits, [(row, results[row].tokens) for row in active])
+            best, tokens = scores.max(dim=-1)  # [rows]
+            if step == 0:
+                chances = scores.float().softmax(dim=-1).amax(dim=-1)
+                for result, probability in zip(results, chances.tolist(), strict=True):
+                    result.confidence = probability
+            going = []
+            found = zip(tokens.tolist(), best.isfinite().tolist(), strict=True)
+            for row, (token, sound) in enumerate(found):
+                result = results[active[row]]
+                if not sound:
+                    result.broken = True
+                    continue
+                result.tokens.append(token)
+                result.finished = token in self._end_ids or self._stopped(result.tokens, settings)
+                if not result.finished:
+                    going.append(row)
+            if not going or step + 1 == settings.max_new_tokens:
+                break
+            if len(going) < len(active):
+                keep = torch.tensor(going, device=tokens.device)
+                state.keep(keep)
+                tokens = tokens[keep]
+                active = [active[row] for row in going]
+            state.logits = self._lm_head(self._step(state, tokens))
+        return results
+
+    def _constrained(
+        self, rows: Sequence[Row], settings: Settings
+    ) -> Callable[[Tensor, list[tuple[int, list[int]]]], Tensor]:
+        """Scores [active, vocabulary] under the checkpoint's own generation settings.
+
+        What is returned takes the logits and, for each of their rows, its number among all rows and
+        what was generated for it.
+        """
+        constraints = self._constraints
+        if constraints is None:
+            return lambda logits, _: logits
+        own = [constraints.for_row(len(row.ids), settings.max_new_tokens) for row in rows]
+
+        def constrain(logits: Tensor, active: list[tuple[int, list[int]]]) -> Tensor:
+            scores = logits.float()
+            done = []
+            for place, (row, tokens) in enumerate(active):
+                ids = torch.tensor([[*rows[row].ids, *tokens]], device=scores.device)
+                done.append(own[row](ids, scores[place : place + 1]))
+            return torch.cat(done)
+
+        return constrain
+
+    def _step(self, state: "_State", tokens: Tensor) -> Tensor:
+        """Hidden states [rows, hidden] behind one more token a row."""
+        ones = state.mask.new_ones(len(tokens), 1)
+        state.mask = torch.cat([state.mask, ones], dim=1)
+        state.positions = state.positions + 1
+        block = _Block(self._embed(tokens[:, None]), state.positions[..., None], ones)
+        return self._forward(block, state.mask, state.cache)
+
+    def _forward(self, block: "_Block", mask: Tensor, cache: Cache) -> Tensor:
+        """Hidden states of the last column [rows, hidden]; the cache grows."""
+        positions = block.positions  # [axes, rows, columns]
+        output = self._language_model(
+            inputs_embeds=block.embeddings,
+            attention_mask=mask,
+            position_ids=positions[0] if len(positions) == 1 else positions,
+            past_key_values=cache,
+            use_cache=True,
+            **block.deep,
+        )
+        last: Tensor = output.last_hidden_state[:, -1]
+        return last
+
+    def _stopped(self, tokens: list[int], settings: Settings) -> bool:
+        """Whether the newest token completed a stop string."""
+        if not settings.until:
+            return False
+        piece = self._piece(tokens[-1])
+        for stop in settings.until:
+            # Most tokens cannot end a stop string: look at the text only where one can.
+            if stop and stop[-1] in piece:
+                window = tokens[-(len(stop.encode()) + 4) :]
+                if stop in self._tokenizer.decode(window, skip_special_tokens=True):
+                    return True
+        return False
+
+    def _piece(self, token: int) -> str:
+        if token not in self._pieces:
+            self._pieces[token] = self._tokenizer.decode([token], skip_special_tokens=True)
+        return self._pieces[token]
+
+
+@dataclass
+class _State:
+    """Rows that are being continued.
+
+    Attributes:
+        mask: [rows, length so far], 1 for real tokens.
+        positions: of the newest token [axes, rows].
+        logits: [rows, vocabulary] of the next token.
+    """
+
+    cache: Cache
+    mask: Tensor
+    positions: Tensor
+    logits: Tensor
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all other rows."""
+        self.cache.batch_select_indices(rows)
+        self.mask = self.mask[rows]
+        self.positions = self.positions[:, rows]
+
+
+@dataclass
+class _Block:
+    """Rows side by side.
+
+    Attributes:
+        embeddings: [rows, longest, hidden].
+        positions: [axes, rows, longest].
+        mask: [rows, longest], 1 for real tokens.
+        deep: arguments of language models that take image features at deeper layers.
+    """
+
+    embeddings: Tensor
+    positions: Tensor
+    mask: Tensor
+    deep: dict[str, Any] = field(default_factory=dict)
+
+    def last_positions(self) -> Tensor:
+        """Where the newest token stands [axes, rows]; the next one stands behind the furthest."""
+        furthest = self.positions.amax(dim=(0, 2))  # [rows]
+        return furthest.expand(len(self.positions), -1)
+
+
+def _side_by_side(rows: Sequence[Row]) -> _Block:
+    """The rows padded in front."""
+    longest = max(len(row.ids) for row in rows)
+    like = rows[0].embeddings
+    axes = max(len(row.counted()) for row in rows)
+    embeddings = like.new_zeros(len(rows), longest, like.shape[-1])
+    mask = torch.zeros(len(rows), longest, dtype=torch.long, device=like.device)
+    positions = mask.new_zeros(axes, len(rows), longest)
+    places = mask.new_zeros(mask.shape, dtype=torch.bool)
+    for number, row in enumerate(rows):
+        start = longest - len(row.ids)
+        embeddings[number, start:] = row.embeddings
+        positions[:, number, start:] = row.counted()
+        mask[number, start:] = 1
+        if row.deep and row.places is not None:
+            places[number, start:] = row.places
+    block = _Block(embeddings, positions, mask)
+    if layers := list(zip(*(row.deep for row in rows if row.deep), strict=True)):
+        block.deep = {
+            "visual_pos_masks": places,
+            "deepstack_visual_embeds": [torch.cat(layer) for layer in layers],
+        }
+    return block
+
+
+def _distinct_prefixes(rows: Sequence[Row]) -> tuple[_Block, Tensor]:
+    """Each distinct prefix once, and which of them every row begins with [B]."""
+    distinct = {row.prefix_key: row for row in rows}
+    places = {key: place for place, key in enumerate(distinct)}
+    block = _side_by_side([row.part(0, row.prefix) for row in distinct.values()])
+    which = torch.tensor([places[row.prefix_key] for row in rows], device=block.mask.device)
+    return block, which
+
+
+def _worth_sharing(rows: Sequence[Row]) -> bool:
+    """Whether enough rows have a prefix in common to pay for a second prefill."""
+    if any(row.prefix == 0 or row.prefix >= len(row.ids) for row in rows):
+        return False
+    alone = sum(len(row.ids) for row in rows)
+    distinct = {row.prefix_key: row.prefix for row in rows}
+    together = sum(distinct.values()) + sum(len(row.ids) - row.prefix for row in rows)
+    return together < 0.85 * alone
+
+
+class PlainDecoder:
+    """`generate` of transformers on left-padded batches, for families that allow nothing quicker.
+
+    Args:
+        ends: tokens that end an answer.
+        constraints: what the checkpoint's generation settings do to the scores.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, ends: Sequence[int], constraints: Constraints
+    ) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._ends = list(ends)
+        self._constraints = constraints
+
+    def decode(
+        self, inputs: dict[str, Any], settings: Settings, share: bool = False
+    ) -> list[Decoded]:
+        """Answers in order; stop strings end a row, probabilities are not given.
+
+        Args:
+            inputs: of the model, padded in front, [rows, longest] each.
+            share: has no meaning here.
+        """
+        del share
+        options: dict[str, Any] = {}
+        if settings.until:
+            options = {"stop_strings": list(settings.until), "tokenizer": self._tokenizer}
+        scores = _RowByRow(inputs["attention_mask"], self._constraints, settings.max_new_tokens)
+        with torch.inference_mode(), self._own_settings():
+            output = self._model.generate(
+                **inputs,
+                max_new_tokens=settings.max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                logits_processor=LogitsProcessorList([scores]),
+                **options,
+            )
+        new = output[:, inputs["input_ids"].shape[1] :].tolist()
+        return [
+            Decoded(broken=True) if row in scores.broken else self._decoded(tokens, settings)
+            for row, tokens in enumerate(new)
+        ]
+
+    @contextlib.contextmanager
+    def _own_settings(self) -> Iterator[None]:
+        """Let `generate` see the end marks alone: the rest is done row by row, without padding."""
+        kept = self._model.generation_config
+        pad = self._tokenizer.pad_token_id
+        self._model.generation_config = GenerationConfig(
+            eos_token_id=self._ends or None,
+            bos_token_id=kept.bos_token_id,
+            pad_token_id=pad if pad is not None else (self._ends or [0])[0],
+        )
+        try:
+            yield
+        finally:
+            self._model.generation_config = kept
+
+    def _decoded(self, tokens: list[int], settings: Settings) -> Decoded:
+        """One row without the padding behind its end."""
+        for place, token in enumerate(tokens):
+            if token in self._ends:
+                return Decoded(tokens[: place + 1], finished=True)
+        text = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        stopped = any(stop in text for stop in settings.until if stop)
+        return Decoded(tokens, finished=stopped)
+
+
+class _RowByRow(LogitsProcessor):
+    """Applies a checkpoint's generation settings to each row as if it were alone.
+
+    Attributes:
+        broken: rows whose scores were not finite.
+    """
+
+    def __init__(self, mask: Tensor, constraints: Constraints, new_tokens: int) -> None:
+        self._starts = (mask != 0).int().argmax(dim=1).tolist()  # first real token of each row
+        width = mask.shape[1]
+        self._own = [
+            constraints.for_row(width - start, new_tokens) if constraints.settings else None
+            for start in self._starts
+        ]
+        self.broken: set[int] = set()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores [rows, vocabulary]."""
+        done = [
+            scores[row : row + 1]
+            if own is None
+            else own(input_ids[row : row + 1, self._starts[row] :], scores[row : row + 1])
+            for row, own in enumerate(self._own)
+        ]
+        found = torch.cat(done)
+        unsound = ~found.amax(dim=-1).isfinite()
+        self.broken.update(unsound.nonzero().flatten().tolist())
+        return found

@@ -1,0 +1,389 @@
+"""From questions to rows of embeddings: the quick way of LLaVA, and the general one.
+
+LLaVA's pictures all have one size and one number of tokens, so many are encoded at once and the
+prompt is expanded here. Other families' own processors expand the prompt; a picture's features are
+computed once and kept.
+"""
+
+import copy
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kd_bench.distill.chat import ChatFormat
+from kd_bench.distill.vision_language import VisionLanguageModel
+from kd_bench.errors import UsageError
+from kd_bench.evals.benchmark import PLACEHOLDER, Question
+from kd_bench.evals.decoding import Row
+from kd_bench.files import atomic_path
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class PromptBuilder:
+    """Renders questions for one checkpoint, as its training does.
+
+    Raises:
+        UsageError: the checkpoint has no chat template, or one that cannot be used.
+
+    A template that could not teach (its prompt opens a thought) is asked all the same.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self.chat = ChatFormat(processor, learns=False)
+        self.image_token = self.chat.image_token
+
+    def render(self, text: str, pictures: int) -> str:
+        """The conversation up to where the answer begins, one image token a picture."""
+        content = _content(text, pictures, self.image_token)
+        return self.chat.prompt([{"role": "user", "content": content}])
+
+    def encode(self, rendered: list[str], counts: list[list[int]]) -> list[list[int]]:
+        """Token ids of rendered conversations; `counts` holds image tokens of each picture."""
+        return self.chat.prompt_ids(
+            [
+                _expand(text, self.image_token, sizes)
+                for text, sizes in zip(rendered, counts, strict=True)
+            ]
+        )
+
+
+def _content(text: str, pictures: int, image_token: str) -> list[dict[str, str]]:
+    """Chat content with the pictures at their placeholders, else in front of the text."""
+    parts = text.split(PLACEHOLDER)
+    if pictures and len(parts) - 1 == pictures:
+        content: list[dict[str, str]] = []
+        for number, part in enumerate(parts):
+            if part:
+                content.append({"type": "text", "text": part})
+            if number < pictures:
+                content.append({"type": "image"})
+        return content
+    # A stray image token in the question itself must not ask for a picture.
+    plain = text.replace(image_token, "").replace(PLACEHOLDER, "")
+    return [{"type": "image"}] * pictures + [{"type": "text", "text": plain}]
+
+
+def _expand(text: str, image_token: str, counts: list[int]) -> str:
+    """Write each image token as often as its picture has features."""
+    parts = text.split(image_token)
+    if len(parts) - 1 != len(counts):
+        raise ValueError(
+            f"the chat template renders {len(parts) - 1} pictures, the question has {len(counts)}"
+        )
+    pieces = [parts[0]]
+    for count, part in zip(counts, parts[1:], strict=True):
+        pieces.append(image_token * count + part)
+    return "".join(pieces)
+
+
+KEPT_PICTURES = 500
+KEPT_SIDE = 512  # pixels
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One picture, ready for the vision tower.
+
+    Attributes:
+        digest: of its decoded RGB pixels.
+        pixels: [channels, height, width], as the checkpoint's image processor makes them; empty
+            where the processor is given the picture itself.
+        image: the decoded picture, where the processor wants it.
+    """
+
+    digest: str
+    pixels: Tensor
+    image: "Image | None" = None
+
+
+def pixel_digest(picture: "Image") -> str:
+    """sha256 over size and RGB pixels, shortened; equal for equal pictures in any file format."""
+    rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
+    return hashlib.sha256(f"{rgb.size}".encode() + rgb.tobytes()).hexdigest()[:32]
+
+
+def keep_pictures(
+    folder: Path, digests: Sequence[str], decode: Callable[[int], Sequence["Image"]]
+) -> None:
+    """Keep a benchmark's pictures for people to look at, as `<first 16 digits of digest>.png`.
+
+    At most 500, those with the smallest digests: every model's run asks for the same ones.
+
+    Args:
+        digests: of each document's first picture; empty without one.
+        decode: the pictures of the document with that number.
+    """
+    numbers = {digest: number for number, digest in enumerate(digests) if digest}
+    for digest in sorted(numbers)[:KEPT_PICTURES]:
+        file = folder / f"{digest[:16]}.png"
+        if not file.exists():
+            picture = decode(numbers[digest])[0].convert("RGB")
+            picture.thumbnail((KEPT_SIDE, KEPT_SIDE))
+            with atomic_path(file) as temporary:
+                picture.save(temporary, format="png")
+
+
+class Remembered(OrderedDict[Any, Any]):
+    """Tensors and images by key, least recently used first, bounded in bytes."""
+
+    def __init__(self, limit_bytes: int = 256 << 20) -> None:
+        super().__init__()
+        self._limit = limit_bytes
+        self._size = 0
+
+    def __getitem__(self, key: Any) -> Any:
+        self.move_to_end(key)
+        return super().__getitem__(key)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(key, value)
+        self._size += _bytes(value)
+        while self._size > self._limit and len(self) > 1:
+            self._size -= _bytes(self.popitem(last=False)[1])
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, Prepared):
+        return value.pixels.nbytes + (
+            3 * value.image.width * value.image.height if value.image else 0
+        )
+    return sum(map(_bytes, value))
+
+
+class PictureStore:
+    """Prepared pictures by key.
+
+    Equal image processors share entries, so several checkpoints of one family prepare once.
+    """
+
+    def __init__(self) -> None:
+        self._entries = Remembered()
+
+    def get(
+        self, key: str, decode: Callable[[], Sequence["Image"]], processor: Any
+    ) -> list[Prepared]:
+        """The pictures behind `key`; an empty key is prepared anew each time.
+
+        Without a processor they are decoded and kept as they are.
+        """
+        place = (_identity(processor), key)
+        if key and place in self._entries:
+            known: list[Prepared] = self._entries[place]
+            return known
+        prepared = [_prepare(picture, processor) for picture in decode()]
+        if key:
+            self._entries[place] = prepared
+        return prepared
+
+
+def _prepare(picture: "Image", processor: Any) -> Prepared:
+    rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
+    if processor is None:
+        return Prepared(pixel_digest(rgb), torch.empty(0), rgb)
+    pixels = processor(images=[rgb], return_tensors="pt")["pixel_values"]
+    tensor = torch.as_tensor(pixels[0])  # [channels, height, width]
+    return Prepared(pixel_digest(rgb), tensor)
+
+
+def _identity(processor: Any) -> str:
+    """Equal for image processors with equal settings; kept on the object once computed."""
+    if processor is None:
+        return "decoded"
+    known = getattr(processor, "_kd_bench_identity", None)
+    if known is None:
+        text = json.dumps(processor.to_dict(), sort_keys=True, default=str)
+        known = hashlib.sha256(text.encode()).hexdigest()[:16]
+        processor._kd_bench_identity = known
+    return str(known)
+
+
+PICTURES_AT_A_TIME = {"cpu": 8}
+"""On a processor the activations of more leave its caches: 24 % slower at 48 than at 8."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A question whose pictures are decoded and whose prompt is rendered."""
+
+    question: Question
+    pictures: list[Prepared]
+    prompt: str
+
+    @property
+    def key(self) -> str:
+        """Equal for questions about the same pictures."""
+        return str([picture.digest for picture in self.pictures])
+
+
+class WholeBatch:
+    """Families whose `generate` is called: left-padded batches by their own processor."""
+
+    def __init__(self, prompts: PromptBuilder, device: torch.device) -> None:
+        self._chat = prompts.chat
+        self._device = device
+
+    def rows(self, ready: Sequence[Ready]) -> dict[str, Any]:
+        """The model's inputs, one row a question, in order."""
+        inputs = self._chat.processed(
+            [item.prompt for item in ready],
+            [[picture.image for picture in item.pictures] for item in ready],
+            padding=True,
+            padding_side="left",
+        )
+        return {name: value.to(self._device) for name, value in inputs.items()}
+
+
+class FixedRows:
+    """Pictures of one size: encoded in batches, their places written out here."""
+
+    def __init__(self, model: VisionLanguageModel, prompts: PromptBuilder, embed: Any) -> None:
+        self._model = model
+        self._prompts = prompts
+        self._embed = embed
+        self._features = Remembered()
+
+    def rows(self, ready: Sequence[Ready]) -> list[Row]:
+        """One row a question, in order."""
+        device = self._embed.weight.device
+        features = self._encode([p for item in ready for p in item.pictures], device)
+        found = [[features[picture.digest] for picture in item.pictures] for item in ready]
+        counts = [[len(each) for each in of_row] for of_row in found]
+        ids = self._prompts.encode([item.prompt for item in ready], counts)
+        made = []
+        for item, tokens, of_row in zip(ready, ids, found, strict=True):
+            inputs = {"input_ids": torch.tensor([tokens], device=device)}
+            joined = (torch.cat(of_row),) if of_row else None
+            made.append(row_of(self._model, self._embed, inputs, joined, item.key))
+        return made
+
+    def _encode(self, pictures: Sequence[Prepared], device: torch.device) -> dict[str, Tensor]:
+        """Image embeddings [image tokens, hidden] by picture digest."""
+        wanted = {picture.digest: picture for picture in pictures}
+        found = {key: self._features[key] for key in wanted if key in self._features}
+        fresh = [picture for key, picture in wanted.items() if key not in found]
+        size = PICTURES_AT_A_TIME.get(device.type, 64)
+        for start in range(0, len(fresh), size):
+            some = fresh[start : start + size]
+            inputs = {"pixel_values": torch.stack([p.pixels for p in some]).to(device)}
+            (projected,) = self._model.image_embeddings(inputs)
+            for picture, embedding in zip(some, projected.chunk(len(some)), strict=True):
+                found[picture.digest] = self._features[picture.digest] = embedding
+        return found
+
+
+class GeneralRows:
+    """Any family whose language model takes embeddings: its own processor writes the prompt."""
+
+    def __init__(self, model: VisionLanguageModel, prompts: PromptBuilder, embed: Any) -> None:
+        self._model = model
+        self._chat = copy.copy(prompts.chat)
+        self._chat.processor = processor = copy.copy(prompts.chat.processor)
+        self._images = _OnceAnImage(processor.image_processor)
+        processor.image_processor = self._images
+        self._embed = embed
+        self._features = Remembered()
+
+    def rows(self, ready: Sequence[Ready]) -> list[Row]:
+        """One row a question, in order."""
+        return [self._row(item) for item in ready]
+
+    def _row(self, item: Ready) -> Row:
+        self._images.key = key = item.key
+        inputs = self._chat.processed([item.prompt], [[p.image for p in item.pictures]])
+        device = self._embed.weight.device
+        given = {name: value.to(device) for name, value in inputs.items()}
+        if item.pictures and key not in self._features:
+            self._features[key] = self._model.image_embeddings(given)
+        features = self._features[key] if item.pictures else None
+        return row_of(self._model, self._embed, given, features, key)
+
+
+class _OnceAnImage:
+    """An image processor that prepares the pictures of one key once; equal keys come in a row."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self._known: Any = None
+        self._known_key: str | None = None
+        self.key = ""
+
+    def __call__(self, *given: Any, **options: Any) -> Any:
+        if self.key != self._known_key:
+            self._known, self._known_key = self._inner(*given, **options), self.key
+        return copy.copy(self._known)  # processors take entries out
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+def row_of(
+    model: VisionLanguageModel,
+    embed: Any,
+    inputs: dict[str, Any],
+    features: tuple[Tensor, ...] | None,
+    key: str,
+) -> Row:
+    """The row of one prompt from its processor's output ([1, length] and its pictures).
+
+    Args:
+        features: `image_embeddings` of the inputs; None where there is no picture.
+        key: equal for equal pictures.
+
+    Raises:
+        UsageError: the pictures do not fill their places.
+    """
+    input_ids = inputs["input_ids"]  # [1, length]
+    is_image = input_ids == model.image_token_id  # [1, length]
+    # A placeholder may lie outside the embedding table; its row is overwritten below.
+    embeddings: Tensor = embed(input_ids.masked_fill(is_image, 0))  # [1, length, hidden]
+    targets = int(is_image.sum())
+    found = 0 if features is None else len(features[0])
+    if found != targets:
+        raise UsageError(
+            f"The pictures give {found} image tokens, the text has {targets} places.",
+            "Use the processor of this checkpoint and do not truncate inside a picture.",
+        )
+    ids = input_ids[0].tolist()
+    if features is None:
+        return Row(ids, embeddings[0], places=is_image[0])
+    spread = is_image.unsqueeze(-1).expand_as(embeddings)
+    embeddings = embeddings.masked_scatter(spread, features[0].to(embeddings.dtype))
+    prefix = int(is_image[0].nonzero()[-1]) + 1
+    return Row(
+        ids,
+        embeddings[0],
+        prefix,
+        f"{key}{ids[:prefix]}",
+        _positions(model, inputs, is_image),
+        features[1:],
+        is_image[0],
+    )
+
+
+def _positions(
+    model: VisionLanguageModel, inputs: dict[str, Any], is_image: Tensor
+) -> Tensor | None:
+    """Positions [axes, length] of one prompt where the family counts them its own way (Qwen)."""
+    count = getattr(model.core, "get_rope_index", None)
+    if count is None:
+        return None
+    kinds = inputs.get("mm_token_type_ids")
+    positions: Tensor
+    positions, _ = count(
+        inputs["input_ids"],
+        image_grid_thw=inputs["image_grid_thw"],
+        attention_mask=inputs.get("attention_mask"),
+        mm_token_type_ids=is_image.int() if kinds is None else kinds,
+    )
+    return positions[:, 0]
