@@ -7,19 +7,23 @@ gradient, the switch with gradients to the student's vision tower only.
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kd_bench.distill.image_terms import (
-    FirstLayerProbe,
+from kd_bench.distill import losses
+from kd_bench.distill.objective import (
+    Heads,
+    KneeLog,
     attention_mse,
     count_items,
     image_correlation,
+    image_kl,
     image_mse,
+    token_terms,
 )
-from kd_bench.distill.objective import Heads, KneeLog, token_terms
 from kd_bench.distill.recipe import (
     VOCABULARY_LOSSES,
     Term,
@@ -29,7 +33,6 @@ from kd_bench.distill.recipe import (
 )
 from kd_bench.distill.teacher_cache import TeacherCache
 from kd_bench.distill.vision_language import (
-    KeptVision,
     VisionLanguageModel,
     answer_positions,
     has_images,
@@ -37,7 +40,7 @@ from kd_bench.distill.vision_language import (
     seeing_with,
     teacher_inputs,
 )
-from kd_bench.errors import UsageError
+from kd_bench.errors import TrainingError, UsageError
 
 LOGITS_AT_ONCE = 2**24
 
@@ -67,7 +70,7 @@ class Distiller(nn.Module):
 
     Args:
         terms: the objective.
-        vocabulary: rows that both LM heads are cut to; None is all of them.
+        vocabulary: size that both LM heads are cut to; None is all of them.
         head_chunk: answer positions that pass through heads and losses at a time; None keeps
             64 MB of float32 logits a model.
         cache: the teacher's hidden states of earlier passes over the same samples.
@@ -92,17 +95,20 @@ class Distiller(nn.Module):
             term for term in self.terms if term.loss == "ce" or term.loss in VOCABULARY_LOSSES
         )
         self.image_terms = tuple(term for term in self.terms if term not in self.token_terms)
+        self._watches_attention = any(term.loss == "attention_mse" for term in self.terms)
         self.vocabulary = vocabulary
         self.parts = VisionLanguageModel(student)
         # FSDP splits by these layers; not by the vision tower's, which a device without an image
         # does not run, so that the others would wait for it for ever.
         self._no_split_modules = self.parts.language_model._no_split_modules
         self.head_chunk = head_chunk or default_chunk(self.parts.vocab_size)
-        teacher = teacher if needs_teacher(self.terms) else None
-        if teacher is not None:
-            teacher.requires_grad_(False).eval()
-        self.teacher = None if teacher is None else VisionLanguageModel(teacher)
-        self.adapter = self._width_adapter()
+        self.teacher: VisionLanguageModel | None = None
+        self.adapter: nn.Module | None = None  # for `image_mse` between unequal widths
+        if teacher is not None and needs_teacher(self.terms):
+            self.teacher = VisionLanguageModel(teacher.requires_grad_(False).eval())
+            ours, theirs = self.parts.hidden_size, self.teacher.hidden_size
+            if ours != theirs and any(term.loss == "image_mse" for term in self.terms):
+                self.adapter = nn.Linear(theirs, ours, bias=False)
         self.cache = cache
         if cache is not None and self.image_terms:
             raise UsageError(
@@ -110,16 +116,6 @@ class Distiller(nn.Module):
                 f"{self.image_terms[0].label!r} looks at images.",
                 "Take teacher_cache out.",
             )
-
-    def _has(self, *names: str) -> bool:
-        return any(term.loss in names for term in self.terms)
-
-    def _width_adapter(self) -> nn.Module | None:
-        """For `image_mse` between language models of different widths."""
-        if self.teacher is None or not self._has("image_mse"):
-            return None
-        ours, theirs = self.parts.hidden_size, self.teacher.hidden_size
-        return None if ours == theirs else nn.Linear(theirs, ours, bias=False)
 
     def forward(
         self,
@@ -142,49 +138,21 @@ class Distiller(nn.Module):
         passes = self.run(batch, answers)
         # A text-only batch has no image to switch: z_SW is z_T and the term is exactly zero.
         terms = [t for t in self.token_terms if t.of != "switch" or "switch" in passes.hidden]
-        heads = self._heads()
         loss, values = token_terms(
             terms,
-            heads,
+            self._heads(),
             passes.hidden,
             targets,
             items["answers"],
             chunk=self.head_chunk,
             knee_log=knee_log,
         )
-        if self.image_terms and passes.embeddings:
+        if passes.embeddings:
             for term in self.image_terms:
-                value = self._image_value(term, passes, batch, heads, items)
+                value = self._image_value(term, passes, batch, items)
                 loss = loss + term.weight * value
                 values[term.label] = value.detach()
         return loss, values
-
-    def _of_images(self) -> list[nn.Parameter]:
-        """Learning weights outside the language model and its head."""
-        language = {id(p) for p in self.parts.language_model.parameters()}
-        language |= {id(p) for p in self._heads().parameters}
-        return [p for p in self.parameters() if p.requires_grad and id(p) not in language]
-
-    def freeze_unreached(self, batch: Mapping[str, Tensor]) -> None:
-        """Freeze what no gradient can reach, such as a tower's layers above the one that is read.
-
-        Args:
-            batch: one with an image.
-        """
-        reached = _leaves(self.parts.image_embeddings(batch))
-        own = set() if self.adapter is None else {id(p) for p in self.adapter.parameters()}
-        for parameter in self._of_images():
-            if id(parameter) not in reached | own:
-                parameter.requires_grad_(False)
-
-    def _zero_of_images(self, device: torch.device) -> Tensor:
-        """Zero, in whose graph all weights of images are.
-
-        Devices exchange gradients weight by weight, so one whose piece of a batch has no image
-        must give zeros too, and one device alone must give its optimizer the same zeros.
-        """
-        nothing = [p.flatten()[:0] for p in self._of_images()]
-        return torch.cat([torch.zeros(0, device=device), *nothing]).sum()
 
     def _heads(self) -> Heads:
         head: Any = self.student.get_output_embeddings()  # type: ignore[operator]
@@ -195,6 +163,37 @@ class Distiller(nn.Module):
             vocabulary=self.vocabulary,
         )
 
+    def _image_value(
+        self,
+        term: Term,
+        passes: Passes,
+        batch: Mapping[str, Tensor],
+        items: Mapping[str, Tensor],
+    ) -> Tensor:
+        """One image term's share of its mean over the whole batch."""
+        places = batch["input_ids"] == self.parts.image_token_id  # [batch, length]
+        sides = ("teacher", "student")
+        if term.loss == "image_kl":
+            return image_kl(
+                self._heads(),
+                passes.at_images,
+                items["image_tokens"],
+                temperature=term.temperature,
+                chunk=self.head_chunk,
+            )
+        if term.loss == "image_correlation":
+            owners = places.nonzero()[:, 0]  # [M]
+            theirs, ours = (passes.at_images[side] for side in sides)
+            return image_correlation(theirs, ours, owners) / items["image_samples"]
+        if term.loss == "image_mse":
+            theirs, ours = (passes.embeddings[side] for side in sides)
+            return image_mse(theirs, ours, self.adapter) / items["image_tokens"]
+        asks = batch["attention_mask"].bool() & ~places
+        theirs, ours = (passes.attention[side] for side in sides)
+        return attention_mse(theirs, ours, asks, places) / items["image_pairs"]
+
+    # Forward passes
+
     def run(self, batch: Mapping[str, Tensor], answers: Tensor) -> Passes:
         """Every forward pass that a term needs, once.
 
@@ -204,7 +203,7 @@ class Distiller(nn.Module):
         passes = Passes()
         pictured = has_images(batch)
         switches = needs_switch(self.terms) and pictured
-        kept: KeptVision | None = None
+        kept: list[Any] | None = None
         if needs_student_logits(self.terms) or not pictured:
             keeping = keeping_vision(self.parts) if switches else contextlib.nullcontext()
             with keeping as kept:
@@ -223,10 +222,7 @@ class Distiller(nn.Module):
         return passes
 
     def _teach(
-        self,
-        teacher: VisionLanguageModel,
-        batch: Mapping[str, Tensor],
-        passes: Passes,
+        self, teacher: VisionLanguageModel, batch: Mapping[str, Tensor], passes: Passes
     ) -> None:
         """The teacher's own forward, from the cache where it holds the whole batch.
 
@@ -234,17 +230,16 @@ class Distiller(nn.Module):
         """
         inputs = teacher_inputs(batch)
         answers = answer_positions(inputs["labels"])
-        samples: list[int] = []
-        counts: list[int] = []
-        if self.cache is not None:
-            samples, counts = batch["sample_index"].tolist(), answers.sum(1).tolist()
-            known = self.cache.get(samples, counts)
-            if known is not None:
-                passes.hidden["teacher"] = known.to(answers.device)
-                return
+        if self.cache is None:
+            self._forward("teacher", teacher, inputs, answers, passes)
+            return
+        samples, counts = batch["sample_index"].tolist(), answers.sum(1).tolist()
+        known = self.cache.get(samples, counts)
+        if known is not None:
+            passes.hidden["teacher"] = known.to(answers.device)
+            return
         self._forward("teacher", teacher, inputs, answers, passes)
-        if self.cache is not None:
-            self.cache.put(samples, counts, passes.hidden["teacher"])
+        self.cache.put(samples, counts, passes.hidden["teacher"])
 
     def _forward(
         self,
@@ -259,53 +254,66 @@ class Distiller(nn.Module):
             passes.hidden[name] = model.hidden_states(batch)[answers]
             return
         places = batch["input_ids"] == model.image_token_id  # [batch, length]
-        watches_attention = self._has("attention_mse")
-        with FirstLayerProbe(model, watches_attention) as probe:
+        with FirstLayerProbe(model, self._watches_attention) as probe:
             states = model.hidden_states(batch)
         passes.hidden[name] = states[answers]
         passes.at_images[name] = states[places]
         passes.embeddings[name] = probe.embeddings[places]
-        if watches_attention:
+        if self._watches_attention:
             passes.attention[name] = probe.weights(batch["attention_mask"])
 
-    def _image_value(
-        self,
-        term: Term,
-        passes: Passes,
-        batch: Mapping[str, Tensor],
-        heads: Heads,
-        items: Mapping[str, Tensor],
-    ) -> Tensor:
-        """One image term's share of its mean over the whole batch."""
-        places = batch["input_ids"] == self.parts.image_token_id
-        if term.loss == "image_kl":
-            alike = Term(loss="kl", temperature=term.temperature)
-            nothing = passes.at_images["student"].new_zeros(int(places.sum()), dtype=torch.long)
-            value, _ = token_terms(
-                [alike],
-                heads,
-                passes.at_images,
-                nothing,
-                items["image_tokens"],
-                chunk=self.head_chunk,
-            )
-            return value
-        if term.loss == "image_correlation":
-            owners = places.nonzero()[:, 0]  # [M]
-            states = passes.at_images
-            return (
-                image_correlation(states["teacher"], states["student"], owners)
-                / items["image_samples"]
-            )
-        if term.loss == "image_mse":
-            both = passes.embeddings
-            return image_mse(both["teacher"], both["student"], self.adapter) / items["image_tokens"]
-        asks = batch["attention_mask"].bool() & ~places
-        weights = passes.attention
-        return (
-            attention_mse(weights["teacher"], weights["student"], asks, places)
-            / items["image_pairs"]
-        )
+    # Weights that only images reach
+
+    def _of_images(self) -> list[nn.Parameter]:
+        """Learning weights outside the language model and its head."""
+        language = {id(p) for p in self.parts.language_model.parameters()}
+        language |= {id(p) for p in self._heads().parameters}
+        return [p for p in self.parameters() if p.requires_grad and id(p) not in language]
+
+    def freeze_unreached(self, batch: Mapping[str, Tensor]) -> None:
+        """Freeze what no gradient can reach, such as a tower's layers above the one that is read.
+
+        Args:
+            batch: one with an image.
+        """
+        reached = _leaves(self.parts.image_embeddings(batch))
+        if self.adapter is not None:
+            reached |= {id(p) for p in self.adapter.parameters()}
+        for parameter in self._of_images():
+            if id(parameter) not in reached:
+                parameter.requires_grad_(False)
+
+    def _zero_of_images(self, device: torch.device) -> Tensor:
+        """Zero, in whose graph all weights of images are.
+
+        Devices exchange gradients weight by weight, so one whose part of a batch has no image
+        must give zeros too, and one device alone must give its optimizer the same zeros.
+        """
+        nothing = [p.flatten()[:0] for p in self._of_images()]
+        return torch.cat([torch.zeros(0, device=device), *nothing]).sum()
+
+    # What must hold before the first step
+
+    def step_zero(self, batch: Mapping[str, Tensor]) -> dict[str, float]:
+        """Check what must be zero before the first step, where it can be known; the values by name.
+
+        Raises:
+            TrainingError: a switch of equal vision weights differs from the teacher, or KL(T || T)
+                is not 0.
+        """
+        if self.teacher is None:
+            return {}
+        found = {"self_divergence": self_divergence(self.teacher, teacher_inputs(batch))}
+        towers = self.parts.vision_tower, self.teacher.vision_tower
+        if needs_switch(self.terms) and _equal_weights(*towers):
+            found["switch_gap"] = switch_gap(self.parts, self.teacher, batch)
+        for name, value in found.items():
+            if not value == 0:
+                raise TrainingError(
+                    f"Before the first step {name} is {value:.3g} and must be 0.",
+                    "The teacher does not compute the same twice: look for dropout or remote code.",
+                )
+        return found
 
 
 def default_chunk(vocabulary: int) -> int:
@@ -325,3 +333,123 @@ def _leaves(outputs: Sequence[Tensor]) -> set[int]:
         seen |= further
         nodes += further
     return leaves
+
+
+@torch.no_grad()
+def switch_gap(
+    student: VisionLanguageModel, teacher: VisionLanguageModel, batch: Mapping[str, Tensor]
+) -> float:
+    """Largest |z_SW - z_T| over the answers' hidden states of a batch.
+
+    Exactly zero where student and teacher have equal vision weights.
+    """
+    answers = answer_positions(batch["labels"])
+    own = teacher.hidden_states(batch)[answers]
+    with seeing_with(teacher, student) if has_images(batch) else contextlib.nullcontext():
+        switched = teacher.hidden_states(batch)[answers]
+    return float((switched - own).abs().max()) if switched.numel() else 0.0
+
+
+@torch.no_grad()
+def self_divergence(teacher: VisionLanguageModel, batch: Mapping[str, Tensor]) -> float:
+    """Largest KL(T || T) over the answers of a batch: zero unless the teacher is not repeatable."""
+    answers = answer_positions(batch["labels"])
+    first, second = (teacher.lm_head(teacher.hidden_states(batch)[answers][:64]) for _ in range(2))
+    return float(losses.kl(first, second).abs().max()) if len(first) else 0.0
+
+
+def _equal_weights(left: nn.Module, right: nn.Module) -> bool:
+    ours, theirs = left.state_dict(), right.state_dict()
+    return ours.keys() == theirs.keys() and all(
+        tensor.shape == theirs[name].shape
+        and tensor.dtype == theirs[name].dtype
+        and torch.equal(tensor.to(theirs[name].device), theirs[name])
+        for name, tensor in ours.items()
+    )
+
+
+class FirstLayerProbe:
+    """What enters a language model and its first layer's attention, while it runs inside a `with`.
+
+    The fused kernels that models use do not give attention weights, so that one layer's attention
+    is run again in its plain form on the same inputs.
+
+    Attributes:
+        embeddings: [batch, length, width], image tokens in their places.
+    """
+
+    def __init__(self, model: VisionLanguageModel, watches_attention: bool = True) -> None:
+        self.language: Any = model.language_model
+        self.embeddings: Any = None
+        self.inputs: dict[str, Any] = {}
+        self.module: Any = None
+        self._hooks: list[Any] = []
+        if not watches_attention:
+            return
+        layers = getattr(self.language, "layers", None)
+        if layers is None or not hasattr(layers[0], "self_attn"):
+            raise UsageError(
+                f"{type(self.language).__name__} has no layers[0].self_attn to watch.",
+                "Leave attention_mse out for this model.",
+            )
+        self.module = layers[0].self_attn
+
+    def __enter__(self) -> "FirstLayerProbe":
+        watched = [(self.language, self._keep_embeddings), (self.module, self._keep_inputs)]
+        self._hooks = [
+            module.register_forward_pre_hook(keep, with_kwargs=True)
+            for module, keep in watched
+            if module is not None
+        ]
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _keep_embeddings(self, _: nn.Module, __: tuple[Any, ...], given: dict[str, Any]) -> None:
+        self.embeddings = given["inputs_embeds"]
+
+    def _keep_inputs(self, _: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
+        if not self.inputs:
+            names = ("hidden_states", "position_embeddings")
+            self.inputs = {**dict(zip(names, args, strict=False)), **given}
+
+    def weights(self, attention_mask: Tensor) -> Tensor:
+        """[batch, heads, length, length] for a right-padded batch's mask [batch, length]."""
+        settings = self.module.config
+        before = settings._attn_implementation
+        settings._attn_implementation = "eager"
+        try:
+            _, weights = self.module.forward(
+                hidden_states=self.inputs["hidden_states"],
+                position_embeddings=self.inputs["position_embeddings"],
+                attention_mask=self._blocked(attention_mask),
+            )
+        finally:
+            settings._attn_implementation = before
+        assert isinstance(weights, Tensor)
+        return weights
+
+    def _blocked(self, attention_mask: Tensor) -> Tensor:
+        """What is added to attention scores, [batch or 1, 1, length, length].
+
+        The layer's own mask where it was given one (Gemma's prefix sees in both directions), else
+        causal.
+        """
+        hidden, given = self.inputs["hidden_states"], self.inputs.get("attention_mask")
+        if isinstance(given, Tensor) and given.dim() == 4:
+            if given.is_floating_point():
+                return given
+            allowed = given.bool()
+        else:
+            length = hidden.shape[1]
+            causal = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
+            allowed = attention_mask.bool()[:, None, None, :] & causal
+        blocked = torch.zeros(allowed.shape, dtype=hidden.dtype, device=hidden.device)
+        return blocked.masked_fill(~allowed, torch.finfo(hidden.dtype).min)

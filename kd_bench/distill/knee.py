@@ -35,7 +35,7 @@ ELEMENTS_ELSEWHERE = 1 << 24
 
 
 @dataclass(frozen=True)
-class Lead:
+class TopLogits:
     """The leading ids of every row, in falling order of their logits.
 
     Attributes:
@@ -47,9 +47,9 @@ class Lead:
     k: Tensor
     ids: Tensor
 
-    def to(self, device: torch.device) -> "Lead":
+    def to(self, device: torch.device) -> "TopLogits":
         """The same on another device."""
-        return Lead(self.k.to(device), self.ids.to(device))
+        return TopLogits(self.k.to(device), self.ids.to(device))
 
     @property
     def mask(self) -> Tensor:
@@ -73,11 +73,11 @@ def knee(
         k_min, k_max: bounds of the result; the vocabulary's size is one too. A row without a
             knee (flat, or bent upwards) has k_min.
     """
-    return leading(logits, curve=curve, candidates=candidates, k_min=k_min, k_max=k_max).k
+    return top_logits(logits, curve=curve, candidates=candidates, k_min=k_min, k_max=k_max).k
 
 
 @torch.no_grad()
-def leading(
+def top_logits(
     logits: Tensor,
     *,
     top_k: int | None = None,
@@ -85,13 +85,13 @@ def leading(
     candidates: Candidates = "full",
     k_min: int = 2,
     k_max: int | None = None,
-) -> Lead:
+) -> TopLogits:
     """The top `top_k` ids of each row of logits [N, V], or, by default, those above its knee."""
     _check(logits, top_k, curve, candidates, k_min, k_max)
     rows, vocabulary = logits.shape
     if rows == 0 or vocabulary == 0:
         empty = torch.zeros(rows, dtype=torch.long, device=logits.device)
-        return Lead(empty, empty.new_zeros(rows, 0))
+        return TopLogits(empty, empty.new_zeros(rows, 0))
     rule = _Rule(
         top_k=None if top_k is None else min(top_k, vocabulary),
         curve=curve,
@@ -103,7 +103,7 @@ def leading(
     if chunks.device.type == "mps":  # has no double precision
         chunks = chunks.cpu()
     at_a_time = max(1, ELEMENTS_AT_A_TIME.get(logits.device.type, ELEMENTS_ELSEWHERE) // vocabulary)
-    return join([_lead(chunk, rule) for chunk in chunks.split(at_a_time)]).to(logits.device)
+    return join([_top_of_chunk(chunk, rule) for chunk in chunks.split(at_a_time)]).to(logits.device)
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class _Rule:
         return self.k_min if self.top_k is None else self.top_k
 
 
-def _lead(logits: Tensor, rule: _Rule) -> Lead:
+def _top_of_chunk(logits: Tensor, rule: _Rule) -> TopLogits:
     """One chunk of rows, small enough for the memory that counting takes."""
     values = logits if logits.dtype == torch.float64 else logits.float()
     vocabulary = values.shape[-1]
@@ -133,12 +133,12 @@ def _lead(logits: Tensor, rule: _Rule) -> Lead:
         ordered, ids, counts = _sort_top(values, rule)
         low = values.amin(dim=-1, keepdim=True)
     if rule.top_k is not None:
-        return Lead(torch.full_like(ids[:, 0], rule.top_k), ids[:, : rule.top_k])
+        return TopLogits(torch.full_like(ids[:, 0], rule.top_k), ids[:, : rule.top_k])
     if rule.prefix < vocabulary:  # every row has as many: `_sort_top` saw to it
         ordered, counts = ordered[:, : rule.prefix], None
         low = ordered[:, -1:]
     k = _knee_of_sorted(ordered, low, counts, rule)
-    return Lead(k, ids[:, : int(k.max())])
+    return TopLogits(k, ids[:, : int(k.max())])
 
 
 def _knee_of_sorted(ordered: Tensor, low: Tensor, counts: Tensor | None, rule: _Rule) -> Tensor:
@@ -231,13 +231,13 @@ def _sort_falling(values: Tensor) -> tuple[Tensor, Tensor]:
     return values.gather(1, ids), ids
 
 
-def join(leads: Sequence[Lead]) -> Lead:
-    """The rows of several leads, one below the other."""
-    if len(leads) == 1:
-        return leads[0]
-    width = max(lead.ids.shape[-1] for lead in leads)
-    ids = [torch.nn.functional.pad(lead.ids, (0, width - lead.ids.shape[-1])) for lead in leads]
-    return Lead(torch.cat([lead.k for lead in leads]), torch.cat(ids))
+def join(parts: Sequence[TopLogits]) -> TopLogits:
+    """The rows of several, one below the other."""
+    if len(parts) == 1:
+        return parts[0]
+    width = max(top.ids.shape[-1] for top in parts)
+    ids = [torch.nn.functional.pad(top.ids, (0, width - top.ids.shape[-1])) for top in parts]
+    return TopLogits(torch.cat([top.k for top in parts]), torch.cat(ids))
 
 
 def _check(

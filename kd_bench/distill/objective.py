@@ -3,6 +3,10 @@
 Hidden states at the answer positions go through the LM heads and the losses a chunk at a time.
 Each chunk's gradient is taken at once and its logits are dropped, so the logits of a whole batch
 [positions, vocabulary] never exist and nothing is computed twice.
+
+Beside these stand the terms on image tokens of the methods that Switch-KD is compared with:
+LLaVA-KD (arXiv 2410.16236) compares the last layer at image positions, Align-KD (arXiv 2412.01282)
+the projected image tokens and the first layer's attention from text to image.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,10 +18,33 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd_bench.distill import losses
-from kd_bench.distill.knee import Lead, knee, leading
+from kd_bench.distill.knee import TopLogits, knee, top_logits
 from kd_bench.distill.recipe import Term
 
 KNEE_OPTIONS = ("curve", "candidates", "k_min", "k_max")
+
+
+def count_items(batch: Mapping[str, Tensor], image_token_id: int) -> dict[str, Tensor]:
+    """What the sums of the terms are divided by, so that they are the same on any number of
+    micro-batches and devices once these counts are added up over them.
+
+    Returns:
+        answers: positions whose next token is supervised.
+        image_samples: samples with an image.
+        image_tokens: image positions.
+        image_pairs: text positions times the image positions before each.
+    """
+    places = batch["input_ids"] == image_token_id  # [batch, length]
+    asks = batch["attention_mask"].bool() & ~places
+    return {
+        "answers": (batch["labels"][:, 1:] != -100).sum(),
+        "image_samples": places.any(1).sum(),
+        "image_tokens": places.sum(),
+        "image_pairs": places.cumsum(1)[asks].sum(),
+    }
+
+
+# Terms on logits
 
 
 @dataclass(frozen=True)
@@ -27,7 +54,7 @@ class Heads:
     Attributes:
         student, teacher: hidden states [n, width] -> logits [n, vocabulary].
         parameters: weights of the student's head, those that learn.
-        vocabulary: rows that both sides are cut to where the teacher is compared; None is all.
+        vocabulary: size that both sides are cut to where the teacher is compared; None is all.
     """
 
     student: Callable[[Tensor], Tensor]
@@ -41,10 +68,6 @@ class KneeLog:
     """Knee positions k met by the DBiLD terms, by whose logits they were found on."""
 
     knees: dict[str, list[Tensor]] = field(default_factory=dict)
-
-    def add(self, side: str, k: Tensor) -> None:
-        """Keep the knees [n] found on one side's logits."""
-        self.knees.setdefault(side, []).append(k.cpu())
 
     def summary(self) -> dict[str, float]:
         """Mean and quantiles of k by side, e.g. `knee_teacher_p50`."""
@@ -74,26 +97,54 @@ def token_terms(
     Args:
         hidden: `student` [N, width], `teacher` and `switch` [N, teacher's width], as terms need.
         targets: token ids [N].
-        items: answer positions of the whole batch, over all devices and accumulation pieces.
+        items: answer positions of the whole batch, over all devices and micro-batches.
         chunk: positions that pass through heads and losses at a time.
 
     Returns:
         The loss, a scalar; and by term label its sum over the N positions divided by `items`.
     """
     active = [term for term in terms if term.weight]
-    names = [name for name, states in hidden.items() if states.requires_grad]
+    learning = torch.is_grad_enabled()
+    names = [name for name, states in hidden.items() if states.requires_grad and learning]
     parameters = [p for p in heads.parameters if p.requires_grad and "student" in hidden]
+    inputs = [*(hidden[name] for name in names), *parameters] if learning else []
+    gradients = [torch.zeros_like(tensor) for tensor in inputs]
     scale = 1.0 / torch.as_tensor(items, dtype=torch.float32, device=targets.device).clamp(min=1)
+    loss = torch.zeros((), device=targets.device)
+    sums = torch.zeros(len(active), device=targets.device)
+    for start in range(0, len(targets), chunk):
+        place = slice(start, start + chunk)
+        states = {name: tensor[place].detach() for name, tensor in hidden.items()}
+        leaves = [states[name].requires_grad_() for name in names]
+        values = _values(active, heads, states, targets[place], knee_log)
+        weighted = (term.weight * value for term, value in zip(active, values, strict=True))
+        total = torch.as_tensor(sum(weighted)) * scale
+        loss += total.detach()
+        sums += torch.stack([value.detach() for value in values])
+        if not (inputs and total.requires_grad):
+            continue
+        found = torch.autograd.grad(total, [*leaves, *parameters], allow_unused=True)
+        for number, gradient in enumerate(found):
+            if gradient is not None and number < len(leaves):
+                gradients[number][place] = gradient
+            elif gradient is not None:
+                gradients[number] += gradient
+    if inputs:
+        loss = _WithGradients.apply(loss, gradients, *inputs)
+    return loss, {term.label: value * scale for term, value in zip(active, sums, strict=True)}
 
-    def run(pieces: Mapping[str, Tensor], wanted: Tensor) -> tuple[Tensor, list[Tensor]]:
-        values = _values(active, heads, pieces, wanted, knee_log)
-        total = sum(term.weight * v for term, v in zip(active, values, strict=True)) * scale
-        return total, values
 
-    job = _Job(run, dict(hidden), targets, names, parameters, chunk, len(active))
-    loss, values = _InChunks.apply(job, *(hidden[name] for name in names), *parameters)
-    logged = {term.label: values[i] * scale for i, term in enumerate(active)}
-    return loss, logged
+class _WithGradients(torch.autograd.Function):
+    """A value whose gradients at some tensors are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *_: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return (None, None, *(gradient * grad for gradient in ctx.saved_tensors))
 
 
 def _values(
@@ -110,118 +161,95 @@ def _values(
         assert head is not None  # only a teacher makes teacher or switch states
         logits[name] = head(states)  # [n, vocabulary]
     cut = {name: rows[:, : heads.vocabulary] for name, rows in logits.items()}
-    leads = _Leads(cut, knee_log)
-    return [_value(term, logits, cut, targets, leads) for term in terms]
-
-
-def _value(
-    term: Term,
-    logits: Mapping[str, Tensor],
-    cut: Mapping[str, Tensor],
-    targets: Tensor,
-    leads: "_Leads",
-) -> Tensor:
-    """Sum of one term over the positions of one chunk."""
-    if term.loss == "ce":
-        return F.cross_entropy(logits["student"].float(), targets, reduction="sum")
-    options = dict(term.options)
-    if term.loss == "dbild":
-        options["teacher_lead"] = leads.teacher(term)
-    function = getattr(losses, term.loss)
-    per_token: Tensor = function(cut["teacher"].detach(), cut[term.of], **options)  # [n]
-    return per_token.sum()
-
-
-class _Leads:
-    """The teacher's leading logits, found once for all terms that look for them in one way."""
-
-    def __init__(self, logits: Mapping[str, Tensor], knee_log: KneeLog | None) -> None:
-        self.logits = logits
-        self.knee_log = knee_log
-        self.found: dict[tuple[tuple[str, object], ...], Lead] = {}
-        self.logged: set[str] = set()
-
-    def teacher(self, term: Term) -> Lead:
-        options: dict[str, Any] = {
-            name: value for name, value in term.options.items() if name in KNEE_OPTIONS
-        }
-        key = tuple(sorted(options.items()))
-        if key not in self.found:
-            self.found[key] = leading(self.logits["teacher"], **options)
-        if self.knee_log is not None:
-            self._log("teacher", self.found[key].k)
-            if term.of not in self.logged:
-                self._log(term.of, knee(self.logits[term.of].detach(), **options))
-        return self.found[key]
-
-    def _log(self, side: str, k: Tensor) -> None:
-        """One distribution a side, found the way its first DBiLD term finds it."""
-        if self.knee_log is not None and side not in self.logged:
-            self.logged.add(side)
-            self.knee_log.add(side, k)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What `_InChunks` runs; a plain object because autograd functions take positions only."""
-
-    run: Callable[[Mapping[str, Tensor], Tensor], tuple[Tensor, list[Tensor]]]
-    hidden: dict[str, Tensor]
-    targets: Tensor
-    names: list[str]
-    parameters: list[nn.Parameter]
-    chunk: int
-    terms: int
-
-
-class _InChunks(torch.autograd.Function):
-    """Loss and term values; the gradients are made in the forward pass, chunk by chunk."""
-
-    @staticmethod
-    def forward(ctx: Any, job: _Job, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        device = job.targets.device
-        loss = torch.zeros((), device=device)
-        values = torch.zeros(job.terms, device=device)
-        wants_grad = any(ctx.needs_input_grad[1:])
-        states = inputs[: len(job.names)]
-        gradients = [torch.zeros_like(tensor) for tensor in inputs] if wants_grad else []
-        for start in range(0, len(job.targets), job.chunk):
-            piece = slice(start, start + job.chunk)
-            pieces = {name: tensor[piece].detach() for name, tensor in job.hidden.items()}
-            with torch.set_grad_enabled(wants_grad):
-                leaves = []
-                for name, tensor in zip(job.names, states, strict=True):
-                    pieces[name] = tensor[piece].detach().requires_grad_(wants_grad)
-                    leaves.append(pieces[name])
-                total, found = job.run(pieces, job.targets[piece])
-            loss += total.detach()
-            values += torch.stack([value.detach() for value in found])
-            if wants_grad and total.requires_grad:
-                _accumulate(gradients, total, leaves, job.parameters, piece)
-        ctx.save_for_backward(*gradients)
-        ctx.mark_non_differentiable(values)
-        return loss, values
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Any, ...]:
-        return (None, *(gradient * grad_loss for gradient in ctx.saved_tensors))
-
-
-def _accumulate(
-    gradients: list[Tensor],
-    total: Tensor,
-    leaves: list[Tensor],
-    parameters: list[nn.Parameter],
-    piece: slice,
-) -> None:
-    """Add one chunk's gradients: rows of the hidden states, sums for the head's weights."""
-    found: tuple[Tensor | None, ...] = torch.autograd.grad(
-        total, [*leaves, *parameters], allow_unused=True
-    )
-    for index, gradient in enumerate(found):
-        if gradient is None:
+    tops: dict[tuple[tuple[str, Any], ...], TopLogits] = {}  # the teacher's, by how it was sought
+    knees: dict[str, Tensor] = {}  # by side, found the way its first DBiLD term finds them
+    values = []
+    for term in terms:
+        if term.loss == "ce":
+            values.append(F.cross_entropy(logits["student"].float(), targets, reduction="sum"))
             continue
-        if index < len(leaves):
-            gradients[index][piece] = gradient
-        else:
-            gradients[index] += gradient
+        options = dict(term.options)
+        if term.loss == "dbild":
+            sought: dict[str, Any] = {n: v for n, v in options.items() if n in KNEE_OPTIONS}
+            key = tuple(sorted(sought.items()))
+            if key not in tops:
+                tops[key] = top_logits(cut["teacher"], **sought)
+            options["teacher_top"] = tops[key]
+            if knee_log is not None:
+                knees.setdefault("teacher", tops[key].k)
+                if term.of not in knees:
+                    knees[term.of] = knee(cut[term.of].detach(), **sought)
+        function = getattr(losses, term.loss)
+        values.append(function(cut["teacher"].detach(), cut[term.of], **options).sum())
+    for side, k in knees.items():
+        assert knee_log is not None
+        knee_log.knees.setdefault(side, []).append(k.cpu())
+    return values
+
+
+def image_kl(
+    heads: Heads,
+    hidden: Mapping[str, Tensor],
+    items: Tensor | float,
+    *,
+    temperature: float | None = None,
+    chunk: int = 512,
+) -> Tensor:
+    """KL over the vocabulary at image positions, summed and divided by `items`; a scalar.
+
+    Args:
+        hidden: of `student` and `teacher` at image positions [M, width].
+    """
+    unused = hidden["student"].new_zeros(len(hidden["student"]), dtype=torch.long)
+    term = Term(loss="kl", temperature=temperature)
+    return token_terms([term], heads, hidden, unused, items, chunk=chunk)[0]
+
+
+# Terms on what lies inside the models
+
+
+def image_correlation(teacher: Tensor, other: Tensor, owners: Tensor) -> Tensor:
+    """1 - cosine of the two models' self-correlation matrices, summed over samples; a scalar.
+
+    Args:
+        teacher, other: last hidden states at image positions [M, width]; the widths may differ.
+        owners: sample that each position belongs to [M].
+
+    The source speaks of the language model's output at image positions; hidden states are taken
+    here, not logits (OPEN).
+    """
+    values = []
+    for sample in owners.unique().tolist():
+        chosen = owners == sample
+        left, right = teacher[chosen].detach().float(), other[chosen].float()  # [m, width]
+        relation = (left @ left.T).flatten(), (right @ right.T).flatten()  # [m * m]
+        values.append(1 - F.cosine_similarity(*relation, dim=0))
+    return torch.stack(values).sum()
+
+
+def image_mse(teacher: Tensor, other: Tensor, adapter: nn.Module | None) -> Tensor:
+    """Squared error of the projected image tokens, averaged over the width and summed; a scalar.
+
+    Args:
+        teacher, other: embeddings [M, width] that enter the language models.
+        adapter: linear map of the teacher's width to the student's where they differ. It learns
+            with the student and is no part of the checkpoint (upstream: a 1 x 1 convolution).
+    """
+    left = teacher.detach()
+    if adapter is not None:
+        left = adapter(left.to(next(adapter.parameters()).dtype))
+    return F.mse_loss(other.float(), left.float(), reduction="none").mean(-1).sum()
+
+
+def attention_mse(teacher: Tensor, other: Tensor, asks: Tensor, seen: Tensor) -> Tensor:
+    """Squared error of text-to-image attention averaged over heads, summed over pairs; a scalar.
+
+    Args:
+        teacher, other: attention weights [batch, heads, length, length]; heads may differ.
+        asks: text positions [batch, length], padding excluded.
+        seen: image positions [batch, length].
+    """
+    pairs = asks.unsqueeze(2) & seen.unsqueeze(1)  # [batch, length, length]
+    pairs = pairs & torch.ones_like(pairs[0]).tril()  # nothing is seen before it comes
+    left, right = teacher.detach().float().mean(1), other.float().mean(1)
+    return F.mse_loss(right[pairs], left[pairs], reduction="sum")

@@ -24,12 +24,6 @@ from kd_bench.distill import processes
 from kd_bench.distill.build import add_lora, build_start, lora_layers, merge_lora
 from kd_bench.distill.chat import read_template, use_template
 from kd_bench.distill.checkpoints import locate, weights_digest
-from kd_bench.distill.compatibility import (
-    check_pair,
-    check_terms,
-    image_difference,
-    step_zero,
-)
 from kd_bench.distill.conversations import Conversations, data_digest, read_conversations
 from kd_bench.distill.distiller import Distiller
 from kd_bench.distill.encoding import (
@@ -72,6 +66,7 @@ from kd_bench.distill.trainer import (
     spent,
     trainer_arguments,
 )
+from kd_bench.distill.vision_language import check_pair, check_terms, image_difference
 from kd_bench.errors import KdBenchError, UsageError, explained
 from kd_bench.files import digest_text, write_json, write_text
 from kd_bench.world.build import resolve
@@ -557,7 +552,7 @@ def _announce(
         "data": data_digest(dataset.conversations),
         "unreadable": dataset.unreadable,
         "parameters": counts,
-        "checks": step_zero(distiller, trainer.first_batch()),
+        "checks": distiller.step_zero(trainer.first_batch()),
     }
     if dataset.left_out:
         run.lineage["stages"][stage.name]["answers_left_out"] = dataset.left_out

@@ -25,8 +25,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from kd_bench.distill.distiller import Distiller
 from kd_bench.distill.encoding import BatchOrder, Collator
-from kd_bench.distill.image_terms import count_items
-from kd_bench.distill.objective import KneeLog
+from kd_bench.distill.objective import KneeLog, count_items
 from kd_bench.distill.outputs import sync_folder
 from kd_bench.distill.recipe import Recipe, Stage
 from kd_bench.errors import TrainingError, UsageError, one_line

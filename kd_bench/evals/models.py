@@ -11,10 +11,9 @@ from lmms_eval.api.model import lmms
 
 from kd_bench.distill.chat import use_template
 from kd_bench.distill.checkpoints import locate, stored_dtype
-from kd_bench.distill.compatibility import check_pair
 from kd_bench.distill.models import check_image_token, load_model, load_processor, weight_count
 from kd_bench.distill.recipe import Term
-from kd_bench.distill.vision_language import VisionLanguageModel, put_vision
+from kd_bench.distill.vision_language import VisionLanguageModel, check_pair, put_vision
 from kd_bench.errors import IncompleteRunError, UsageError, closest, one_line
 from kd_bench.evals.benchmark import Answer, Question, Settings, lmms_eval, settings_of
 from kd_bench.evals.checkpoint import StockModel

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_bench.distill.knee import leading
+from kd_bench.distill.knee import top_logits
 from kd_bench.distill.losses import dbild
 from tests.benchmarks.figures import Figure, peak_memory, print_table, seconds, timed
 
@@ -104,15 +104,15 @@ def knee_figures(at_a_time: int = 32) -> list[Figure]:
         knees = []
         for _ in range(ROWS // at_a_time):
             logits = logits_of(shape, at_a_time)
-            lead, spent = timed(lambda logits=logits: leading(logits))
+            top, spent = timed(lambda logits=logits: top_logits(logits))
             ours += spent
             (ordered, ids), spent = timed(
                 lambda logits=logits: torch.sort(logits, dim=-1, descending=True, stable=True)
             )
             theirs += spent
-            knees.append(lead.k)
+            knees.append(top.k)
             for row, k in enumerate(knee_of_sorted(ordered).tolist()):
-                same += k == lead.k[row] and torch.equal(lead.ids[row, :k], ids[row, :k])
+                same += k == top.k[row] and torch.equal(top.ids[row, :k], ids[row, :k])
         figures.append(
             Figure(
                 f"knee + selection of [{ROWS}, {VOCABULARY}], {shape}: same k and ids on {same} "
@@ -132,12 +132,12 @@ def small_figures(rows: int = 200, vocabulary: int = 600) -> list[Figure]:
     teacher = torch.randn(rows, vocabulary, generator=generator) * 3
     other = (torch.randn(rows, vocabulary, generator=generator) * 3).requires_grad_()
     time = seconds(lambda: dbild(teacher, other).sum().backward(), 30)
-    lead = leading(teacher)
-    shared = seconds(lambda: dbild(teacher, other, teacher_lead=lead).sum().backward(), 30)
+    top = top_logits(teacher)
+    shared = seconds(lambda: dbild(teacher, other, teacher_top=top).sum().backward(), 30)
     name = f"dbild forward + backward, N = {rows}, V = {vocabulary}"
     return [
         Figure(name, f"{time * 1e3:.1f} ms"),
-        Figure(f"{name}, the teacher's lead shared", f"{shared * 1e3:.1f} ms"),
+        Figure(f"{name}, the teacher's top logits shared", f"{shared * 1e3:.1f} ms"),
     ]
 
 

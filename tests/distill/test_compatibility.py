@@ -5,16 +5,15 @@ import copy
 import pytest
 import torch
 
-from kd_bench.distill.compatibility import (
+from kd_bench.distill.distiller import Distiller, self_divergence, switch_gap
+from kd_bench.distill.recipe import METHODS, Term
+from kd_bench.distill.vision_language import (
+    VisionLanguageModel,
+    answer_positions,
     check_pair,
     check_terms,
-    self_divergence,
-    step_zero,
-    switch_gap,
+    seeing_with,
 )
-from kd_bench.distill.distiller import Distiller
-from kd_bench.distill.recipe import METHODS, Term
-from kd_bench.distill.vision_language import VisionLanguageModel, answer_positions, seeing_with
 from kd_bench.errors import TrainingError, UsageError
 from tests.support import tiny
 
@@ -123,8 +122,8 @@ def test_the_switch_of_equal_eyes_is_the_teacher_to_the_last_bit(teacher, batch)
     assert switch_gap(ours, theirs, batch) == 0
     assert self_divergence(theirs, batch) == 0
     distiller = Distiller(student, teacher, SWITCH)
-    assert step_zero(distiller, batch) == {"self_divergence": 0, "switch_gap": 0}
-    assert step_zero(Distiller(student, None, METHODS["sft"]), batch) == {}
+    assert distiller.step_zero(batch) == {"self_divergence": 0, "switch_gap": 0}
+    assert Distiller(student, None, METHODS["sft"]).step_zero(batch) == {}
 
 
 def test_a_teacher_that_never_says_the_same_twice_is_found_out(batch):
@@ -134,7 +133,7 @@ def test_a_teacher_that_never_says_the_same_twice_is_found_out(batch):
         lambda module, given, output: output + torch.randn_like(output)
     )
     with pytest.raises(TrainingError, match=r"self_divergence is .* must be 0"):
-        step_zero(distiller, batch)
+        distiller.step_zero(batch)
 
 
 def test_a_teacher_with_the_students_eyes_put_in_gives_the_switch_logits(teacher, batch):

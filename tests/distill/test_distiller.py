@@ -6,9 +6,9 @@ import torch.nn.functional as F
 
 from kd_bench.distill import losses
 from kd_bench.distill.conversations import read_conversations
-from kd_bench.distill.distiller import Distiller, default_chunk
+from kd_bench.distill.distiller import Distiller, FirstLayerProbe, default_chunk
 from kd_bench.distill.encoding import Collator, Encoder
-from kd_bench.distill.image_terms import FirstLayerProbe, count_items, image_correlation
+from kd_bench.distill.objective import count_items, image_correlation
 from kd_bench.distill.recipe import METHODS, DataSource, Term
 from kd_bench.distill.vision_language import VisionLanguageModel, answer_positions
 from tests.support import tiny

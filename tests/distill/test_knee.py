@@ -9,7 +9,7 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
 from kd_bench.distill import knee as knee_module
-from kd_bench.distill.knee import knee, leading
+from kd_bench.distill.knee import knee, top_logits
 from kd_bench.errors import UsageError
 
 
@@ -77,11 +77,11 @@ def test_knee_is_that_of_a_full_sort(shape, curve):
 @pytest.mark.parametrize("shape", list(shapes(1, 8)))
 def test_leading_ids_are_those_of_a_stable_full_sort(shape):
     logits = shapes(7, 3000)[shape]
-    for lead in (leading(logits), leading(logits, top_k=40), leading(logits, k_min=900)):
-        for k, ids, expected in zip(lead.k, lead.ids, expected_ids(logits), strict=True):
+    for top in (top_logits(logits), top_logits(logits, top_k=40), top_logits(logits, k_min=900)):
+        for k, ids, expected in zip(top.k, top.ids, expected_ids(logits), strict=True):
             assert ids[:k].tolist() == expected[:k].tolist()
-        assert lead.ids.shape[1] == lead.k.max()
-        assert lead.mask.sum(dim=-1).tolist() == lead.k.tolist()
+        assert top.ids.shape[1] == top.k.max()
+        assert top.mask.sum(dim=-1).tolist() == top.k.tolist()
 
 
 @pytest.mark.parametrize("curve", ["logits", "probs"])
@@ -173,10 +173,10 @@ def test_wrong_options_are_named(options):
 )
 def test_both_ways_agree_on_any_row(values, curve):
     logits = torch.from_numpy(values)
-    sorted_whole = leading(logits, curve=curve)
+    sorted_whole = top_logits(logits, curve=curve)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(knee_module, "SORT_ALL_BELOW", 0)
-        binned = leading(logits, curve=curve)
+        binned = top_logits(logits, curve=curve)
     assert sorted_whole.k.tolist() == binned.k.tolist()
     assert sorted_whole.k.tolist() == expected_knees(logits, curve=curve)
     for k, one, other in zip(sorted_whole.k, sorted_whole.ids, binned.ids, strict=True):

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
-from kd_bench.distill import pairs as pairs_module
-from kd_bench.distill.knee import knee, leading
+from kd_bench.distill import losses as losses_module
+from kd_bench.distill.knee import knee, top_logits
 from kd_bench.distill.losses import bild, dbild, jsd, kl, rkl
 from kd_bench.errors import UsageError
 
@@ -31,7 +31,7 @@ def divergence(teacher: Tensor, other: Tensor, direction: str) -> Tensor:
 def pair_list(
     teacher: Tensor, other: Tensor, ids: Tensor, tau: float, direction: str, form: str
 ) -> Tensor:
-    """One lead's divergence, with every difference written out."""
+    """One side's divergence, with every difference written out."""
     t, s = teacher[ids] / tau, other[ids] / tau
     if form == "none":
         return divergence(t, s, direction)
@@ -151,8 +151,8 @@ def test_a_union_of_ids_is_one_list_in_the_teachers_order(kind, form):
     for row, (t, s) in enumerate(zip(teacher.double(), other.double(), strict=True)):
         ours = torch.sort(t, descending=True, stable=True).indices
         theirs = torch.sort(s.detach(), descending=True, stable=True).indices[: k_s[row]]
-        leads = set(ours[: k_t[row]].tolist()) | set(theirs.tolist())
-        ids = torch.tensor([index for index in ours.tolist() if index in leads])
+        tops = set(ours[: k_t[row]].tolist()) | set(theirs.tolist())
+        ids = torch.tensor([index for index in ours.tolist() if index in tops])
         oracle.append(pair_list(t, s, ids, 3.0, "reverse", form))
     wanted = torch.stack(oracle)
     torch.testing.assert_close(values.double(), wanted, rtol=2e-6, atol=1e-9)
@@ -200,7 +200,7 @@ def test_bild_by_hand():
     """Two leading logits on each side make one pair, so every distribution is certain: zero."""
     assert bild(torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[0.0, 5.0, 1.0]]), top_k=2) == 0
     # Three: differences 1, 2, 1 of the teacher (x tau) against 0, 0, 0 of a flat other, which
-    # leads in the order of ids too; so both leads give log 3 less the teacher's entropy.
+    # leads in the order of ids too; so both sides give log 3 less the teacher's entropy.
     teacher, other = torch.tensor([[2.0, 1.0, 0.0]]) * 3, torch.zeros(1, 3)
     weights = [math.exp(1), math.exp(2), math.exp(1)]
     p = [w / sum(weights) for w in weights]
@@ -282,8 +282,8 @@ def test_rows_of_very_different_k_are_grouped_without_a_difference(monkeypatch):
     ones = torch.ones(40)
     together = dbild(teacher, other)
     wanted = gradient_of(together, other, ones)
-    monkeypatch.setattr(pairs_module, "ELEMENTS_AT_A_TIME", {"cpu": 300})
-    assert len(pairs_module._groups(leading(teacher))) >= 5
+    monkeypatch.setattr(losses_module, "ELEMENTS_AT_A_TIME", {"cpu": 300})
+    assert len(losses_module._groups(top_logits(teacher).k, top_logits(teacher).ids.shape[1])) >= 5
     apart = dbild(teacher, other)
     torch.testing.assert_close(apart, together, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(gradient_of(apart, other, ones), wanted, rtol=1e-6, atol=1e-9)
@@ -291,7 +291,9 @@ def test_rows_of_very_different_k_are_grouped_without_a_difference(monkeypatch):
 
 def test_teacher_lead_can_be_given():
     teacher, other = logits_of("random")
-    assert torch.equal(dbild(teacher, other, teacher_lead=leading(teacher)), dbild(teacher, other))
+    assert torch.equal(
+        dbild(teacher, other, teacher_top=top_logits(teacher)), dbild(teacher, other)
+    )
 
 
 def test_a_broken_row_is_seen_and_stays_alone():

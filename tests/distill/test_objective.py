@@ -127,10 +127,10 @@ def test_rows_beyond_the_common_vocabulary_are_ignored_by_the_teacher_only(sides
 def test_the_teachers_knees_are_found_once_a_chunk_for_terms_that_agree(sides, monkeypatch):
     heads, hidden, targets = sides
     calls = []
-    before = knees.leading
+    before = knees.top_logits
     for module in (objective, losses):
         monkeypatch.setattr(
-            module, "leading", lambda logits, **o: calls.append(1) or before(logits, **o)
+            module, "top_logits", lambda logits, **o: calls.append(1) or before(logits, **o)
         )
     token_terms(METHODS["switch-kd"], heads, hidden, targets, N)
     assert len(calls) == 3  # teacher, student, switch

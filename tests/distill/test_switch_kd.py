@@ -11,7 +11,7 @@ from kd_bench.distill.encoding import BatchOrder, Collator, ConversationDataset,
 from kd_bench.distill.models import load_model
 from kd_bench.distill.recipe import METHODS, Term, load_recipe
 from kd_bench.distill.switch_kd import SwitchKD
-from kd_bench.distill.trainer import train
+from kd_bench.distill.train import train
 from kd_bench.errors import UsageError
 from tests.support import tiny
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_bench.distill import vision_language
-from kd_bench.distill.distiller import Distiller
-from kd_bench.distill.image_terms import FirstLayerProbe
+from kd_bench.distill.distiller import Distiller, FirstLayerProbe
 from kd_bench.distill.models import checkpoint_activations
 from kd_bench.distill.recipe import METHODS
 from kd_bench.distill.vision_language import (
