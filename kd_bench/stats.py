@@ -109,27 +109,6 @@ def score_interval(
     return binomial_interval(score / 100, size, len(values), level)
 
 
-def ratio_interval(numerator: Array, denominator: Array, level: float = 0.95) -> Interval | None:
-    """Interval of a ratio of paired draws; None where the denominator may be zero.
-
-    Retention is student / teacher; the gap closed is (student - floor) / (teacher - floor).
-    A ratio over something that is not clearly positive has no finite interval.
-    """
-    sound = ~(np.isnan(numerator) | np.isnan(denominator))
-    numerator, denominator = numerator[sound], denominator[sound]
-    if denominator.size == 0 or np.mean(denominator <= 0) > (1 - level) / 20:
-        return None
-    positive = denominator > 0
-    return percentile_interval(numerator[positive] / denominator[positive], level)
-
-
-def gap_closed(
-    student: Array, floor: Array, teacher: Array, level: float = 0.95
-) -> Interval | None:
-    """Interval of (student - floor) / (teacher - floor) from paired draws [resamples]."""
-    return ratio_interval(student - floor, teacher - floor, level)
-
-
 # --- few units ---------------------------------------------------------------------------------
 
 
@@ -181,7 +160,7 @@ def binomial_interval(share: float, size: float, units: float, level: float = 0.
 
 
 def smoothed(
-    draws: Array, aggregator: str, values: Array, seed: int | tuple[int, ...] = 0
+    draws: Array, score: float, size: float, values: Array, seed: int | tuple[int, ...] = 0
 ) -> Array:
     """Bootstrap draws of one model's score [resamples] that few units do not make too narrow.
 
@@ -189,18 +168,23 @@ def smoothed(
     right-or-wrong item could do, normal noise of 100 / n_eff points: two models that differ on
     few units (or on none that is here) are not known to be alike. The noise depends on the
     model's own statistics alone, whatever stands beside it.
+
+    Args:
+        score, size: of `effective_units(aggregator, values)`.
     """
     units = len(values)
     if units < 2:
         return draws
-    score, size = effective_units(aggregator, values)
     base = (seed,) if isinstance(seed, int) else tuple(seed)
-    content = int.from_bytes(
-        hashlib.sha256(np.ascontiguousarray(values).tobytes()).digest()[:8], "big"
-    )
+    content = int(content_digest(values)[:16], 16)
     noise = np.random.default_rng((*base, content)).standard_normal(len(draws))
     wide: Array = score + (draws - score) * math.sqrt(units / (units - 1)) + 100 / size * noise
     return wide
+
+
+def content_digest(values: Array) -> str:
+    """sha256 of a model's unit statistics, hexadecimal; equal where no unit differs."""
+    return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()
 
 
 def unchanged_draws(units: int, resamples: int = RESAMPLES, exact: bool = False) -> Array:
@@ -408,31 +392,6 @@ def _lower_bound(draws: Array, level: float, size: int) -> float:
 # --- training seeds --------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class MethodDifference:
-    """Method B minus method A, both with their training seeds.
-
-    Attributes:
-        interval, p: Student's t with both sources of error; see `method_difference`.
-        sampling_error: standard error from the choice of test documents.
-        seed_error: standard error from the choice of training seeds, None with one seed each.
-        spread_a, spread_b: standard deviation of the scores over seeds, None with one seed.
-        seeds: number of seeds of A and of B.
-        error, freedom: standard error from both sources, and its degrees of freedom.
-    """
-
-    difference: float
-    interval: Interval | None
-    p: float
-    sampling_error: float
-    seed_error: float | None
-    spread_a: float | None
-    spread_b: float | None
-    seeds: tuple[int, int]
-    error: float = 0.0
-    freedom: float = 1.0
-
-
 def seed_variance(scores: Array, draws: Array) -> tuple[float, float]:
     """Variance of a method's mean score from its training seeds: (net, as seen on this test set).
 
@@ -463,54 +422,3 @@ def pooled_freedom(variance: float, parts: Sequence[tuple[float, float]]) -> flo
         return 1.0
     fewest = min(freedom for part, freedom in parts if part > 0)
     return max(variance * sum(part for part, _ in parts) / spread, fewest)
-
-
-def method_difference(
-    a_scores: Array,
-    b_scores: Array,
-    a_draws: Array,
-    b_draws: Array,
-    units: float,
-    level: float = 0.95,
-) -> MethodDifference:
-    """Compare two methods over training seeds, two-level: seeds and test documents.
-
-    The variance of the difference of means is that over documents, from the bootstrap of the
-    seed means, plus the net `seed_variance` of each method. A method with one seed adds no seed
-    variance: nothing is known about it, and `seed_error` says so when both have one.
-
-    Args:
-        a_scores, b_scores: observed scores, [seeds].
-        a_draws, b_draws: the same under one paired bootstrap, [seeds, resamples].
-        units: resampling units, for the sampling term's degrees of freedom.
-    """
-    difference = float(b_scores.mean() - a_scores.mean())
-    sampling = float(np.nanvar(b_draws.mean(0) - a_draws.mean(0), ddof=1))
-    spreads = [float(s.std(ddof=1)) if len(s) > 1 else None for s in (a_scores, b_scores)]
-    seeds = [
-        (*seed_variance(scores, draws), len(scores) - 1)
-        for scores, draws in ((a_scores, a_draws), (b_scores, b_draws))
-        if len(scores) > 1
-    ]
-    variance = sampling + sum(net for net, _, _ in seeds)
-    error = math.sqrt(variance)
-    freedom = pooled_freedom(
-        variance, [(sampling, max(units - 1, 1)), *((seen, df) for _, seen, df in seeds)]
-    )
-    reach = error * float(distributions.t.ppf((1 + level) / 2, freedom))
-    if error > 0:
-        p = 2 * float(distributions.t.sf(abs(difference) / error, freedom))
-    else:
-        p = 1.0 if difference == 0 else 0.0
-    return MethodDifference(
-        difference=difference,
-        interval=Interval(difference - reach, difference + reach, level),
-        p=p,
-        sampling_error=math.sqrt(sampling),
-        seed_error=math.sqrt(sum(seen for _, seen, _ in seeds)) if seeds else None,
-        spread_a=spreads[0],
-        spread_b=spreads[1],
-        seeds=(len(a_scores), len(b_scores)),
-        error=error,
-        freedom=freedom,
-    )

@@ -135,11 +135,11 @@ def _report(methods: list[str], seconds: float) -> None:
 
 def _verdict(method: str, floor: str) -> str:
     """One method against another over the seeds, with an interval: whatever came out."""
-    from kd_bench.compare import compare_methods
-    from kd_bench.compare.methods import runs_of_method
+    from kd_bench.compare.methods import compare_methods, runs_of_method
+    from kd_bench.records import AVERAGE
 
     ours, theirs = runs_of_method(RESULTS, method), runs_of_method(RESULTS, floor)
-    found = compare_methods(theirs, ours).average
+    found = compare_methods(theirs, ours)[AVERAGE]
     interval = found.interval
     if interval is None:
         return f"Verdict: too few documents to compare {method} with {floor}."
@@ -152,7 +152,7 @@ def _verdict(method: str, floor: str) -> str:
         outcome = f"{method} and {floor} cannot be told apart"
     p = "p < 0.001" if found.p < 0.001 else f"p = {found.p:.3f}"
     return (
-        f"Verdict: {outcome} on the mini world: {found.difference:+.1f} points on the mean of ten "
+        f"Verdict: {outcome} on the mini world: {found.value:+.1f} points on the mean of ten "
         f"(95 % interval {low:+.1f} to {high:+.1f}, {p}; {len(ours)} and "
         f"{len(theirs)} seeds)."
     )

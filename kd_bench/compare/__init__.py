@@ -22,10 +22,8 @@ from kd_bench.compare.comparison import (
 from kd_bench.compare.differences import Difference
 from kd_bench.compare.estimates import Claim, Estimate, Evidence, TaskEvidence, headline
 from kd_bench.compare.methods import (
-    MethodComparison,
     MethodsComparison,
     compare_all_methods,
-    compare_methods,
 )
 
 __all__ = [
@@ -38,7 +36,6 @@ __all__ = [
     "Evidence",
     "Flip",
     "Measure",
-    "MethodComparison",
     "MethodsComparison",
     "Relation",
     "RunFacts",
@@ -46,7 +43,6 @@ __all__ = [
     "TaskEvidence",
     "compare",
     "compare_all_methods",
-    "compare_methods",
     "headline",
     "list_flips",
 ]

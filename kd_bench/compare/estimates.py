@@ -5,7 +5,6 @@ seeds; a single run is a group of one. Every interval holds the choice of test d
 where a group has several seeds, the choice of seeds; every difference is paired by unit.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,8 +18,8 @@ from kd_bench.stats import (
     FEWEST_UNITS,
     RESAMPLES,
     binomial_interval,
+    content_digest,
     effective_units,
-    method_difference,
     paired_bootstrap,
     percentile_interval,
     pooled_freedom,
@@ -126,12 +125,11 @@ class TaskEvidence:
             scores={name: score for name, (score, _) in zip(names, sized, strict=True)},
             sizes={name: size for name, (_, size) in zip(names, sized, strict=True)},
             draws={
-                name: smoothed(drawn, aggregator, values, seed)
-                for name, drawn, values in zip(names, draws, statistics, strict=True)
+                name: smoothed(drawn, *found, values, seed)
+                for name, drawn, found, values in zip(names, draws, sized, statistics, strict=True)
             },
             contents={
-                name: hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()
-                for name, values in zip(names, statistics, strict=True)
+                name: content_digest(values) for name, values in zip(names, statistics, strict=True)
             },
         )
 
@@ -194,22 +192,14 @@ class Evidence:
             drawn = unchanged_draws(self.units(key), count)
             found = self._estimate(key, [first, second], 0.0, drawn, float(drawn.std()), 1e9, level)
             return replace(found, p=1.0, unchanged=True)
-        a, b = (self.scores(key, group) for group in (first, second))
-        a_draws, b_draws = self.draws(key, first), self.draws(key, second)
-        if key == AVERAGE:
-            b_draws = b_draws + self._unseen(key, first, second, b_draws.shape[1])
-        freedom = self._freedom(key, [first, second], lambda mean: mean[1] - mean[0])
-        two = method_difference(a, b, a_draws, b_draws, freedom + 1, level)
-        drawn = b_draws.mean(0) - a_draws.mean(0)
-        value, error, freedom = two.difference, two.error, two.freedom
-        if two.seed_error is None:
-            made = stretched(drawn, value, freedom)
-        else:
-            made = value + error * _grid(drawn.size, freedom)
-        made = np.clip(made, -100, 100)  # no difference of two scores is larger
-        return replace(
-            self._estimate(key, [first, second], value, made, error, freedom, level), p=two.p
-        )
+        found = self._contrast(key, [second, first], lambda mean: mean[0] - mean[1], level)
+        drawn = np.clip(found.distribution, -100, 100)  # no difference of two scores is larger
+        p = 1.0 if found.value == 0 else 0.0
+        if found.error > 0:
+            p = 2 * float(distributions.t.sf(abs(found.value) / found.error, found.freedom))
+        error, freedom = found.error, found.freedom
+        found = self._estimate(key, [first, second], found.value, drawn, error, freedom, level)
+        return replace(found, p=p)
 
     def retention(
         self, key: str, student: Group, teacher: Group, level: float = 0.95

@@ -7,9 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kd_bench.compare import Comparison, compare, compare_methods, list_flips
+from kd_bench.compare import Comparison, compare, list_flips
 from kd_bench.compare.agreement import agreement
 from kd_bench.compare.align import aggregator_of, align
+from kd_bench.compare.methods import compare_methods
 from kd_bench.errors import IncompleteRunError, NotComparableError, UsageError
 from kd_bench.files import digest_text
 from kd_bench.records import SAMPLE_COLUMNS
@@ -420,12 +421,12 @@ def test_methods_over_seeds(tmp_path: Path) -> None:
     a = [write_run(tmp_path, f"a{n}", each, seed=n) for n, each in enumerate(weak)]
     b = [write_run(tmp_path, f"b{n}", each, seed=n) for n, each in enumerate(strong)]
     found = compare_methods(a, b, resamples=1000)
-    assert set(found.tasks) == set(weak[0])
-    mean = np.mean([each.difference for each in found.tasks.values()])
-    assert found.average.difference == pytest.approx(mean)
-    assert found.average.interval.low > 0
-    assert found.average.seeds == (3, 3)
-    assert found.average.seed_error is not None
+    assert set(found) == {*weak[0], "average"}
+    average = found.pop("average")
+    assert average.value == pytest.approx(np.mean([each.value for each in found.values()]))
+    assert average.interval.low > 0
+    assert average.seeds == (3, 3)
+    assert average.holds_seeds
     one_by_one = compare([a[0], b[0]], **FAST).average_differences[0]
     width = one_by_one.interval.high - one_by_one.interval.low
-    assert found.average.interval.high - found.average.interval.low < 1.5 * width
+    assert average.interval.high - average.interval.low < 1.5 * width
