@@ -1,4 +1,4 @@
-"""What is installed here and whether it works: packages, accelerators, folders, a self-test.
+"""`kd-bench doctor`: what is installed here and whether it works, down to a self-test.
 
 Which packages belong to which extra is read from kd-bench's own metadata, so that it cannot differ
 from what pip installs.
@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import io
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -16,15 +17,116 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires, version
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from kd_bench.errors import one_line
+import typer
 
-EXTRAS = ("train", "eval", "quantize", "all")
-"""From the smallest to the largest; a package is named with the first that installs it."""
+from kd_bench.errors import ExitCode, one_line
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+EXTRAS = ("", "train", "eval", "quantize", "all")
+"""From the base to the largest; a package is named with the first that installs it."""
+ENGINES = {
+    "train": ("kd_bench.distill.train",),
+    "eval": (
+        "kd_bench.evals.run",
+        "kd_bench.evals.models",
+        "lmms_eval.evaluator",
+        "filelock._api",  # lmms-eval 0.7.3 imports it when it evaluates
+    ),
+}
+"""What `kd-bench train` and `kd-bench eval` import, which is more than their packages' faces."""
 STEP_SECONDS = 600
+GIB = 1 << 30
+
+
+def doctor(
+    self_test: Annotated[
+        bool, typer.Option("--self-test", help="Also train, evaluate and report, very small.")
+    ] = False,
+) -> None:
+    """What is installed, what is missing and how to get it; does it work?"""
+    from rich.console import Console
+
+    console = Console(soft_wrap=True, highlight=False)
+    installed = packages()
+    problems = [
+        Problem(package.problem, f'pip install "{package.name}{package.needed}"')
+        for package in installed
+        if package.problem
+    ]
+    problems += _import_problems(installed)
+    _show_machine(console)
+    _show_packages(console, installed)
+    console.print()
+    for place in folders():
+        state = "writable" if place.writable else "[bold yellow]not writable[/]"
+        note = f", {place.note}" if place.note else ""
+        free = f"{place.free_bytes / GIB:.1f} GiB free"
+        console.print(f"{place.title:<15} {_inert(str(place.path))}: {state}, {free}{note}")
+    if self_test:
+        problems += _show_self_test(console, installed)
+    console.print()
+    for problem in problems:
+        console.print(f"[bold red]problem[/] {_inert(problem.text)}")
+        if problem.mend:
+            console.print(f"[bold]mend it[/] {_inert(problem.mend)}")
+    if problems:
+        raise typer.Exit(ExitCode.INCOMPLETE)
+    more = "" if self_test else " `kd-bench doctor --self-test` tries train, eval and report."
+    console.print(f"No problem found.{more}")
+
+
+def _show_machine(console: "Console") -> None:
+    from kd_bench.provenance import code_version, hardware
+
+    code, machine = code_version(), hardware()
+    commit = f", commit {code['commit'][:12]}" if code["commit"] else ""
+    memory, threads = machine["memory_bytes"], machine["omp_num_threads"]
+    seen = "none that torch sees" if "torch" in sys.modules else "unknown without torch"
+    lines = {
+        "kd-bench": f"{code['version']}{commit}{', changed' if code['dirty'] else ''}",
+        "Python": f"{platform.python_version()}, {platform.platform()}",
+        "Processor": f"{machine['processor']}, {machine['cores']} cores"
+        + (f", {memory / GIB:.1f} GiB memory" if memory else "")
+        + (f", OMP_NUM_THREADS={threads}" if threads else ""),
+        "Accelerator": ", ".join(machine["accelerators"]) or seen,
+    }
+    for title, line in lines.items():
+        console.print(f"{title:<13} {line}")
+
+
+def _show_packages(console: "Console", installed: "list[Package]") -> None:
+    from rich.table import Table
+
+    table = Table("Package", "Version", "Needed", "Extra", box=None)
+    for package in installed:
+        found = package.version or f"[yellow]missing[/]: {_inert(package.install)}"
+        style = "bold red" if package.problem else ""
+        table.add_row(package.name, found, package.needed, package.extra or "base", style=style)
+    console.print()
+    console.print(table)
+
+
+def _inert(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that does not work here, and the command that mends it where one is known."""
+
+    text: str
+    mend: str = ""
+
+
+# --- packages -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -59,65 +161,24 @@ def packages() -> list[Package]:
         return []
     found: dict[str, Package] = {}
     for requirement in map(Requirement, lines):
-        extra = _extra(requirement.marker)
-        known = found.get(requirement.name)
-        if extra is None or (known and _size(known.extra) <= _size(extra)):
+        name, marker = requirement.name, requirement.marker
+        fitting = (e for e in EXTRAS if marker is None or marker.evaluate({"extra": e}))
+        extra = next(fitting, None)  # None: developers' tools
+        known = found.get(name)
+        if extra is None or (known and EXTRAS.index(known.extra) <= EXTRAS.index(extra)):
             continue
-        needed = str(requirement.specifier)
-        there = _version(requirement.name)
-        problem = ""
+        needed, there, problem = str(requirement.specifier), "", ""
+        with contextlib.suppress(PackageNotFoundError):
+            there = version(name)
         if there and not requirement.specifier.contains(there, prereleases=True):
-            problem = f"{requirement.name} {there} is installed, {needed} is needed"
+            problem = f"{name} {there} is installed, {needed} is needed"
         elif not there and not extra:
-            problem = f"{requirement.name} is missing"
-        found[requirement.name] = Package(requirement.name, there, needed, extra, problem)
-    return sorted(found.values(), key=lambda each: (_size(each.extra), each.name))
+            problem = f"{name} is missing"
+        found[name] = Package(name, there, needed, extra, problem)
+    return sorted(found.values(), key=lambda each: (EXTRAS.index(each.extra), each.name))
 
 
-def _extra(marker: object) -> str | None:
-    """The smallest extra whose installation has a requirement; None for developers' tools."""
-    for extra in ("", *EXTRAS):
-        if marker is None or marker.evaluate({"extra": extra}):  # type: ignore[attr-defined]
-            return extra
-    return None
-
-
-def _size(extra: str) -> int:
-    return ("", *EXTRAS).index(extra)
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something that does not work here.
-
-    Attributes:
-        mend: the command that mends it; empty where none is known.
-    """
-
-    text: str
-    mend: str = ""
-
-
-ENGINES = {
-    "train": ("kd_bench.distill.train",),
-    "eval": (
-        "kd_bench.evals.run",
-        "kd_bench.evals.models",
-        "lmms_eval.evaluator",
-        "filelock._api",  # lmms-eval 0.7.3 imports it when it evaluates
-    ),
-}
-"""What `kd-bench train` and `kd-bench eval` import, which is more than their packages' faces."""
-
-
-def import_problems(installed: list[Package]) -> list[Problem]:
+def _import_problems(installed: list[Package]) -> list[Problem]:
     """Load the installed packages of the extras, then what the commands import of them.
 
     Classic causes are a torchvision that was built for another torch, a missing driver, and a
@@ -167,14 +228,15 @@ def _described(error: Exception) -> str:
 
 def _mend(error: Exception, installed: list[Package]) -> str:
     """The command that brings a version that fits, where the error says whose module lacks."""
-    from importlib.metadata import packages_distributions
-
     module = (getattr(error, "name", None) or "").partition(".")[0]
     owners = {name.lower() for name in packages_distributions().get(module, [])}
     for package in installed:
         if package.name.lower() in owners:
             return f'pip install "{package.name}{package.needed}"'
     return f"pip install {module}" if module and not owners else ""
+
+
+# --- folders --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -211,7 +273,7 @@ def _folder(title: str, path: Path, note: str = "") -> Folder:
     return Folder(title, path, writable, shutil.disk_usage(there).free, note)
 
 
-# --- the self-test -----------------------------------------------------------------------------
+# --- the self-test --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -229,31 +291,37 @@ class Step:
     reason: str = ""
 
 
+# Command, what it needs of the extras, the file that it has to leave.
+_STEPS = {
+    "train": (
+        ("mini", "method=switch-kd", "steps=2", "batch_size=4", "output=checkpoint"),
+        ("train",),
+        "checkpoint/final/config.json",
+    ),
+    "eval": (
+        ("checkpoint/final", "--tasks", "mme,gqa", "--limit", "12", "--results", "store"),
+        ("train", "eval"),
+        "store/runs/*/tasks/gqa.json",
+    ),
+    "report": (("--results", "store", "--to", "page"), (), "page/index.html"),
+}
+
+
 def self_test(installed: list[Package], folder: Path) -> Iterator[Step]:
     """Train, evaluate and report on a very small thing inside `folder`, command by command."""
-    settings = ("method=switch-kd", "steps=2", "batch_size=4", "output=checkpoint")
-    evaluation = ("checkpoint/final", "--tasks", "mme,gqa", "--limit", "12", "--results", "store")
-    commands = {
-        "train": ("train", "mini", *settings),
-        "eval": ("eval", *evaluation),
-        "report": ("report", "--results", "store", "--to", "page"),
-    }
-    products = {"train": "checkpoint/final/config.json", "eval": "store/runs/*/tasks/gqa.json",
-                "report": "page/index.html"}  # fmt: skip
     missing = {each.extra: each.name for each in installed if not each.version}
-    lacks = {"train": ("train",), "eval": ("train", "eval"), "report": ()}
     broken = False
-    if any(extra in missing for extra in lacks["eval"]):
+    if missing.keys() & {"train", "eval"}:
         _store_run(folder / "store")  # nothing can be evaluated here, something can be reported
-    for name, command in commands.items():
-        absent = next((extra for extra in lacks[name] if extra in missing), None)
+    for name, (arguments, needs, product) in _STEPS.items():
+        absent = next((extra for extra in needs if extra in missing), None)
         if absent is not None:
             reason = f'{missing[absent]} is missing: pip install "kd-bench[{name}]"'
             yield Step(name, "skipped", reason=reason)
         elif broken:
             yield Step(name, "skipped", reason="what it needs did not work")
         else:
-            step = _run(name, command, products[name], folder)
+            step = _run(name, arguments, product, folder)
             broken = step.state == "fails"
             yield step
 
@@ -275,18 +343,19 @@ def _store_run(results: Path) -> None:
     )
     result = TaskResult("gqa", "self-test", "exact_match", 75.0, {}, 4, 4, {})
     model = ModelRef("self-test", "model", "nowhere", "0" * 64)
-    with held_run(results, wanted_run(model, Protocol("self-test"), ["gqa"])) as run:
-        run.begin(wanted_run(model, Protocol("self-test"), ["gqa"]), "running")
+    wanted = wanted_run(model, Protocol("self-test"), ["gqa"])
+    with held_run(results, wanted) as run:
+        run.begin(wanted)
         run.commit(result, samples)
         run.finish("complete")
 
 
-def _run(name: str, command: tuple[str, ...], product: str, folder: Path) -> Step:
+def _run(name: str, arguments: tuple[str, ...], product: str, folder: Path) -> Step:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     start = time.monotonic()
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "kd_bench", *command],
+            [sys.executable, "-m", "kd_bench", name, *arguments],
             cwd=folder, env=environment, capture_output=True, text=True, errors="replace",
             timeout=STEP_SECONDS, check=False,
         )  # fmt: skip
@@ -300,3 +369,19 @@ def _run(name: str, command: tuple[str, ...], product: str, folder: Path) -> Ste
     if not any(folder.glob(product)):
         return Step(name, "fails", seconds, f"wrote no {product}")
     return Step(name, "works", seconds)
+
+
+def _show_self_test(console: "Console", installed: list[Package]) -> list[Problem]:
+    """Run it, one line a command."""
+    console.print("\nSelf-test")
+    problems = []
+    with tempfile.TemporaryDirectory(prefix="kd-bench-") as folder:
+        for step in self_test(installed, Path(folder)):
+            seconds = f"{step.seconds:4.0f} s" if step.seconds else ""
+            style = {"works": "green", "fails": "bold red"}.get(step.state, "yellow")
+            state = f"[{style}]{step.state:<8}[/]"
+            console.print(f"{step.name:<8} {state}{seconds} {_inert(step.reason)}")
+            if step.state == "fails":
+                text = f"`kd-bench {step.name}` does not work: {step.reason}"
+                problems.append(Problem(text))
+    return problems

@@ -13,7 +13,7 @@ from scipy.stats import binom
 from typer.testing import CliRunner
 
 from kd_bench.cli import app
-from kd_bench.cli.check import _spread
+from kd_bench.cli.compare import _spread
 from kd_bench.compare import Evidence, TaskEvidence, compare, compare_all_methods, headline
 from kd_bench.compare.methods import noise_of
 from kd_bench.errors import ExitCode, IncompleteRunError, UsageError

@@ -12,22 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
-from kd_bench import __version__
-from kd_bench.cli import (
-    check,
-    compare,
-    convert,
-    data,
-    demo,
-    doctor,
-    evaluate,
-    recipes,
-    report,
-    runs,
-    tasks,
-    terminal,
-    train,
-)
+from kd_bench import __version__, doctor
+from kd_bench.cli import compare, demo, evaluate, process, report, runs, tasks, train
+from kd_bench.cli.options import App
 from kd_bench.errors import (
     ExitCode,
     IncompleteRunError,
@@ -42,12 +29,10 @@ __all__ = ["app", "main"]
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
 
-app = typer.Typer(
+app = App(
     name="kd-bench",
     help="Train, evaluate and compare distilled vision-language models.\n\n"
     "train → eval → report → check. Add --debug to any command for a traceback.",
-    no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -69,15 +54,15 @@ def _whole(
 
 
 app.command()(demo.demo)
-app.command()(train.train)
+app.command(cls=train.WithSettings)(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command()(report.report)
 app.command()(compare.compare)
-app.command(cls=check.SeveralBaselines)(check.check)
-app.command()(convert.convert)
+app.command(cls=compare.SeveralBaselines)(compare.check)
+app.command()(train.convert)
 app.command()(doctor.doctor)
-app.add_typer(recipes.app, name="recipes")
-app.add_typer(data.app, name="data")
+app.add_typer(train.recipes, name="recipes")
+app.add_typer(train.data, name="data")
 app.add_typer(tasks.app, name="tasks")
 app.add_typer(runs.app, name="runs")
 
@@ -104,7 +89,7 @@ _WrongCommandLine: type[Exception] = typer.BadParameter.__mro__[1]
 
 def main() -> None:
     """Entry point: runs the command and turns every error into one line and an exit code."""
-    terminal.prepare()
+    process.prepare()
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # advice at its mere import
@@ -142,7 +127,7 @@ def main() -> None:
         _complain(f"Internal error: {type(error).__name__}: {one_line(error)}")
         _complain("Run the command again with --debug and report the traceback.")
         code = ExitCode.INTERNAL
-    if (lost := terminal.lost_output()) is not None:
+    if (lost := process.lost_output()) is not None:
         _complain(f"Standard output: {lost.strerror}; what was printed is not whole. Make room.")
         code = code or ExitCode.INCOMPLETE  # a verdict stays the verdict's
     sys.exit(code)
@@ -152,7 +137,7 @@ def _correct(error: Any) -> int:
     """Say in one line what is wrong with the command line; a bare group shows its help."""
     context = error.ctx
     if type(error).__name__ == "NoArgsIsHelpError":
-        typer.echo(context.get_help())
+        typer.echo(error.message, nl=False)  # empty where typer has printed it itself
     elif (setting := _recipe_setting(error)) is not None:
         _complain(f"A recipe's settings have no dashes: write {setting}=VALUE after the recipe.")
     else:
@@ -191,7 +176,7 @@ def _explain(error: BaseException, arguments: list[str]) -> int:
         return error.exit_code
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         _complain("Interrupted. What was done is kept; the same command continues.")
-        return terminal.interrupted_by()
+        return process.interrupted_by()
     if isinstance(error, MemoryError):
         _complain("Out of memory. Use a smaller --batch-size or batch_size=; nothing done is lost.")
         return ExitCode.INCOMPLETE

@@ -1,12 +1,18 @@
-"""`kd-bench compare`."""
+"""`kd-bench compare` and `kd-bench check`: what differs, and whether it is a regression."""
 
+import json
+import os
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kd_bench.cli.options import RESULTS, Results
-from kd_bench.errors import UsageError
+from kd_bench.cli.options import RESULTS, Command, Results, show_tables
+from kd_bench.errors import ExitCode, UsageError
+
+if TYPE_CHECKING:
+    from kd_bench.gate import GateReport
 
 
 def compare(
@@ -29,57 +35,178 @@ def compare(
     ] = False,
 ) -> None:
     """Compare runs sample by sample against the first, with intervals."""
-    from rich.console import Console
-
     from kd_bench.compare import compare as compare_runs
-    from kd_bench.compare import list_flips
-    from kd_bench.report.tables import to_terminal
-    from kd_bench.report.verdicts import comparison_tables, flip_table
+    from kd_bench.compare import compare_all_methods, list_flips
+    from kd_bench.report import verdicts
     from kd_bench.store import find_runs
 
+    if methods and flips is not None:
+        raise UsageError(
+            "--flips lists the samples of two runs; --methods names methods.",
+            "Name two runs, without --methods.",
+        )
     if methods:
-        if flips is not None:
-            raise UsageError(
-                "--flips lists the samples of two runs; --methods names methods.",
-                "Name two runs, without --methods.",
-            )
-        _compare_methods(results, runs, as_json, allow_different)
-        return
-    found = find_runs(results, runs)
-    if flips is not None:
-        if len(found) > 2:
+        found = compare_all_methods(results, runs, allow_different=allow_different)
+        text, tables, warnings = found.to_json(), verdicts.method_tables(found), list[str]()
+    elif flips is None:
+        compared = compare_runs(find_runs(results, runs), allow_different=allow_different)
+        text, tables = compared.to_json(), verdicts.comparison_tables(compared)
+        warnings = compared.warnings
+    else:
+        pair = find_runs(results, runs)
+        if len(pair) > 2:
             raise UsageError("--flips lists the samples of two runs.", "Name the two.")
-        changed = list_flips(found, flips, allow_different=allow_different)
-        if as_json:
-            import json
-            from dataclasses import asdict
-
-            typer.echo(json.dumps([asdict(flip) for flip in changed], ensure_ascii=False, indent=2))
-        else:
-            to_terminal(flip_table(changed, flips, (runs[0], runs[1])), Console())
-        return
-    comparison = compare_runs(found, allow_different=allow_different)
+        changed = list_flips(pair, flips, allow_different=allow_different)
+        text = json.dumps([asdict(flip) for flip in changed], ensure_ascii=False, indent=2)
+        tables, warnings = [verdicts.flip_table(changed, flips, (runs[0], runs[1]))], list[str]()
     if as_json:
-        typer.echo(comparison.to_json())
-        return
-    for table in comparison_tables(comparison):
-        to_terminal(table, Console())
-    for warning in comparison.warnings:
-        Console().print(warning, style="bold yellow", markup=False, highlight=False)
+        typer.echo(text)
+    else:
+        show_tables(tables, warnings)
 
 
-def _compare_methods(
-    results: Path, methods: list[str], as_json: bool, allow_different: bool
+class SeveralBaselines(Command):
+    """`check A0 A1 --against B0 B1`: every name after --against is a baseline's seed.
+
+    Only where a candidate stands before it; `check --against B A` keeps its meaning.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """The same arguments with --against before each of its names."""
+        return super().parse_args(ctx, _spread(args))
+
+
+def _spread(args: list[str]) -> list[str]:
+    spread: list[str] = []
+    candidates, inside = 0, False
+    takes_value = False
+    for word in args:
+        if word == "--against" or word.startswith("--against="):
+            inside, takes_value = candidates > 0, word == "--against"
+        elif word.startswith("-") and word != "-":
+            inside = False
+            takes_value = word in ("--policy", "--junit", "--summary", "--results")
+        elif takes_value:
+            takes_value = False
+        elif inside:
+            spread.append("--against")
+        else:
+            candidates += 1
+        spread.append(word)
+    return spread
+
+
+def check(
+    candidate: Annotated[
+        list[str],
+        typer.Argument(help="Run or model name; several are training seeds of one method."),
+    ],
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Baseline run or model, or several seeds of one method; default: the suite's "
+            "baseline.",
+            metavar="RUN...",
+        ),
+    ] = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="Policy YAML; default: the shipped one.")
+    ] = None,
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan", help="Margins that BASELINE [OTHER-SEED...] can carry, and their policy."
+        ),
+    ] = False,
+    junit: Annotated[Path | None, typer.Option(help="Write JUnit XML here.")] = None,
+    summary: Annotated[
+        Path | None,
+        typer.Option(help="Append Markdown for GitHub here.", envvar="GITHUB_STEP_SUMMARY"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON for machines.")] = False,
+    results: Results = RESULTS,
 ) -> None:
-    from rich.console import Console
+    """Did the candidate regress? Exit code 0 pass, 1 regression, 3 cannot tell."""
+    if plan:
+        _plan(candidate, against, policy, results, as_json)
+        return
+    from kd_bench.report.verdicts import verdict_table
 
-    from kd_bench.compare import compare_all_methods
-    from kd_bench.report.tables import to_terminal
-    from kd_bench.report.verdicts import method_tables
+    try:
+        report = _judge(candidate, against, policy, results)
+    except Exception as error:  # CI shall show why there is no verdict, whatever the reason
+        _publish(error, junit, summary)
+        raise
+    # The files first: nobody may be reading the table.
+    unwritten = _publish(report, junit, summary)
+    if as_json:
+        typer.echo(report.to_json())
+    else:
+        show_tables([verdict_table(report)], report.warnings, width=140)
+    if unwritten is not None and report.exit_code == ExitCode.PASS:
+        raise unwritten
+    raise typer.Exit(report.exit_code)
 
-    found = compare_all_methods(results, methods, allow_different=allow_different)
+
+def _judge(
+    candidate: list[str], against: list[str] | None, policy: Path | None, results: Path
+) -> "GateReport":
+    """Look up both sides and the policy, and judge."""
+    from kd_bench import gate
+    from kd_bench.policy import load_policy
+    from kd_bench.store import baseline_run, find_runs
+
+    new = find_runs(results, candidate)
+    suite = new[0].manifest.protocol.suite
+    old = find_runs(results, against, new[0]) if against else [baseline_run(results, suite)]
+    new = find_runs(results, candidate, old[0])
+    return gate.check(new, old, load_policy(policy, suites=[suite]))
+
+
+def _publish(
+    ending: "GateReport | Exception", junit: Path | None, summary: Path | None
+) -> OSError | None:
+    """Tell CI how the gate ended; the first file that could not be written, already named."""
+    from kd_bench.report import ci
+
+    unwritten: OSError | None = None
+    for write, path in ((ci.write_junit, junit), (ci.append_summary, summary)):
+        if path is None:
+            continue
+        try:
+            write(ending, path)
+        except OSError as error:
+            typer.echo(f"{path} could not be written: {error.strerror or error}.", err=True)
+            unwritten = unwritten or error
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        for line in ci.annotations(ending):
+            typer.echo(line, err=True)  # beside the table or the JSON, not in it
+    return unwritten
+
+
+def _plan(
+    names: list[str],
+    against: list[str] | None,
+    policy: Path | None,
+    results: Path,
+    as_json: bool,
+) -> None:
+    """Print margins and the policy file to paste."""
+    from kd_bench.gate_plan import plan
+    from kd_bench.policy import load_policy
+    from kd_bench.report.verdicts import plan_table
+    from kd_bench.store import find_runs
+
+    if against:
+        raise UsageError(
+            "--plan looks at one recipe; --against is of a check.",
+            "Name the baseline and its other seeds: check --plan BASELINE [OTHER-SEED...].",
+        )
+    runs = find_runs(results, names)
+    suite = runs[0].manifest.protocol.suite
+    found = plan(runs[0], runs[1:], load_policy(policy, suites=[suite]))
     if as_json:
         typer.echo(found.to_json())
         return
-    for table in method_tables(found):
-        to_terminal(table, Console())
+    show_tables([plan_table(found)], found.warnings)
+    typer.echo(f"\nPolicy file:\n\n{found.policy}", nl=False)

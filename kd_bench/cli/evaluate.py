@@ -95,30 +95,15 @@ def evaluate(
     results: Results = RESULTS,
 ) -> None:
     """Evaluate models; the same command continues a stopped evaluation."""
-    models = _models(checkpoints or [], vision, language, model, model_args)
-    told = {"name": name, "seed": seed, "role": role, "method": method, "dtype": dtype}
-    _refuse(models, {**told, "quantize": quantize, "prompt-template": prompt_template})
-    given: dict[str, Any] = {
-        **told,
-        "suite": suite,
-        "tasks": comma_separated(tasks),
-        "data": data,
-        "profiles": profiles_of(profile, specs_of(suite, tasks)),
-        "limit": limit,
-        "batch_size": batch_size,
-        "quantize": quantize,
-        "prompt_template": prompt_template,
-        "reasoning_tags": reasoning_tags,
-        "error_limit": error_limit,
-        "truncated_limit": truncated_limit,
-        "results": results,
-        "debug": bool(context.obj),
-    }
+    given = {key: value for key, value in locals().items() if value is not None}
+    debug = bool(given.pop("context").obj)
+    models = _models(given)
+    _refuse(models, given)
+    given["profiles"] = profiles_of(given.pop("profile", None), specs_of(suite, tasks))
+    given["tasks"] = comma_separated(tasks)
     from kd_bench.evals import run as runs
 
-    settings = runs.EvalSettings(
-        **{key: value for key, value in given.items() if value is not None}
-    )
+    settings = runs.EvalSettings(**given, debug=debug)
     unhealthy = False
     for each in models:
         run = runs.evaluate(each, settings)
@@ -128,31 +113,26 @@ def evaluate(
         raise typer.Exit(ExitCode.INCOMPLETE)
 
 
-def _models(
-    checkpoints: list[str],
-    vision: str | None,
-    language: str | None,
-    model: str | None,
-    model_args: str | None,
-) -> "list[Model]":
-    """What is to be evaluated: checkpoints, one stock model, or one visual switch."""
+def _models(given: dict[str, Any]) -> "list[Model]":
+    """Take what is to be evaluated from the options: checkpoints, a stock model, or a switch."""
+    checkpoints = given.pop("checkpoints", None)
+    names = ("vision", "language", "model", "model_args")
+    vision, language, model, model_args = (given.pop(name, None) for name in names)
     if (vision is None) != (language is None):
         raise UsageError("--vision and --language belong together.", WAYS)
-    ways = {"CHECKPOINT": bool(checkpoints), "--vision": vision, "--model": model}
-    named = [way for way, value in ways.items() if value not in (None, False)]
+    ways = {"CHECKPOINT": checkpoints or None, "--vision": vision, "--model": model}
+    named = [way for way, value in ways.items() if value is not None]
     if not named:
         raise UsageError("No model to evaluate.", WAYS)
     if len(named) > 1:
         raise UsageError(f"{' and '.join(named)} do not go together.", WAYS)
+    if model is None and model_args is not None:
+        raise UsageError("--model-args without --model.", "Name the model, too.")
     from kd_bench.evals.checkpoint import StockModel, VisualSwitch
 
     if model is not None:
         return [StockModel(model, model_args or "")]
-    if model_args is not None:
-        raise UsageError("--model-args without --model.", "Name the model, too.")
-    if vision is not None and language is not None:
-        return [VisualSwitch(vision, language)]
-    return list(checkpoints)
+    return [VisualSwitch(vision, language)] if vision is not None else list(checkpoints)
 
 
 def _refuse(models: "list[Model]", options: dict[str, Any]) -> None:
@@ -171,5 +151,5 @@ def _refuse(models: "list[Model]", options: dict[str, Any]) -> None:
         ("prompt-template", stock, "goes into --model-args for a --model"),
     ]
     for option, broken, reason in rules:
-        if broken and options[option] is not None:
+        if broken and option.replace("-", "_") in options:
             raise UsageError(f"--{option} {reason}.", "Drop it.")

@@ -1,14 +1,57 @@
-"""Options that several commands share."""
+"""What commands share: how they are declared, their options, and how they show what they found."""
 
+import shutil
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from kd_bench.errors import UsageError, closest
 
 if TYPE_CHECKING:
     from kd_bench.registry import TaskSpec
+    from kd_bench.report.tables import Table
+
+
+Made = TypeVar("Made", bound=Callable[..., Any])
+
+
+class Command(TyperCommand):
+    """A command whose help shows no type beside a flag."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """The parameters as typer has them."""
+        return _flags_without_type(super().get_params(ctx))
+
+
+class Group(TyperGroup):
+    """The same of a group of commands."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """The parameters as typer has them."""
+        return _flags_without_type(super().get_params(ctx))
+
+
+def _flags_without_type(parameters: list[Any]) -> list[Any]:
+    for parameter in parameters:
+        if getattr(parameter, "is_flag", False):
+            parameter.metavar = ""
+    return parameters
+
+
+class App(typer.Typer):
+    """A group of commands; without one of them it shows its help."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(cls=Group, no_args_is_help=True, **settings)
+
+    def command(self, name: str | None = None, **settings: Any) -> Callable[[Made], Made]:
+        """Register a command."""
+        return super().command(name, **{"cls": Command, **settings})
+
 
 Results = Annotated[
     Path, typer.Option("--results", help="Where runs are kept.", envvar="KD_BENCH_RESULTS")
@@ -87,3 +130,30 @@ def profiles_of(values: list[str] | None, specs: list["TaskSpec"]) -> dict[str, 
         if found.setdefault(task, profile) != profile:
             raise UsageError(f"--profile gives {task} both {found[task]} and {profile}.", hint)
     return found
+
+
+def show_tables(tables: "Iterable[Table]", warnings: Iterable[str] = (), width: int = 100) -> None:
+    """Print tables, then what the reader has to know about them."""
+    from rich.console import Console
+
+    from kd_bench.report.tables import to_terminal
+
+    console = Console()
+    for table in tables:
+        to_terminal(table, console, width=width)
+    for warning in warnings:
+        console.print(warning, style="bold yellow", markup=False, highlight=False)
+
+
+def printable(text: str) -> str:
+    """Somebody else's text without what would steer the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+
+
+def this_program() -> str:
+    """What to type for kd-bench here: it may lie in an environment that is not active."""
+    path = Path(sys.argv[0])
+    if path.name != "kd-bench":
+        return "python -m kd_bench"
+    found = shutil.which("kd-bench")
+    return "kd-bench" if found and Path(found).resolve() == path.resolve() else str(path)

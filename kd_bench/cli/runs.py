@@ -5,21 +5,18 @@ from typing import Annotated
 
 import typer
 
-from kd_bench.cli.options import RESULTS, Data, Results
+from kd_bench.cli.options import RESULTS, App, Data, Results, show_tables
 from kd_bench.errors import ExitCode, UsageError, closest
 
-app = typer.Typer(help="Evaluations on disk.", no_args_is_help=True)
-baseline = typer.Typer(help="Named baselines for `kd-bench check`.", no_args_is_help=True)
+app = App(help="Evaluations on disk.")
+baseline = App(help="Named baselines for `kd-bench check`.")
 app.add_typer(baseline, name="baseline")
 
 
 @app.command("list")
 def list_runs(results: Results = RESULTS) -> None:
     """All runs, oldest first, and why one does not count; exit code 5 when one is damaged."""
-    from rich.console import Console
-
     from kd_bench.report.runs import run_table
-    from kd_bench.report.tables import to_terminal
     from kd_bench.store import catalogue
 
     there = catalogue(results)
@@ -27,7 +24,7 @@ def list_runs(results: Results = RESULTS) -> None:
         typer.echo(f"No runs below {results} yet: `kd-bench eval CHECKPOINT` makes one.")
         return
     table, damaged = run_table(there)
-    to_terminal(table, Console())
+    show_tables([table])
     for error in damaged:
         raise error
 

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kd_bench.cli.options import Data, Profiles, Tasks, profiles_of, specs_of
+from kd_bench.cli.options import App, Data, Profiles, Tasks, printable, profiles_of, specs_of
 from kd_bench.errors import ExitCode, KdBenchError, MissingExtraError, UsageError, one_line
 
 if TYPE_CHECKING:
     from kd_bench.registry import TaskSpec
 
-app = typer.Typer(help="The registry of benchmarks, and their data.", no_args_is_help=True)
+app = App(help="The registry of benchmarks, and their data.")
 
 SuiteOption = Annotated[str, typer.Option("--suite", help="Suite whose benchmarks are meant.")]
 
@@ -76,8 +76,7 @@ def _show_sample(
     world = "of the embedded world" if data is None else f"of {data}"
     name = profile or spec.default_profile
     typer.secho(f"Document {shown.document} {world}, profile {name}:\n", bold=True)
-    printable = (c if c.isprintable() or c == "\n" else "\ufffd" for c in shown.prompt)
-    typer.echo("".join(printable))
+    typer.echo(printable(shown.prompt))
     typer.echo()
     for path in shown.pictures:
         typer.echo(f"picture: {path}")

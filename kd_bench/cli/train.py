@@ -1,11 +1,59 @@
-"""`kd-bench train`."""
+"""`kd-bench train`, and what comes before it: `recipes`, `data` and `convert`."""
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kd_bench.cli.options import comma_separated, whole_numbers
+from kd_bench.cli.options import (
+    App,
+    Command,
+    comma_separated,
+    printable,
+    this_program,
+    whole_numbers,
+)
+from kd_bench.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from kd_bench.config import StrictModel
+
+recipes = App(help="Recipes of trainings, and their settings.")
+data = App(help="Training data.")
+
+STARTER = """\
+# kd-bench train {file}
+#
+# Every setting has a default where none is given here: `kd-bench recipes settings` lists them.
+student: checkpoints/student   # a transformers checkpoint: a folder, or a hub name (ORG/NAME)
+teacher: checkpoints/teacher   # not needed for method: sft
+data:
+  path: data/conversations.json  # LLaVA JSON or JSONL
+  images: data/images            # image names in it are relative to this folder
+method: switch-kd   # {methods}
+epochs: 1           # or steps: 1000
+batch_size: 32      # samples of one optimizer step, over all devices
+learning_rate: 2.0e-5
+precision: bfloat16 # float32 on a CPU
+seed: 0
+"""
+
+SHOWN = 20  # unreadable rows that are listed
+STUDENT = "embedded:weights/student"
+
+
+class WithSettings(Command):
+    """A command whose help ends with every setting of a recipe."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help, then the settings."""
+        from rich.console import Console
+
+        super().format_help(ctx, formatter)
+        Console().print(*_settings())
 
 
 def train(
@@ -31,15 +79,13 @@ def train(
     """Train a student; without arguments, the embedded mini recipe.
 
     Settings are written KEY=VALUE behind the recipe: method=sft steps=1000 learning_rate=1e-4
-    seed=1 data.path=FILE output=FOLDER ...; `kd-bench recipes settings` lists them all.
+    seed=1 data.path=FILE output=FOLDER ...; all of them stand below.
 
     The same command continues a stopped training.
     """
     if init is not None:
-        from kd_bench.cli.recipes import write_starter
-
         write_starter(init)
-        typer.echo(f"Wrote {init}. Next: kd-bench train {init} --show")
+        typer.echo(f"Wrote {init}. Next: {this_program()} train {init} --show")
         return
     from kd_bench.distill.recipe import plan, recipe_yaml, sweep
 
@@ -54,4 +100,195 @@ def train(
     folders = sweep(planned)
     embedded = all(str(single.student).startswith("embedded:") for single in planned)
     suite = "mini" if embedded else "ten --data DATA"
-    typer.echo(f"Next: kd-bench eval {' '.join(map(str, folders))} --suite {suite}")
+    typer.echo(f"Next: {this_program()} eval {' '.join(map(str, folders))} --suite {suite}")
+
+
+def write_starter(path: Path) -> None:
+    """Write a commented recipe to start from.
+
+    Raises:
+        UsageError: something lies there already.
+    """
+    from kd_bench.distill.recipe import METHODS
+    from kd_bench.files import write_text
+
+    if path.exists():
+        raise UsageError(f"{path} exists already.", "Give another name.")
+    if path.suffix not in (".yaml", ".yml"):
+        raise UsageError(f"{path}: a recipe's name ends in .yaml.", f"Write {path}.yaml.")
+    write_text(path, STARTER.format(file=path, methods=", ".join(METHODS)))
+
+
+# --- recipes --------------------------------------------------------------------------------------
+
+
+@recipes.command("list")
+def list_recipes() -> None:
+    """The shipped recipes: their stages, and the two models."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from kd_bench.distill import recipe as shipped
+
+    table = Table("Recipe", "Stages", box=None, title="Recipes", title_justify="left")
+    table.add_column("Student", overflow="fold")
+    table.add_column("Teacher", overflow="fold")
+    for name in shipped.list_recipes():
+        recipe = shipped.load_recipe(name)
+        stages = ", ".join(f"{stage.name} ({stage.method_name})" for stage in recipe.stages)
+        built = recipe.student if isinstance(recipe.student, str) else recipe.student.language_model
+        table.add_row(name, stages, built, recipe.teacher or "")
+    Console().print(table)
+
+
+@recipes.command("show")
+def show_recipe(
+    recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe.")],
+) -> None:
+    """A shipped recipe's file, comments and all."""
+    from kd_bench.distill.recipe import find_recipe
+
+    typer.echo(find_recipe(recipe).read_text(encoding="utf-8"), nl=False)
+
+
+@recipes.command("settings")
+def settings() -> None:
+    """Every setting of a recipe with its default and meaning."""
+    from rich.console import Console
+
+    Console().print(*_settings())
+
+
+def _settings() -> "Iterator[Table | str]":
+    """Tables of the settings of a recipe and its parts, an empty line after each."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from kd_bench.distill.recipe import DataSource, LoraSettings, Recipe, Stage, StudentParts
+
+    sections: list[tuple[str, type[StrictModel], str]] = [
+        ("The recipe", Recipe, ""),
+        ("Its data, or a stage's", DataSource, "data."),
+        ("A stage; without its name in front, the last one", Stage, ""),
+        ("Adapters of a stage", LoraSettings, "lora."),
+        ("A student put together from parts", StudentParts, "student."),
+    ]
+    for title, model, prefix in sections:
+        table = Table("Setting", "Default", "Meaning", box=None, title=title, title_justify="left")
+        meanings = attribute_lines(model)
+        for name, field in model.model_fields.items():
+            default = "required" if field.is_required() else _default(field)
+            table.add_row(prefix + name, default, escape(meanings.get(name, "")))
+        yield table
+        yield ""
+
+
+def attribute_lines(model: type["StrictModel"]) -> dict[str, str]:
+    """What the `Attributes:` of a model's docstring say, by field."""
+    found: dict[str, str] = {}
+    names: list[str] = []
+    for line in (model.__doc__ or "").partition("Attributes:")[2].split("\n"):
+        text = line.strip()
+        if line.startswith(" " * 8) and not line.startswith(" " * 9) and ": " in text:
+            listed, _, meaning = text.partition(": ")
+            names = [name.strip() for name in listed.split(",")]
+            found.update(dict.fromkeys(names, meaning))
+        elif text and names:
+            for name in names:
+                found[name] += f" {text}"
+    return found
+
+
+def _default(field: Any) -> str:
+    value = field.get_default(call_default_factory=True)
+    if value is None or value == []:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+@data.callback()
+def _data() -> None:
+    """Keeps `show` a command of its own."""
+
+
+@data.command("show")
+def show_data(
+    path: Annotated[str, typer.Argument(help="JSON, JSONL, or a dataset folder.")],
+    student: Annotated[
+        str, typer.Option(help="Checkpoint whose tokenizer, template and image processor read it.")
+    ] = STUDENT,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of the images; default: the file's own.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Samples to print.", min=0)] = 3,
+    encode: Annotated[
+        int, typer.Option(help="Rows to encode, images included; 0 for all.", min=0)
+    ] = 200,
+    max_length: Annotated[int, typer.Option(help="Tokens of a sample.", min=8)] = 2048,
+    prompt_template: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of the student's: a Jinja file, llava, chatml or plain.",
+            metavar="FILE|NAME",
+        ),
+    ] = None,
+) -> None:
+    """What a student will learn from: form, counts, samples with the learnt tokens marked."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from kd_bench.distill.encoding import preview_data
+    from kd_bench.distill.models import quiet
+    from kd_bench.distill.recipe import DataSource
+
+    quiet()
+    found = preview_data(
+        DataSource(path=path, images=None if images is None else str(images)),
+        student,
+        samples=samples,
+        encoded=encode or None,
+        max_length=max_length,
+        prompt_template=prompt_template,
+    )
+    console = Console(highlight=False, soft_wrap=True)
+    for line in found.lines():
+        console.print(line, markup=False)
+    if found.samples:
+        console.print(
+            f"\nAs {student} sees it; what is learnt stands between « and »:", markup=False
+        )
+    for sample in found.samples:
+        whole = Text("")
+        for text, learnt in sample.parts:
+            whole.append(printable(f"«{text}»" if learnt else text), "bold green" if learnt else "")
+        console.print(Text(printable(f"\n{sample.name}"), "bold"))
+        console.print(whole)
+        console.print(printable("learnt: " + " ".join(map(repr, sample.learnt))), markup=False)
+    if found.unreadable:
+        console.print(f"\n{len(found.unreadable):,} cannot be used:")
+        for name, reason in found.unreadable[:SHOWN]:
+            console.print(printable(f"  {name}: {reason}"), markup=False)
+        if len(found.unreadable) > SHOWN:
+            console.print(f"  and {len(found.unreadable) - SHOWN:,} more")
+
+
+# --- convert --------------------------------------------------------------------------------------
+
+
+def convert(
+    kind: Annotated[str, typer.Argument(help="Source format: tinyllava.")],
+    source: Annotated[Path, typer.Argument(help="Checkpoint folder to read.")],
+    destination: Annotated[Path, typer.Argument(help="Folder to write.")],
+) -> None:
+    """Convert a TinyLLaVA checkpoint to transformers' LLaVA classes."""
+    if kind != "tinyllava":
+        raise UsageError(f"Unknown checkpoint format {kind!r}.", "Known: tinyllava.")
+    from kd_bench.distill.build import convert_tinyllava
+
+    convert_tinyllava(source, destination)
+    typer.echo(f"Checkpoint: {destination}")

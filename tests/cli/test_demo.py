@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("PIL")
 
-from kd_bench.cli import demo, study
+from kd_bench.cli import demo
 from kd_bench.cli.demo import Student
 from kd_bench.distill.recipe import load_recipe
 from kd_bench.world.build import ERROR, LABELLED, STUDY_ERRORS
@@ -62,7 +62,7 @@ def test_the_last_lines_are_the_table_and_the_verdicts_and_the_page_agrees(
 
 
 def test_the_map_has_every_cell_once_and_begins_with_the_demos() -> None:
-    every = study.cells()
+    every = demo.cells()
     assert len({(cell.error, cell.count) for cell in every}) == len(every) == 16
     source = load_recipe("mini").data
     assert source is not None
@@ -77,7 +77,7 @@ def test_every_cell_finds_its_labels(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     labels = []
     for error in STUDY_ERRORS:
-        cell = study.Cell(round(100 * error), 300)
+        cell = demo.Cell(round(100 * error), 300)
         source = resolved(cell.student("kl", 0)).data  # type: ignore[attr-defined]
         found, broken = read_conversations(source)
         assert len(found) == 300
@@ -88,11 +88,11 @@ def test_every_cell_finds_its_labels(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_the_map_is_of_the_cells_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(study, "MAP", tmp_path / "map")
-    cell = study.Cell(25, 600)
+    monkeypatch.setattr(demo, "STUDY_RESULTS", tmp_path / "results")
+    monkeypatch.setattr(demo, "MAP", tmp_path / "map")
+    cell = demo.Cell(25, 600)
     make_store(tmp_path / "results" / cell.name, units=12)
-    study.write_map()
+    demo.write_map()
     with (tmp_path / "map" / "map.csv").open(encoding="utf-8", newline="") as stream:
         table = list(csv.DictReader(stream))
     assert {(row["wrong_percent"], row["conversations"]) for row in table} == {("25", "600")}

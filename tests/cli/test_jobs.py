@@ -10,14 +10,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from kd_bench.cli.jobs import run_jobs
+from kd_bench.cli.process import run_jobs
 from kd_bench.errors import IncompleteRunError
 
 
 def test_commands_run_in_order_and_are_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_jobs("list", [["tasks", "list"], ["runs", "list"]], 1, tmp_path / "logs")
+    run_jobs({"list": [["tasks", "list"], ["runs", "list"]]}, 1, tmp_path / "logs")
     told = capsys.readouterr().out
     first, *rest = told.split("\n")
     assert first == f"list: 2 commands, logs in {tmp_path / 'logs'}"
@@ -34,7 +34,7 @@ def test_one_that_fails_ends_the_others(tmp_path: Path, capsys: pytest.CaptureFi
     before = children()  # another test's resource tracker may live on
     begin = time.monotonic()
     with pytest.raises(IncompleteRunError, match="`kd-bench eval` ended with exit code 2"):
-        run_jobs("mixed", [long, ["eval", "nowhere"], long], 2, tmp_path / "logs")
+        run_jobs({"mixed": [long, ["eval", "nowhere"], long]}, 2, tmp_path / "logs")
     assert "nowhere" in capsys.readouterr().err
     assert children() <= before
     assert not (tmp_path / "logs" / "mixed-2.log").exists()

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from kd_bench.cli.recipes import attribute_lines, write_starter
+from kd_bench.cli.train import attribute_lines, write_starter
 from kd_bench.distill import train as train_module
 from kd_bench.distill.recipe import (
     DataSource,
