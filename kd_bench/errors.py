@@ -79,6 +79,25 @@ def one_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
+def needs_extra(what: str, extra: str) -> Iterator[None]:
+    """Name the extra that installs a package which `what` could not import.
+
+    Raises:
+        UsageError: a package is missing.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package == "kd_bench":
+            raise
+        raise UsageError(
+            f"{what} needs the package {package}, which is not installed.",
+            f'Install it with: pip install "kd-bench[{extra}]"',
+        ) from None
+
+
+@contextlib.contextmanager
 def explained(problem: str, hint: str) -> Iterator[None]:
     """Make one line of whatever a library raises on what the user gave; our own errors pass.
 

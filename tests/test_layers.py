@@ -26,6 +26,7 @@ ORDER = [
     {"gate_plan"},
     {"report"},
     {"doctor"},
+    {"api", "plots"},
     {"cli"},
 ]
 LEVEL = {package: level for level, packages in enumerate(ORDER) for package in packages}

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,9 @@ from kd_bench.errors import NotComparableError, UsageError, closest
 from kd_bench.records import AVERAGE, SAMPLE_COLUMNS, Interval
 from kd_bench.stats import RESAMPLES
 from kd_bench.store import Run, cautions
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Array = NDArray[np.float64]
 # Categories are many and small: enough draws for a 95 % interval.
@@ -121,6 +124,43 @@ class Comparison:
     def to_json(self) -> str:
         """JSON text with a format version; a number that does not exist is null."""
         return json.dumps({"format": 1, **_finite(asdict(self))}, indent=2, ensure_ascii=False)
+
+    def to_frame(self) -> "pd.DataFrame":
+        """One row a run and benchmark, `average` last; what is not known is NaN.
+
+        Columns: task, run, model, method, seed, documents; score with low and high; and, for every
+        run but the first, difference (minus the first) with difference_low, difference_high, p,
+        p_holm and detectable. Points, but for p.
+        """
+        import pandas as pd
+
+        documents = sum(task.documents for task in self.tasks)
+        blocks = [(t.task, t.documents, t.scores, t.differences) for t in self.tasks]
+        blocks.append((AVERAGE, documents, self.average, self.average_differences))
+        nothing = float("nan")
+        rows = []
+        for task, count, scores, differences in blocks:
+            for place, (run, score) in enumerate(zip(self.runs, scores, strict=True)):
+                found = differences[place - 1] if place else None
+                row: dict[str, Any] = {
+                    "task": task,
+                    "run": run.run_id,
+                    "model": run.name,
+                    "method": run.method,
+                    "seed": run.seed,
+                    "documents": count,
+                    "score": score.value,
+                    "low": score.interval.low if score.interval else nothing,
+                    "high": score.interval.high if score.interval else nothing,
+                    "difference": found.value if found else nothing,
+                }
+                span = found.interval if found else None
+                row["difference_low"] = span.low if span else nothing
+                row["difference_high"] = span.high if span else nothing
+                for name in ("p", "p_holm", "detectable"):
+                    row[name] = getattr(found, name, nothing)
+                rows.append(row)
+        return pd.DataFrame(rows).astype({"seed": "Int64", "detectable": "float64"})
 
 
 def compare(

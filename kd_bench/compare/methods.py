@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,6 +16,9 @@ from kd_bench.errors import KdBenchError, UsageError, closest
 from kd_bench.records import AVERAGE
 from kd_bench.stats import RESAMPLES, holm
 from kd_bench.store import Run, catalogue, list_runs, shortcomings
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # Roles that carry a method and are no student of it.
 NOT_STUDENTS = ("teacher", "switch")
@@ -90,6 +94,31 @@ class MethodsComparison:
             del each["distribution"]
             each["p"] = each["p"] if each["p"] == each["p"] else None
         return json.dumps({"format": 1, **body}, indent=2, ensure_ascii=False)
+
+    def to_frame(self) -> "pd.DataFrame":
+        """One row a pair of methods and benchmark (and `average`): second minus first, in points.
+
+        Columns: task, first, second, first_seeds, second_seeds, difference, low, high (NaN where
+        there is no interval), p, p_holm.
+        """
+        import pandas as pd
+
+        return pd.DataFrame(
+            {
+                "task": task,
+                "first": pair.first,
+                "second": pair.second,
+                "first_seeds": self.methods[pair.first],
+                "second_seeds": self.methods[pair.second],
+                "difference": found.value,
+                "low": found.interval.low if found.interval else float("nan"),
+                "high": found.interval.high if found.interval else float("nan"),
+                "p": found.p,
+                "p_holm": pair.p_holm.get(task, float("nan")),
+            }
+            for pair in self.pairs
+            for task, found in pair.estimates.items()
+        )
 
 
 def runs_of_method(results: Path, method: str, suite: str | None = None) -> list[Run]:

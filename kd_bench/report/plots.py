@@ -5,7 +5,7 @@ they are called inside `style.plotting()`.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -43,8 +43,10 @@ Logs = Mapping[str, Sequence["TrainingLog"]]
 """Training logs by entry key."""
 
 
-def board_plots(board: Board, evidence: Evidence, logs: Logs | None = None) -> list[Plot]:
-    """Every plot of a board that there is data for."""
+def board_plots(
+    board: Board, evidence: Evidence, logs: Logs | None = None, only: str | None = None
+) -> list[Plot]:
+    """Every plot of a board that there is data for, or the one of that name."""
     if not board.entries:
         return []
     curves = [
@@ -52,18 +54,19 @@ def board_plots(board: Board, evidence: Evidence, logs: Logs | None = None) -> l
         for entry in board.entries
         for log in (logs or {}).get(entry.key, ())
     ]
+    drawings: dict[str, Callable[[], Plot | None]] = {
+        "radar": lambda: radar(board),
+        "bars": lambda: bars(board),
+        "forest": lambda: forest(board),
+        "retention": lambda: retention(board),
+        "gaps": lambda: gaps(board, evidence),
+        "pareto": lambda: pareto(board),
+        "reliability": lambda: reliability(board),
+        "losses": lambda: losses(curves),
+        "knees": lambda: knees(curves),
+    }
     with plotting():
-        drawn = [
-            radar(board),
-            bars(board),
-            forest(board),
-            retention(board),
-            gaps(board, evidence),
-            pareto(board),
-            reliability(board),
-            losses(curves),
-            knees(curves),
-        ]
+        drawn = [draw() for name, draw in drawings.items() if only in (None, name)]
     return [plot for plot in drawn if plot is not None]
 
 
