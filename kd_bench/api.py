@@ -18,7 +18,8 @@ from kd_bench.store import Run, catalogue, missing_tasks
 if TYPE_CHECKING:
     import pandas as pd
 
-    from kd_bench.compare import Comparison, MethodsComparison
+    from kd_bench.compare import Comparison
+    from kd_bench.compare.methods import MethodsComparison
     from kd_bench.distill.recipe import Recipe
     from kd_bench.evals.checkpoint import StockModel, VisualSwitch
     from kd_bench.gate import GateReport
@@ -309,7 +310,7 @@ def compare(
         IncompleteRunError: a run is empty or damaged.
         UsageError: no such run or method, or fewer than two.
     """
-    from kd_bench.compare.comparison import compare as compare_runs
+    from kd_bench.compare import compare as compare_runs
     from kd_bench.compare.methods import compare_all_methods
 
     if methods:

@@ -20,12 +20,15 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from kd_bench.compare.align import align, common_tasks, label, numeric_notes
-from kd_bench.compare.differences import (
+from kd_bench.compare.align import (
     Difference,
     Resampled,
+    align,
     average_difference,
+    common_tasks,
     evidence_of,
+    label,
+    numeric_notes,
     resample,
     seeds_difference,
     task_difference,

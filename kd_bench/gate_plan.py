@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from scipy.stats import norm
 
 from kd_bench.aggregators import get_aggregator, unit_statistics
-from kd_bench.compare.align import AlignedTask, align, label
-from kd_bench.compare.differences import Resampled, evidence_of, resample
+from kd_bench.compare.align import AlignedTask, Resampled, align, evidence_of, label, resample
 from kd_bench.compare.estimates import Evidence
 from kd_bench.compare.methods import seeds_of_one_method
 from kd_bench.errors import UsageError

@@ -59,7 +59,7 @@ def test_every_name_is_there_and_documented():
 
 def test_names_stay_functions_though_packages_are_called_the_same():
     code = (
-        "import kd_bench.compare.comparison, kd_bench.report.page, kd_bench\n"
+        "import kd_bench.compare.align, kd_bench.report.page, kd_bench\n"
         "print(callable(kd_bench.compare), callable(kd_bench.report))\n"
         "from kd_bench.compare import Comparison; from kd_bench.report import render_report\n"
         "from kd_bench import compare; print(callable(compare))"

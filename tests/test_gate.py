@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kd_bench.compare.differences import Difference
+from kd_bench.compare.align import Difference
 from kd_bench.errors import ExitCode, IncompleteRunError, NotComparableError, UsageError
 from kd_bench.gate import GateReport, RuleOutcome, Verdict, check
 from kd_bench.policy import Policy, load_policy

@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 
 from kd_bench.cli import app
 from kd_bench.cli.compare import _spread
-from kd_bench.compare import Evidence, TaskEvidence, compare, compare_all_methods, headline
-from kd_bench.compare.methods import noise_of
+from kd_bench.compare import compare
+from kd_bench.compare.estimates import Evidence, TaskEvidence, headline
+from kd_bench.compare.methods import compare_all_methods, noise_of
 from kd_bench.errors import ExitCode, IncompleteRunError, UsageError
 from kd_bench.files import digest_text
 from kd_bench.gate import check

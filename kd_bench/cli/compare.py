@@ -36,7 +36,8 @@ def compare(
 ) -> None:
     """Compare runs sample by sample against the first, with intervals."""
     from kd_bench.compare import compare as compare_runs
-    from kd_bench.compare import compare_all_methods, list_flips
+    from kd_bench.compare import list_flips
+    from kd_bench.compare.methods import compare_all_methods
     from kd_bench.report import verdicts
     from kd_bench.store import find_runs
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kd_bench.compare.align import align, common_tasks, label
-from kd_bench.compare.differences import evidence_of, resample
+from kd_bench.compare.align import align, common_tasks, evidence_of, label, resample
 from kd_bench.compare.estimates import Estimate
 from kd_bench.errors import KdBenchError, UsageError, closest
 from kd_bench.records import AVERAGE

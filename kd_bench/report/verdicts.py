@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 
-from kd_bench.compare import Comparison, Difference, Flip, Measure, MethodsComparison, Relation
+from kd_bench.compare import Comparison, Flip, Measure, Relation
+from kd_bench.compare.align import Difference
+from kd_bench.compare.methods import MethodsComparison
 from kd_bench.gate import GateReport
 from kd_bench.gate_plan import Plan
 from kd_bench.records import AVERAGE

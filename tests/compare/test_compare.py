@@ -7,8 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kd_bench.compare import Comparison, compare, list_flips
-from kd_bench.compare.agreement import agreement
+from kd_bench.compare import Comparison, agreement, compare, list_flips
 from kd_bench.compare.align import aggregator_of, align
 from kd_bench.compare.methods import compare_methods
 from kd_bench.errors import IncompleteRunError, NotComparableError, UsageError

@@ -22,8 +22,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from kd_bench.aggregators import get_aggregator
-from kd_bench.compare.align import AlignedTask
-from kd_bench.compare.differences import Resampled, evidence_of, resample
+from kd_bench.compare.align import AlignedTask, Resampled, evidence_of, resample
 from kd_bench.compare.estimates import Estimate, Evidence, TaskEvidence
 from kd_bench.gate import Verdict, judge
 from kd_bench.policy import load_policy
