@@ -72,7 +72,8 @@ def test_no_input_is_pasted_into_a_script() -> None:
 
 
 def test_the_install_step_needs_no_extra() -> None:
-    assert STEPS["Install"]["run"] == "python -m pip install kd-bench"
+    assert STEPS["Install"]["run"] == 'python -m pip install "$KD_BENCH"'
+    assert JOB["env"]["KD_BENCH"].startswith("kd-bench @ git+"), "it is on no package index"
 
 
 @pytest.mark.parametrize(
