@@ -1,6 +1,7 @@
 # make demo   installs once, then trains, evaluates, reports: the whole product on the embedded world
 # make test   the same set-up, then ruff, mypy and all tests
-# make quick  the tests of a few seconds
+# make quick  the tests that take less than a second or two each: under two minutes on two cores
+# make docs   the site, in build/docs; a warning is an error
 # make newest the newest versions that pyproject allows, in an environment of their own: self-test
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 # Tiny models are many times slower with several threads a process.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test quick newest lint format constraints clean
+.PHONY: demo test quick docs newest lint format constraints clean
 
 demo: $(INSTALLED)
 	$(BIN)/kd-bench demo
@@ -21,7 +22,12 @@ test: $(INSTALLED) lint
 quick: $(INSTALLED) lint
 	$(BIN)/pytest --numprocesses auto --dist loadscope -m "not slow and not browser"
 
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "Open build/docs/index.html"
+
 lint: $(INSTALLED)
+	$(BIN)/typos
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

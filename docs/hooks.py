@@ -92,10 +92,19 @@ def settings_table(name: str) -> str:
 
 
 def _models() -> dict[str, Any]:
-    from kd_bench import policy
-    from kd_bench.distill import methods, recipe
+    """Everything that a user can write in YAML, by class name."""
+    import kd_bench.distill.recipe
+    import kd_bench.policy
+    from kd_bench.config import StrictModel
 
-    return {**vars(methods), **vars(policy), **vars(recipe)}
+    assert kd_bench.distill.recipe  # imported for the models in it
+    assert kd_bench.policy
+    found, pending = {}, [StrictModel]
+    while pending:
+        kind = pending.pop()
+        found[kind.__name__] = kind
+        pending.extend(kind.__subclasses__())
+    return found
 
 
 def _default(field: Any) -> str:
@@ -160,7 +169,7 @@ def _is_number(annotation: Any) -> bool:
 
 def methods_table() -> str:
     """Every method with its weighted terms (Markdown)."""
-    from kd_bench.distill.methods import METHODS
+    from kd_bench.distill.recipe import METHODS
 
     lines = ["| method | minimises |", "|---|---|"]
     for name, terms in METHODS.items():
@@ -175,7 +184,7 @@ def methods_table() -> str:
 
 def terms_table() -> str:
     """Every loss with the options that it reads (Markdown)."""
-    from kd_bench.distill.methods import OPTIONS
+    from kd_bench.distill.recipe import OPTIONS
 
     lines = ["| loss | options |", "|---|---|"]
     for name, options in OPTIONS.items():
@@ -202,7 +211,9 @@ class Message:
 @cache
 def messages() -> tuple[Message, ...]:
     """Every message of kd_bench's errors, read from the code."""
-    trees = [ast.parse(path.read_text("utf-8")) for path in sorted((ROOT / "kd_bench").rglob("*.py"))]
+    trees = [
+        ast.parse(path.read_text("utf-8")) for path in sorted((ROOT / "kd_bench").rglob("*.py"))
+    ]
     bases = {
         node.name: {getattr(base, "id", getattr(base, "attr", "")) for base in node.bases}
         for tree in trees
@@ -214,8 +225,10 @@ def messages() -> tuple[Message, ...]:
     for tree in trees:
         for call, scope, owner in _calls(tree, tree, ""):
             name = getattr(call.func, "id", getattr(call.func, "attr", ""))
-            if name not in errors and name != "explained" and not (
-                name == "ValueError" and owner in models
+            if (
+                name not in errors
+                and name != "explained"
+                and not (name == "ValueError" and owner in models)
             ):
                 continue
             parts = [_text(argument, scope).strip() for argument in call.args]
@@ -275,9 +288,6 @@ def _text(node: ast.AST | None, scope: ast.AST | None) -> str:
     return "…"
 
 
-ENTRY = re.compile(r"^### (?P<title>.+)\n(?:.*\n)*?<!-- messages: (?P<pattern>.+) -->", re.M)
-
-
 def entries(page: str) -> dict[str, re.Pattern[str]]:
     """The entries of the page of troubles: their titles and what messages they are about."""
     found = {}
@@ -320,12 +330,18 @@ def _messages_list(title: str, page: str) -> str:
 
 def layers_table() -> str:
     """The layers as the test has them, lowest first, with what each module says of itself."""
-    from tests.test_layers import ORDER
-
+    test = ast.parse((ROOT / "tests" / "test_layers.py").read_text("utf-8"))
+    order = next(
+        ast.literal_eval(node.value)
+        for node in test.body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "ORDER"
+    )
     lines = ["| layer | package | what it is |", "|---|---|---|"]
-    for level, packages in enumerate(ORDER, start=1):
-        for package in sorted(packages):
-            lines.append(f"| {level} | `kd_bench.{package}` | {_first_sentence(package)} |")
+    for level, packages in enumerate(order, start=1):
+        lines.extend(
+            f"| {level} | `kd_bench.{package}` | {_first_sentence(package)} |"
+            for package in sorted(packages)
+        )
     return "\n".join(lines)
 
 
@@ -340,6 +356,7 @@ def _first_sentence(package: str) -> str:
 
 TABLES = {"settings": settings_table, "methods": methods_table, "terms": terms_table,
           "layers": layers_table}  # fmt: skip
+PLACE = re.compile(r"<!-- (?P<table>settings|methods|terms|layers)(?:: (?P<of>\w+))? -->")
 LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 EXTRA = ("CONTRIBUTING.md", "CHANGELOG.md", "tasks/README.md", "kd_bench/world/TUNING.md")
 
@@ -381,7 +398,9 @@ def _site(path: Path) -> str:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Fill the tables in and turn links in the repository into links in the site."""
     uri = page.file.src_uri
-    origin = ROOT / uri.removeprefix("source/") if uri.startswith("source/") else ROOT / "docs" / uri
+    origin = (
+        ROOT / uri.removeprefix("source/") if uri.startswith("source/") else ROOT / "docs" / uri
+    )
 
     def move(match: re.Match[str]) -> str:
         before, target, anchor, after = match.groups()
@@ -405,5 +424,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
             line = _messages_list(title, markdown)
         lines.append(line)
     text = re.sub(r"<!-- needs: (.+?) -->", r"*Needs \1.*", "\n".join(lines))
-    text = re.sub(r"<!-- (?P<table>settings|methods|terms|layers)(?:: (?P<of>\w+))? -->", fill, text)
+    text = re.sub(
+        r"<!-- (?P<table>settings|methods|terms|layers)(?:: (?P<of>\w+))? -->", fill, text
+    )
     return LINK.sub(move, text)

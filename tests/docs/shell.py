@@ -128,8 +128,8 @@ def serve() -> None:
     import transformers.trainer
 
     assert all((lmms_eval.evaluator, matplotlib.figure, pandas, torch, transformers.trainer))
-    from kd_bench.distill import trainer  # noqa: F401
-    from kd_bench.evals import runner  # noqa: F401
+    from kd_bench.distill import train  # noqa: F401
+    from kd_bench.evals import run  # noqa: F401
 
     for line in sys.stdin:
         asked = json.loads(line)

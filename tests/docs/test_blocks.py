@@ -1,6 +1,7 @@
 """Every block of README and docs: run in a small prepared folder, or marked with what it needs."""
 
 import ast
+import json
 import re
 import shlex
 import shutil
@@ -64,7 +65,7 @@ def test_every_command_names_options_that_exist(block: Block) -> None:
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "yaml"], ids=name_of)
-def test_a_yaml_block_is_what_its_first_line_says(block: Block) -> None:
+def test_a_yaml_block_is_what_it_seems(block: Block, tmp_path: Path) -> None:
     from kd_bench.config import parse_yaml, validate
     from kd_bench.distill.recipe import load_recipe
     from kd_bench.policy import Policy
@@ -72,19 +73,13 @@ def test_a_yaml_block_is_what_its_first_line_says(block: Block) -> None:
 
     value = parse_yaml(block.text)
     if "student" in value:
-        assert load_recipe(_written(block, Path(_folder()))).stages
+        assert load_recipe(_written(block, tmp_path)).stages
     elif "margins" in value:
         validate(Policy, value, block.page)
     elif "upstream" in value:
         validate(TaskSpec, value, block.page)
     else:
         assert "script" in value["check"], "a job of another CI system"
-
-
-def _folder() -> str:
-    import tempfile
-
-    return tempfile.mkdtemp()
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "python"], ids=name_of)
@@ -95,21 +90,21 @@ def test_a_python_block_compiles(block: Block) -> None:
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a user of the docs has: two checkpoints, a little data, the runs of a demo."""
-    import json
-
     import pyarrow.parquet as pq
 
-    from kd_bench.world.embedded import WEIGHTS, resolve
+    from kd_bench.world.build import WEIGHTS, resolve
     from tests.support.report_store import demo_models, make_store
 
     folder = tmp_path_factory.mktemp("docs")
     for name in ("teacher", "student"):
         shutil.copytree(WEIGHTS / name, folder / "checkpoints" / name)
     train = resolve("embedded:data/train")
-    rows = json.loads((train / "conversations.json").read_text(encoding="utf-8"))[:16]
+    rows = json.loads((train / "conversations.json").read_text(encoding="utf-8"))
+    rows = [row for row in rows if isinstance(row.get("image"), str)][:16]
+    rows = [{**row, "image": row["image"].removeprefix("images/")} for row in rows]
     (folder / "data").mkdir()
     (folder / "data" / "train.json").write_text(json.dumps(rows), encoding="utf-8")
-    (folder / "data" / "images").symlink_to(train / "images" if (train / "images").is_dir() else train)
+    (folder / "data" / "images").symlink_to(train / "images")
     test = resolve("embedded:data/test")
     for path in sorted(test.glob("*/*.parquet")):
         target = folder / "data" / "benchmarks" / path.relative_to(test)
@@ -132,9 +127,7 @@ def shell(prepared: Path) -> Iterator[Shell]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_the_blocks_of_a_page_run(
-    page: Path, prepared: Path, shell: Shell, tmp_path: Path
-) -> None:
+def test_the_blocks_of_a_page_run(page: Path, prepared: Path, shell: Shell, tmp_path: Path) -> None:
     """One after the other in one folder, as a reader would type them."""
     blocks = [b for b in blocks_of(page) if not b.needs and b.language != "text"]
     if not blocks:
