@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from kd_bench.evals.checkpoint import StockModel, VisualSwitch
     from kd_bench.store import Run
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "KdBenchError",

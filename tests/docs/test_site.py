@@ -88,3 +88,10 @@ def test_every_setting_is_in_a_table_with_its_meaning(hooks: ModuleType, model: 
         name, kind_of, unit = (cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:4])
         assert kind_of not in ("", "any"), name
         assert unit or "number" not in kind_of, name
+
+
+def test_the_citation_has_the_version() -> None:
+    from kd_bench import __version__
+
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {__version__}\n" in citation
