@@ -70,7 +70,7 @@ class Shell:
         if self._server is None:
             self._server = subprocess.Popen(
                 [sys.executable, "-m", "tests.docs.shell"],
-                cwd=ROOT, env=self._environment, text=True,
+                cwd=ROOT, env=self._plain, text=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             )  # fmt: skip
         assert self._server.stdin is not None
