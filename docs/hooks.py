@@ -75,7 +75,7 @@ UNITS = {
 
 def settings_table(name: str) -> str:
     """Every setting of a model of recipes or policies: type, unit, default, meaning (Markdown)."""
-    from kd_bench.cli.recipes import attribute_lines
+    from kd_bench.cli.train import attribute_lines
 
     model = _models()[name]
     meanings = attribute_lines(model)
