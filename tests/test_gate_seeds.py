@@ -151,11 +151,11 @@ def test_one_recipe_is_said_of_equal_stored_recipes_only(
 def test_seeds_of_one_recipe_share_a_digest(tmp_path: Path) -> None:
     """A recipe's own digest holds its seed: the lineage needs one without."""
     from kd_bench.distill.recipe import Recipe
-    from kd_bench.distill.train import _lineage
+    from kd_bench.distill.train import new_lineage
 
     stage = {"method": "sft", "steps": 1}
     made = [
-        _lineage(Recipe.model_validate({"name": f"r{seed}", "student": "s", "seed": seed,
+        new_lineage(Recipe.model_validate({"name": f"r{seed}", "student": "s", "seed": seed,
                                         "data": {"path": data}, "stages": [stage]}))
         for seed, data in ((0, "d"), (1, "d"), (2, "other"))
     ]  # fmt: skip

@@ -1,22 +1,20 @@
 """What a training leaves on disk, and how a folder tells which training it holds."""
 
 import contextlib
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from kd_bench.distill.checkpoints import locate, weights_digest
 from kd_bench.distill.conversations import Conversations, data_digest
 from kd_bench.distill.recipe import NEW, Recipe, Stage, load_recipe
 from kd_bench.errors import TrainingError, UsageError
-from kd_bench.files import claim_folder, read_json, unsound, write_digests
+from kd_bench.files import atomic_folder, claim_folder, locked, read_json, unsound, write_digests
 
 LINEAGE = "lineage.json"
 NAMES = ("recipe.yaml", LINEAGE, "train_log.jsonl", "init", "stages", "final")
+ELSEWHERE = "Set output= to another folder, or delete that one."
 
 # Settings that change how a training is watched or spread, not what it computes.
 WATCHING = ("output", "report_to", "teacher_cache")
@@ -30,25 +28,14 @@ WATCHING_STAGE = (
 )
 
 
-@contextlib.contextmanager
-def only_one(folder: Path) -> Iterator[None]:
+def training_lock(folder: Path) -> contextlib.AbstractContextManager[None]:
     """Keep a second process from writing into the same folder.
 
     Raises:
         UsageError: another process holds it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(str(folder) + ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UsageError(
-            f"Another process is training in {folder}.", "Wait for it, or set output=."
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
+    problem = f"Another process is training in {folder}."
+    return locked(Path(f"{folder}.lock"), problem, "Wait for it, or set output=.")
 
 
 def claim(folder: Path) -> None:
@@ -85,15 +72,14 @@ def done_stages(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> int
     return 0
 
 
-def _begun(recipe: Recipe, folder: Path) -> int:
-    """How many stages have left something that the same command would go on from."""
-    if (folder / "final").exists():
-        return len(recipe.stages)
-    for index, stage in reversed(list(enumerate(recipe.stages))):
-        own = stage_folder(folder, index, stage)
-        if (own / "model").exists() or any(own.glob("checkpoint-*")):
-            return index + 1
-    return 0
+def begun_stages(recipe: Recipe, folder: Path) -> list[int]:
+    """The stages, by number from 0, that have left something to go on from."""
+    folders = (stage_folder(folder, *each) for each in enumerate(recipe.stages))
+    return [
+        index
+        for index, own in enumerate(folders)
+        if (own / "model").exists() or any(own.glob("checkpoint-*"))
+    ]
 
 
 def is_done(
@@ -114,38 +100,32 @@ def is_done(
         UsageError: it holds a different one.
         TrainingError: its finished student is damaged and cannot be made again from its stages.
     """
-    written = folder / "recipe.yaml"
+    written, final = folder / "recipe.yaml", folder / "final"
     if not written.exists():
         return False
     before = load_recipe(written)
-    begun = _begun(before, folder)
-    if not begun:
+    everything = len(before.stages) - 1
+    last = everything if final.exists() else max(begun_stages(before, folder), default=-1)
+    if last < 0:
         shutil.rmtree(folder / "init", ignore_errors=True)  # of a student that may have changed
         return False
-    finished = (folder / "final" / "config.json").exists()
+    finished = (final / "config.json").exists()
     old, new = _identity(before), _identity(recipe)
     if not finished:  # a stage to come is free; what it read from the recipe's own data too
-        old["stages"], new["stages"] = old["stages"][:begun], new["stages"][:begun]
+        old["stages"], new["stages"] = old["stages"][: last + 1], new["stages"][: last + 1]
     if old != new:
         raise UsageError(
-            f"{folder} holds a training with another recipe ({_difference(old, new)}).",
-            "Set output= to another folder, or delete that one.",
+            f"{folder} holds a training with another recipe ({_difference(old, new)}).", ELSEWHERE
         )
     told = read_lineage(folder, say)
     _check_models(recipe, folder, told)
-    _check_data(recipe.stages[:begun], folder, told, conversations)
-    return finished and _is_sound(recipe, folder, say)
-
-
-def _is_sound(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> bool:
-    """Whether the finished student is as it was written; if not, its last stage must be."""
-    problem = unsound(folder / "final")
-    if problem is None:
-        return True
+    _check_data(recipe.stages[: last + 1], folder, told, conversations)
+    if not finished or (problem := unsound(final)) is None:
+        return finished
     if done_stages(recipe, folder, lambda line: None) < len(recipe.stages):
         raise TrainingError(
             f"{problem}, and no sound model of its last stage is left.",
-            f"Delete {folder / 'final'} to train it again, or put that file back.",
+            f"Delete {final} to train it again, or put that file back.",
         )
     say(f"{problem}: written again from its last stage.")
     return False
@@ -176,11 +156,7 @@ def read_lineage(folder: Path, say: Callable[[str], None] = lambda line: None) -
 
 
 def _check_models(recipe: Recipe, folder: Path, told: dict[str, Any]) -> None:
-    """The same paths may hold other weights by now.
-
-    Raises:
-        UsageError: student or teacher are not those that the folder's training began with.
-    """
+    """The same paths may hold other weights than those that the folder's training began with."""
     for role in ("student", "teacher"):
         path, before = getattr(recipe, role), told.get(role)
         if before is None or not isinstance(path, str) or path.startswith(NEW):
@@ -188,7 +164,7 @@ def _check_models(recipe: Recipe, folder: Path, told: dict[str, Any]) -> None:
         if weights_digest(locate(path)) != before["weights_sha256"]:
             raise UsageError(
                 f"{folder} holds a training with other weights of the {role}: {path} has changed.",
-                "Set output= to another folder, or delete that one.",
+                ELSEWHERE,
             )
 
 
@@ -198,11 +174,7 @@ def _check_data(
     told: dict[str, Any],
     conversations: Callable[[Stage], tuple[Conversations, Any]],
 ) -> None:
-    """The same paths may hold other conversations or images by now.
-
-    Raises:
-        UsageError: a stage learnt from other data than is there now.
-    """
+    """The same paths may hold other conversations or images than a stage learnt from."""
     for stage in stages:
         before = told.get("stages", {}).get(stage.name, {}).get("data")
         if before is None:
@@ -236,45 +208,32 @@ def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     """Leaves of nested mappings and lists by dotted key."""
-    if isinstance(value, dict):
-        entries = list(value.items())
-    elif isinstance(value, list):
-        entries = list(enumerate(value))
-    else:
+    if not isinstance(value, dict | list):
         return {prefix: value}
     flat: dict[str, Any] = {}
-    for key, entry in entries:
+    for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
         flat.update(_flat(entry, f"{prefix}.{key}" if prefix else str(key)))
     return flat
 
 
-def save_whole(student: Any, processor: Any, folder: Path) -> None:
+def save_whole(student: Any, processor: Any, folder: Path, notes: Iterable[Path] = ()) -> None:
     """Save a checkpoint so that its folder appears only when everything in it is on disk.
+
+    Args:
+        notes: files that are copied into it.
 
     Raises:
         TrainingError: it cannot be written; nothing that was there is touched.
     """
-    staging = folder.with_name(f".{folder.name}.saving")
-    shutil.rmtree(staging, ignore_errors=True)
     try:
-        staging.mkdir(parents=True)
-        student.save_pretrained(staging)
-        processor.save_pretrained(staging)
-        write_digests(staging)
-        sync_folder(staging)
+        with atomic_folder(folder) as aside:
+            student.save_pretrained(aside)
+            processor.save_pretrained(aside)
+            for note in notes:
+                shutil.copyfile(note, aside / note.name)
+            write_digests(aside)
     except OSError as error:
-        shutil.rmtree(staging, ignore_errors=True)
         raise TrainingError(
             f"The model could not be written to {folder}: {error.strerror or error}.",
             "Make room and run the same command again.",
         ) from error
-    shutil.rmtree(folder, ignore_errors=True)
-    staging.rename(folder)
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until every file of a folder is on disk, so that its rename means it is whole."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())

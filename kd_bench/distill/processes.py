@@ -1,11 +1,14 @@
 """Several processes on one training or evaluation, as torchrun and accelerate start them.
 
 The Trainer and lmms-eval share the work out; what is here keeps a run folder in one hand: process 0
-writes it, and in an evaluation the others only append answers to journals of their own.
+writes it, and in an evaluation the others only append answers to journals of their own. Where FSDP
+spreads the student's weights over the devices, the frozen teacher stays whole on each.
 """
 
 import os
 from typing import Any
+
+from kd_bench.errors import UsageError
 
 
 def rank() -> int:
@@ -30,32 +33,66 @@ def join() -> None:
     PartialState(cpu=not torch.accelerator.is_available())
 
 
+def barrier() -> None:
+    """Meet the others and wait until all came this far."""
+    if world_size() > 1:
+        from accelerate import PartialState
+
+        join()
+        PartialState().wait_for_everyone()
+
+
 def broadcast(value: Any) -> Any:
     """Process 0's value, everywhere."""
     if world_size() == 1:
         return value
-    from torch import distributed
+    from accelerate.utils import broadcast_object_list
 
-    box = [value]
-    distributed.broadcast_object_list(box, src=0)
-    return box[0]
+    return broadcast_object_list([value])[0]
 
 
 def gather(value: Any) -> list[Any]:
-    """Every process's value at process 0, in order; empty elsewhere."""
+    """Every process's value, in order."""
     if world_size() == 1:
         return [value]
-    from torch import distributed
+    from accelerate.utils import gather_object
 
-    box: list[Any] | None = [None] * world_size() if rank() == 0 else None
-    distributed.gather_object(value, box, dst=0)
-    return box or []
+    return list(gather_object([value]))
 
 
-def barrier() -> None:
-    """Meet the others and wait until all came this far."""
-    if world_size() > 1:
-        join()
-        from torch import distributed
+def begin_sharding() -> None:
+    """Settle, before any checkpoint is loaded, how a sharded training loads and splits weights.
 
-        distributed.barrier()
+    Raises:
+        UsageError: FSDP's first version was asked for.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UsageError(
+            "This training was launched with FSDP's first version, which flattens the weights.",
+            "Launch it with `accelerate launch --use_fsdp --fsdp_version 2 ...`.",
+        )
+    from accelerate.utils import disable_fsdp_ram_efficient_loading
+
+    # That loading leaves every process but the first with an empty model, the teacher's too.
+    disable_fsdp_ram_efficient_loading()
+
+
+def gather_weights(model: Any) -> None:
+    """Put whole weights back in place of a trained model's shards. Every process must call it.
+
+    The model can then be merged and saved, and no longer trained.
+    """
+    import torch
+    from torch.distributed.tensor import DTensor
+
+    whole: dict[int, Any] = {}  # tied weights stay tied
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not isinstance(parameter, DTensor):
+                continue
+            if id(parameter) not in whole:
+                with torch.no_grad():
+                    whole[id(parameter)] = torch.nn.Parameter(parameter.full_tensor())
+            setattr(module, name, whole[id(parameter)])

@@ -407,6 +407,11 @@ class Recipe(StrictModel):
             return Path(self.output).expanduser()
         return Path("checkpoints") / f"{self.name}-{self.method}-seed{self.seed}"
 
+    @property
+    def allowed(self) -> dict[str, Any]:
+        """What checkpoints may do when they are loaded, as `load_model` and `locate` take it."""
+        return {"allow_pickle": self.allow_pickle, "trust_remote_code": self.trust_remote_code}
+
     def data_of(self, stage: Stage) -> DataSource:
         """The stage's own data, or the recipe's."""
         source = stage.data or self.data

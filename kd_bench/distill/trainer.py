@@ -1,7 +1,9 @@
 """transformers' Trainer, taught to distil: loss by terms, NaN stop, whole checkpoints, its log.
 
-Everything else (devices, accumulation, mixed precision, resuming, loggers) is the Trainer's own."""
+Everything else (devices, accumulation, mixed precision, resuming, loggers) is the Trainer's own.
+"""
 
+import contextlib
 import json
 import netrc
 import os
@@ -26,10 +28,13 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from kd_bench.distill.distiller import Distiller
 from kd_bench.distill.encoding import BatchOrder, Collator
 from kd_bench.distill.objective import KneeLog, count_items
-from kd_bench.distill.outputs import sync_folder
 from kd_bench.distill.recipe import Recipe, Stage
 from kd_bench.errors import TrainingError, UsageError, one_line
-from kd_bench.files import read_json, unsound, write_digests, write_text
+from kd_bench.files import read_json, replace_folder, unsound, write_digests, write_text
+
+TERM = "term_"
+STATE = "weights.safetensors"
+STAGING = ".saving"
 
 
 def check_loggers(names: Sequence[str]) -> None:
@@ -43,36 +48,32 @@ def check_loggers(names: Sequence[str]) -> None:
             raise UsageError(
                 f"report_to: the package {name} is not installed.", f"pip install {name}"
             )
-    needs_key = "wandb" in names and os.environ.get("WANDB_MODE") not in ("offline", "disabled")
-    if needs_key and not (os.environ.get("WANDB_API_KEY") or _has_wandb_login()):
-        raise UsageError(
-            "report_to: Weights & Biases has no key on this machine.",
-            "Run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline.",
-        )
-
-
-def _has_wandb_login() -> bool:
+    if "wandb" not in names or os.environ.get("WANDB_MODE") in ("offline", "disabled"):
+        return
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].strip("/")
-    try:
-        return netrc.netrc().authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+        if os.environ.get("WANDB_API_KEY") or netrc.netrc().authenticators(host) is not None:
+            return
+    raise UsageError(
+        "report_to: Weights & Biases has no key on this machine.",
+        "Run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline.",
+    )
 
 
 def trainer_arguments(
-    recipe: Recipe, stage: Stage, folder: Path, steps: int, piece: int, seed: int
+    recipe: Recipe, stage: Stage, folder: Path, steps: int, micro_batch: int, seed: int
 ) -> TrainingArguments:
     """The stage's settings in the Trainer's words.
 
     Args:
         folder: where its checkpoints go.
         steps: optimizer steps in all.
-        piece: samples that one device takes at a time.
+        micro_batch: samples that one device takes at a time.
     """
     schedule = "constant_with_warmup" if stage.schedule == "constant" else stage.schedule
     return TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=piece,
+        per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=stage.gradient_accumulation,
         max_steps=steps,
         learning_rate=stage.learning_rate,
@@ -106,6 +107,129 @@ def trainer_arguments(
 TERM = "term_"
 
 
+class ProgressReport(TrainerCallback):
+    """What a training says while it runs: a live bar on a terminal, plain lines elsewhere, a log.
+
+    On a terminal the bar moves with every step; where a line is narrow, its end is cut, so stage,
+    step and time left come first.
+
+    Args:
+        log: `train_log.jsonl`, to which each logging step appends one JSON object.
+        samples: samples of one optimizer step.
+        done: names of the stages before this one, whose lines in `log` stay.
+        every: seconds between plain lines.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        console: Console,
+        log: Path | None = None,
+        samples: int = 1,
+        done: Sequence[str] = (),
+        every: float = 10.0,
+    ) -> None:
+        self.stage = stage
+        self.console = console
+        self.path = log
+        self.samples = samples
+        self.done = done
+        self.every = every
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._printed = 0.0
+        self._clock = 0.0
+        self._step = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._clock, self._step = time.perf_counter(), state.global_step
+        if not state.is_world_process_zero:
+            return
+        if self.path is not None and self.path.exists():
+            self._cut_log(self.path, state.global_step)
+        if self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=max(min(24, self.console.width // 8), 8)),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, ratio=1)),
+                console=self.console,
+                expand=True,
+                transient=True,
+            )
+            self._task = self._bar.add_task(
+                self.stage, total=state.max_steps, completed=state.global_step, note="first step"
+            )
+            self._bar.start()
+
+    def _cut_log(self, path: Path, step: int) -> None:
+        """Drop what an interrupted run logged after the step that it resumes from."""
+        kept = []
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+            try:
+                record = json.loads(line)
+                stage, reached = record["stage"], int(record["step"])
+            except (ValueError, KeyError, TypeError):
+                continue  # a torn last line, or a damaged one
+            if stage in self.done or (stage == self.stage and reached <= step):
+                kept.append(line + "\n")
+        write_text(path, "".join(kept))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        now = time.perf_counter()
+        seconds = now - self._clock
+        seconds_a_step = seconds / max(state.global_step - self._step, 1)
+        self._clock, self._step = now, state.global_step
+        names = [name for name in logs if name.startswith(TERM)]
+        logs.setdefault("terms", {name.removeprefix(TERM): logs.pop(name) for name in names})
+        logs["samples_per_second"] = self.samples / seconds_a_step
+        logs["seconds_left"] = (state.max_steps - state.global_step) * seconds_a_step
+        if not state.is_world_process_zero:
+            return
+        if self.path is not None:
+            record = {"stage": self.stage, "step": state.global_step, "steps": state.max_steps}
+            record |= {**logs, "seconds": seconds, "devices": args.world_size}
+            with self.path.open("a", encoding="utf-8") as stream:
+                line = json.dumps(_short(record | {"device": args.device.type}))
+                stream.write(line + "\n")
+        if self._bar is not None:
+            self._bar.update(self._task, note=self.note(logs))
+        elif state.global_step >= state.max_steps or now - self._printed >= self.every:
+            self._printed = now
+            self.console.print(
+                f"{self.stage} {state.global_step}/{state.max_steps}  {self.note(logs)}"
+                f"  {duration(logs['seconds_left'])} left",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the live bar off the terminal."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    @staticmethod
+    def note(logs: dict[str, Any]) -> str:
+        """One line: `loss 2.310 (ce 1.900, align 0.250)  lr 1.0e-03  410 samples/s`."""
+        terms = ", ".join(f"{name} {value:.3f}" for name, value in logs["terms"].items())
+        return (
+            f"loss {logs['loss']:.3f}"
+            + (f" ({terms})" if terms else "")
+            + f"  lr {logs['learning_rate']:.1e}  {logs['samples_per_second']:.0f} samples/s"
+        )
+
+
 def duration(seconds: float) -> str:
     """`4s`, `3m 20s`, `2h 05m`."""
     whole = max(round(seconds), 0)
@@ -114,49 +238,6 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}m {whole % 60:02d}s"
     return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
-
-
-class LogWriter(TrainerCallback):
-    """Appends one JSON object a logging step to `train_log.jsonl`.
-
-    Args:
-        samples: samples of one optimizer step.
-    """
-
-    def __init__(self, path: Path, stage: str, samples: int) -> None:
-        self.path = path
-        self.stage = stage
-        self.samples = samples
-        self._clock = 0.0
-        self._step = 0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._clock = time.perf_counter()
-        self._step = state.global_step
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if not logs or "loss" not in logs:
-            return
-        now = time.perf_counter()
-        steps = max(state.global_step - self._step, 1)
-        seconds = now - self._clock
-        seconds_a_step = seconds / steps
-        self._clock, self._step = now, state.global_step
-        names = [name for name in logs if name.startswith(TERM)]
-        logs["terms"] = {name.removeprefix(TERM): logs.pop(name) for name in names}
-        logs["samples_per_second"] = self.samples / seconds_a_step
-        logs["seconds_left"] = (state.max_steps - state.global_step) * seconds_a_step
-        if not state.is_world_process_zero:
-            return
-        record = {"stage": self.stage, "step": state.global_step, "steps": state.max_steps}
-        record |= {key: _short(value) for key, value in logs.items()}
-        record |= {
-            "seconds": _short(seconds),
-            "devices": args.world_size,
-            "device": args.device.type,
-        }
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record) + "\n")
 
 
 def _short(value: Any) -> Any:
@@ -188,106 +269,7 @@ def spent(path: Path, stage: str) -> dict[str, Any]:
     return found | ({"tokens": tokens} if tokens else {})
 
 
-def cut_log(path: Path, stages: list[str], stage: str, step: int) -> None:
-    """Drop what an interrupted run logged after the checkpoint that it resumes from.
-
-    Args:
-        stages: names of the stages before `stage`, whose lines all stay.
-    """
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            record = json.loads(line)
-            kept_stage, reached = record["stage"], int(record["step"])
-        except (ValueError, KeyError, TypeError):
-            continue  # a torn last line, or a damaged one
-        if kept_stage in stages or (kept_stage == stage and reached <= step):
-            kept.append(line + "\n")
-    write_text(path, "".join(kept))
-
-
-class ProgressReport(TrainerCallback):
-    """Shows the losses by term, learning rate, samples a second and time left.
-
-    On a terminal the bar moves with every step; where a line is narrow, its end is cut, so stage,
-    step and time left come first.
-    """
-
-    def __init__(self, stage: str, console: Console, every: float = 10.0) -> None:
-        self.stage = stage
-        self.console = console
-        self.every = every
-        self._bar: Progress | None = None
-        self._task: Any = None
-        self._printed = 0.0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if not state.is_world_process_zero:
-            return
-        if self.console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=max(min(24, self.console.width // 8), 8)),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, ratio=1)),
-                console=self.console,
-                expand=True,
-                transient=True,
-            )
-            self._task = self._bar.add_task(
-                self.stage, total=state.max_steps, completed=state.global_step, note="first step"
-            )
-            self._bar.start()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, completed=state.global_step)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if not logs or "loss" not in logs or not state.is_world_process_zero:
-            return
-        if self._bar is not None:
-            self._bar.update(self._task, note=self.note(logs))
-            return
-        now = time.monotonic()
-        last = state.global_step >= state.max_steps
-        if last or now - self._printed >= self.every:
-            self._printed = now
-            self.console.print(
-                f"{self.stage} {state.global_step}/{state.max_steps}  {self.note(logs)}"
-                + (f"  {duration(logs['seconds_left'])} left" if "seconds_left" in logs else ""),
-                highlight=False,
-                soft_wrap=True,
-            )
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Take the live bar off the terminal."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
-    @staticmethod
-    def note(logs: dict[str, Any]) -> str:
-        """One line: `loss 2.310 (ce 1.900, align 0.250)  lr 1.0e-03  410 samples/s`."""
-        terms = ", ".join(f"{name} {value:.3f}" for name, value in logs.get("terms", {}).items())
-        parts = [f"loss {logs['loss']:.3f}" + (f" ({terms})" if terms else "")]
-        parts.append(f"lr {logs['learning_rate']:.1e}")
-        if "samples_per_second" in logs:
-            parts.append(f"{logs['samples_per_second']:.0f} samples/s")
-        return "  ".join(parts)
-
-
-STATE = "weights.safetensors"
-STAGING = ".saving"
-
-
-class _Flow(TrainerCallback):
+class EpochOrderCallback(TrainerCallback):
     """Sets the epoch's order, also on resuming, and logs the last step instead of saving it."""
 
     def __init__(self, order: BatchOrder) -> None:
@@ -326,14 +308,13 @@ class DistillationTrainer(Trainer):
         vision_tower_learning_rate: float | None = None,
         report: ProgressReport,
         lineage: Path | None = None,
-        callbacks: Sequence[Any] = (),
     ) -> None:
         super().__init__(
             model=distiller,
             args=arguments,
             train_dataset=order.dataset,
             data_collator=collator,
-            callbacks=[_Flow(order), *callbacks, report],  # the report shows what the others add
+            callbacks=[EpochOrderCallback(order), report],
         )
         self.remove_callback(PrinterCallback)
         self.stage = stage
@@ -347,9 +328,8 @@ class DistillationTrainer(Trainer):
         self._unchecked: list[tuple[int, Tensor, Tensor]] = []
         self._knee_log: KneeLog | None = None
         self._watches_knees = any(term.loss == "dbild" for term in distiller.terms)
-        teacher = distiller.teacher
-        if teacher is not None:
-            teacher.model.to(self.args.device)
+        if distiller.teacher is not None:
+            distiller.teacher.model.to(self.args.device)
 
     # Data
 
@@ -394,29 +374,23 @@ class DistillationTrainer(Trainer):
 
     # One step
 
-    def training_step(
-        self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
-    ) -> Tensor:
-        """One micro-batch: forward, backward."""
-        if self._logs_after_this_step():
-            self._knee_log = self._knee_log or KneeLog()
-        return super().training_step(model, inputs, num_items_in_batch)
-
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Mapping[str, Tensor] | None = None,
     ) -> Any:
         """The distiller's loss; keeps every term's value for the log."""
-        self._give_up(inputs)
+        for index, reason in inputs.pop("unreadable", []):
+            self.dataset.give_up(index, reason)
         samples = inputs["sample_index"]
         items: Any = num_items_in_batch
         if items is None:
             items = count_items(inputs, self.model.parts.image_token_id)
-        knee_log = self._knee_log if self._watches_knees else None
-        loss, values = model(inputs, items, knee_log)
+        if self._watches_knees and (self.state.global_step + 1) % self.args.logging_steps == 0:
+            self._knee_log = self._knee_log or KneeLog()
+        loss, values = model(inputs, items, self._knee_log)
         if not self._sums:
             self._summed_from = self.state.global_step
         for name, value in values.items():
@@ -427,14 +401,6 @@ class DistillationTrainer(Trainer):
         if self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
         return (loss, values) if return_outputs else loss
-
-    def _give_up(self, inputs: dict[str, Any]) -> None:
-        """Count the samples that could not be read for this batch."""
-        for index, reason in inputs.pop("unreadable", []):
-            self.dataset.give_up(index, reason)
-
-    def _logs_after_this_step(self) -> bool:
-        return (self.state.global_step + 1) % self.args.logging_steps == 0
 
     def check_finite(self) -> None:
         """Stop at the first loss that is not finite, naming its step and samples.
@@ -485,29 +451,23 @@ class DistillationTrainer(Trainer):
     # Log
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        """Add the terms and the knees to what the Trainer logs."""
-        if "loss" in logs:
-            self.check_finite()
-            steps = max(self.state.global_step - self._summed_from, 1)
-            logs.update(self._drain(steps))
-            if self._knee_log is not None:
-                logs.update(self._knee_log.summary())
-                self._knee_log = None
-        super().log(logs, start_time)
-
-    def _drain(self, steps: int) -> dict[str, float]:
-        """Mean of every term over the steps since the last log, over all devices.
+        """Add every term's mean since the last log, and the knees, to what the Trainer logs.
 
         Flat, as `term_ce`: TensorBoard and its like plot numbers only.
         """
-        labels = [term.label for term in self.model.terms]
-        nothing = torch.zeros((), device=self.args.device)
-        stacked = torch.stack([self._sums.get(label, nothing).detach() for label in labels])
-        self._sums = {}
-        stacked = self.accelerator.reduce(stacked, "sum") / steps
-        return {
-            f"{TERM}{label}": value for label, value in zip(labels, stacked.tolist(), strict=True)
-        }
+        if "loss" in logs:
+            self.check_finite()
+            labels = [term.label for term in self.model.terms]
+            nothing = torch.zeros((), device=self.args.device)
+            sums = torch.stack([self._sums.get(label, nothing).detach() for label in labels])
+            steps = max(self.state.global_step - self._summed_from, 1)
+            means = (self.accelerator.reduce(sums, "sum") / steps).tolist()
+            logs |= {f"{TERM}{label}": mean for label, mean in zip(labels, means, strict=True)}
+            self._sums = {}
+            if self._knee_log is not None:
+                logs |= self._knee_log.summary()
+                self._knee_log = None
+        super().log(logs, start_time)
 
     # Checkpoints
 
@@ -525,19 +485,17 @@ class DistillationTrainer(Trainer):
         """
         self.check_finite()
         self._check_weights()
-        folder = Path(self.args.output_dir)
+        folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
         staging = folder / STAGING
-        name = f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)
-        self._staging = True
         try:
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+            self._staging = True
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 self._complete(staging / name, folder / name)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer has no errno
-            shutil.rmtree(staging, ignore_errors=True)
             raise TrainingError(
                 f"The checkpoint at step {self.state.global_step} could not be written to "
                 f"{folder}: {getattr(error, 'strerror', None) or one_line(error)}.",
@@ -545,17 +503,15 @@ class DistillationTrainer(Trainer):
             ) from error
         finally:
             self._staging = False
-        if self.args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
 
     def _complete(self, written: Path, checkpoint: Path) -> None:
         """Digest a checkpoint, put it in its place, and keep of the others only the one before."""
         if self.lineage is not None and self.lineage.exists():
             shutil.copyfile(self.lineage, written / self.lineage.name)
         write_digests(written)
-        sync_folder(written)
-        shutil.rmtree(checkpoint, ignore_errors=True)
-        written.rename(checkpoint)
+        replace_folder(written, checkpoint)
         before = [p for p in checkpoints(checkpoint.parent) if _step(p) < _step(checkpoint)]
         # Later steps can only be those of a checkpoint that was found unsound.
         for old in checkpoints(checkpoint.parent):
@@ -586,10 +542,10 @@ class DistillationTrainer(Trainer):
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         state = Path(resume_from_checkpoint) / STATE
-        if not state.exists():
+        if state.exists():
+            load_model(self.model, str(state))
+        else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        load_model(self.model, str(state))
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -614,11 +570,9 @@ def last_checkpoint(folder: Path, say: Callable[[str], None] = lambda line: None
 
 def _incomplete(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint at first sight, for those that have no digests."""
-    for name in ("trainer_state.json", "scheduler.pt"):
-        if not (checkpoint / name).is_file():
-            return f"{checkpoint / name} is missing"
     sharded = any(checkpoint.glob("pytorch_model_fsdp*"))
-    for name in () if sharded else (STATE, "optimizer.pt"):
+    own = () if sharded else (STATE, "optimizer.pt")
+    for name in ("trainer_state.json", "scheduler.pt", *own):
         if not (checkpoint / name).is_file():
             return f"{checkpoint / name} is missing"
     try:
