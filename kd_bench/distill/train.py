@@ -140,13 +140,10 @@ def train(recipe: Recipe, *, resume: bool = True, console: Console | None = None
         # What it says of models and stages that have begun, a resumed training keeps.
         if begun := begun_stages(recipe, folder):
             told = read_lineage(folder)
-            names = [recipe.stages[index].name for index in begun]
-            stages = {
-                name: told["stages"][name] for name in names if name in told.get("stages", {})
-            }
-            run.lineage |= {"stages": stages} | {
-                key: told.get(key) for key in ("student", "teacher")
-            }
+            kept = told.get("stages", {})
+            names = (recipe.stages[index].name for index in begun)
+            run.lineage["stages"] = {name: kept[name] for name in names if name in kept}
+            run.lineage |= {key: told.get(key) for key in ("student", "teacher")}
         processes.barrier()
         if is_main:
             write_text(folder / "recipe.yaml", recipe_yaml(recipe))
