@@ -381,6 +381,8 @@ class ChatFormat:
         Where it does (a prompt that ends in a space), behind another text: a prompt is tokenised
         before there is an answer, so no token may reach over its end.
         """
+        if not texts:
+            return []
         anchors = list(dict.fromkeys(each for each in (anchor, *ANCHORS) if each))
         lengths = [len(ids) for ids in self._ids(anchors)]
         found: list[tuple[list[int], bool]] = []
@@ -400,8 +402,6 @@ class ChatFormat:
         return found
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        if not texts:
-            return []
         return list(self.tokenizer(list(texts), add_special_tokens=False)["input_ids"])
 
 

@@ -16,25 +16,24 @@ from typing import Any, TypeVar
 import torch
 from PIL.Image import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 
 from kd_bench.distill.chat import ChatFormat, Turns, use_template
 from kd_bench.distill.conversations import Conversations, read_conversations
-from kd_bench.distill.data import (
-    Conversation,
-    Unreadable,
-    open_image,
-)
+from kd_bench.distill.data import Conversation, Unreadable, open_image
 from kd_bench.distill.models import load_processor
 from kd_bench.distill.recipe import MAX_PIXELS, DataSource
 from kd_bench.distill.vision_language import TEACHERS
 from kd_bench.errors import KdBenchError, TrainingError, UsageError, one_line
-from kd_bench.world.build import resolve
 
 IGNORED = -100
 PER_TOKEN = ("token_type_ids", "mm_token_type_ids")  # what processors give beside `input_ids`
 NO_LIMIT = 1 << 30  # tokens
 LED_BY = 3  # tokens before an answer by which it is found again among expanded images
+AT_A_TIME = 64  # conversations encoded at a time
+MEMORY_BUDGET = 2 << 30  # bytes of encoded samples that are kept in memory
+SHOWN = 20  # unreadable samples that a message lists
 
 EncodedSample = dict[str, Tensor]
 T = TypeVar("T")
@@ -59,8 +58,7 @@ class Encoder:
         self.image_token_ids = _image_token_ids(processor)
         self.left_out = 0  # answers that are context only, see `Turns`
         self.images_left_out = 0  # of turns behind the last answer that is learnt
-        # Images of one size and one run of image tokens each can go through in bulk.
-        self.tokens_an_image: int | None = None
+        # One row of pixels an image, so that many samples can go through in one call.
         self.plain_images = type(processor).__name__ == "LlavaProcessor"
 
     def encode(self, conversation: Conversation) -> EncodedSample:
@@ -79,18 +77,12 @@ class Encoder:
     ) -> list[EncodedSample | Unreadable]:
         """One sample, or the reason why there is none, for each conversation."""
         drafts = [_attempt(self._draft, conversation) for conversation in conversations]
-        sound = [draft for draft in drafts if isinstance(draft, _Draft)]
-        untokenised = self._tokenise(sound)
-        self._see_in_bulk([draft for draft in sound if id(draft) not in untokenised])
-        made: list[EncodedSample | Unreadable] = []
-        for draft in drafts:
-            if isinstance(draft, Unreadable):
-                made.append(draft)
-            elif id(draft) in untokenised:
-                made.append(untokenised[id(draft)])
-            else:
-                made.append(_attempt(self._sample, draft))
-        return made
+        drafts = _together(self._tokenise, drafts)
+        drafts = _together(self._process, drafts, at_once=self.plain_images)
+        return [
+            draft if isinstance(draft, Unreadable) else _attempt(self._sample, draft)
+            for draft in drafts
+        ]
 
     def _draft(self, conversation: Conversation) -> "_Draft":
         turns = self.chat.turns(conversation.messages)
@@ -102,133 +94,91 @@ class Encoder:
         images = [open_image(image, self.max_pixels) for image in shown]
         return _Draft(turns, images, len(conversation.images) - len(shown))
 
-    def _tokenise(self, drafts: "list[_Draft]") -> dict[int, Unreadable]:
-        """Fill in the ids of all drafts at once; else one by one, and why one has none, by id."""
-        try:
-            self._set_ids(drafts)
-            return {}
-        except Exception:
-            found = {id(draft): _attempt(self._set_ids, [draft]) for draft in drafts}
-            return {key: why for key, why in found.items() if why is not None}
-
-    def _set_ids(self, drafts: "list[_Draft]") -> None:
+    def _tokenise(self, drafts: "Sequence[_Draft]") -> None:
+        """Ids of answers and of what stands between them."""
         chat = self.chat
         chat.answer_ids([text for each in drafts for text in each.turns.answers])
         for draft in drafts:
             draft.turns = chat.settled(draft.turns)
-        prompts = chat.prompt_ids([draft.turns.prompt for draft in drafts])
         answers = iter(chat.answer_ids([text for each in drafts for text in each.turns.answers]))
         between = iter(chat.between_ids([text for each in drafts for text in each.turns.between]))
-        for draft, prompt in zip(drafts, prompts, strict=True):
-            draft.prompt = prompt
+        for draft in drafts:
             draft.answers = [next(answers) + chat.stop_ids for _ in draft.turns.answers]
             draft.between = [next(between) for _ in draft.turns.between]
 
-    def _see_in_bulk(self, drafts: "list[_Draft]") -> None:
-        """`pixel_values` of every draft from one call, where images have a constant size."""
-        if not self.plain_images or self.tokens_an_image is None:
+    def _process(self, drafts: "Sequence[_Draft]") -> None:
+        """Ids of prompts and tensors of images by the processor's own call, as evaluation makes it.
+
+        Where later questions bring images of their own, the prompt is that of the last of them.
+        """
+        chat = self.chat
+        text_only = [draft for draft in drafts if not draft.images]
+        prompts = chat.prompt_ids([draft.turns.prompt for draft in text_only])
+        for draft, ids in zip(text_only, prompts, strict=True):
+            draft.prompt = ids
+        drafts = [draft for draft in drafts if draft.images]
+        if not drafts:
             return
-        flat = [image for draft in drafts for image in draft.images]
-        if not flat:
-            return
-        try:
-            made = self.processor.image_processor(images=flat, return_tensors="pt")["pixel_values"]
-        except Exception:
-            return  # one by one it will be known whose image it was
-        parts = made.split([len(draft.images) for draft in drafts])
-        for draft, part in zip(drafts, parts, strict=True):
-            draft.pixels = part.clone() if draft.images else None
+        texts = []
+        for draft in drafts:
+            turns, text = draft.turns, draft.turns.prompt
+            shown = [i + 1 for i, each in enumerate(turns.between) if chat.image_token in each]
+            draft.inside = shown[-1] if shown else 0
+            for answer, following in zip(
+                turns.answers[: draft.inside], turns.between, strict=False
+            ):
+                text += answer + chat.stop + following
+            texts.append(text)
+        several = {"padding": True} if len(drafts) > 1 else {}
+        made = dict(chat.processed(texts, [draft.images for draft in drafts], **several))
+        input_ids = made.pop("input_ids")  # [drafts, length]
+        masks = made.pop("attention_mask", torch.ones_like(input_ids)).bool()
+        kinds = {name: made.pop(name) for name in PER_TOKEN if name in made}
+        if several:
+            pixels = made["pixel_values"].split([len(draft.images) for draft in drafts])
+        for number, (draft, mask) in enumerate(zip(drafts, masks, strict=True)):
+            draft.prompt = input_ids[number][mask].tolist()
+            draft.tensors = {"pixel_values": pixels[number].clone()} if several else made
+            draft.tensors |= {name: each[number][mask] for name, each in kinds.items()}
 
     def _sample(self, draft: "_Draft") -> EncodedSample:
-        """Ids, labels and image tensors of one draft."""
-        if draft.images and draft.pixels is None:
-            sample = self._cut(*self._processed(draft))
-        else:
-            ids, mask = draft.behind(0)
-            marks = sum(token in self.image_token_ids for token in draft.prompt + ids)
-            if marks != len(draft.images):
-                raise Unreadable(f"{marks} image tokens for {len(draft.images)} images")
-            extra = {} if draft.pixels is None else {"pixel_values": draft.pixels}
-            sample = self._cut(
-                *self._expanded(draft.prompt + ids, [False] * len(draft.prompt) + mask), extra
-            )
-        self.left_out += draft.turns.left_out
-        self.images_left_out += draft.images_left_out
-        return sample
-
-    def _processed(self, draft: "_Draft") -> tuple[list[int], list[bool], EncodedSample]:
-        """Ids and mask behind the processor's own call on the prompt, as evaluation makes it.
-
-        Where later questions bring images of their own, the prompt is that of the last of them, and
-        the answers inside are found again between the expanded images.
-        """
-        turns = draft.turns
-        shown = [i + 1 for i, text in enumerate(turns.between) if self.chat.image_token in text]
-        inside = shown[-1] if shown else 0  # answers in front of the last image
-        text = turns.prompt
-        for answer, following in zip(turns.answers[:inside], turns.between, strict=False):
-            text += answer + self.chat.stop + following
-        made = dict(self.chat.processed([text], [draft.images]))
-        prompt = made.pop("input_ids")[0].tolist()
-        made.pop("attention_mask", None)
-        mask = self._found_again(prompt, draft, inside)
-        if self.plain_images and self.tokens_an_image is None:
-            self._learn_size(prompt, draft, inside)
-        ids, answers = draft.behind(inside)
-        for name in PER_TOKEN:
-            if name in made:
-                # PaliGemma's are 1 where attention is causal: in its answer.
-                kind = made[name].new_full((1, len(ids)), int(self.chat.plain))
-                made[name] = torch.cat([made[name], kind], dim=1)
-        return prompt + ids, mask + answers, made
-
-    def _found_again(self, prompt: list[int], draft: "_Draft", count: int) -> list[bool]:
-        """Where the first `count` answers of a draft lie inside its expanded prompt."""
-        mask = [False] * len(prompt)
-        place = 0
-        for number in range(count):
-            led_by = (draft.prompt, *draft.between)[number][-LED_BY:]
-            answer = draft.answers[number]
-            start = _find(prompt, led_by + answer, place) + len(led_by)
-            place = start + len(answer)
-            mask[start:place] = [True] * len(answer)
-        return mask
-
-    def _learn_size(self, prompt: list[int], draft: "_Draft", inside: int) -> None:
-        """Take the quick way from now on, if it reproduces the processor's ids."""
-        self.tokens_an_image, rest = divmod(
-            sum(token in self.image_token_ids for token in prompt), len(draft.images)
-        )
-        ids = draft.prompt + draft.behind(0)[0]
-        ids = ids[: len(ids) - len(draft.behind(inside)[0])]
-        self.plain_images = not rest and self._expanded(ids, [False] * len(ids))[0] == prompt
-
-    def _expanded(self, ids: list[int], mask: list[bool]) -> tuple[list[int], list[bool]]:
-        """Every image placeholder repeated `tokens_an_image` times."""
-        count = self.tokens_an_image or 1
-        full: list[int] = []
-        answers: list[bool] = []
-        for token, answer in zip(ids, mask, strict=True):
-            times = count if token in self.image_token_ids else 1
-            full += [token] * times
-            answers += [answer] * times
-        return full, answers
-
-    def _cut(self, ids: list[int], answers: list[bool], extra: EncodedSample) -> EncodedSample:
-        """The sample of at most `max_length` tokens."""
-        if len(ids) > self.max_length:
-            if any(token in self.image_token_ids for token in ids[self.max_length :]):
-                raise Unreadable(f"an image lies beyond max_length={self.max_length}")
-            ids, answers = ids[: self.max_length], answers[: self.max_length]
-        input_ids = torch.tensor(ids)
-        labels = torch.where(torch.tensor(answers), input_ids, IGNORED)
+        """Ids, labels and image tensors of one draft, of at most `max_length` tokens."""
+        answers = self._answers_inside(draft)
+        ids = list(draft.prompt)
+        following = [*draft.between[draft.inside :], []]  # nothing behind the last answer
+        for answer, between in zip(draft.answers[draft.inside :], following, strict=True):
+            ids += answer + between
+            answers += [True] * len(answer) + [False] * len(between)
+        tensors = dict(draft.tensors)
+        for name in tensors.keys() & set(PER_TOKEN):
+            # PaliGemma's are 1 where attention is causal: in its answer.
+            rest = len(ids) - len(draft.prompt)
+            kind = tensors[name].new_full((rest,), int(self.chat.plain))
+            tensors[name] = torch.cat([tensors[name], kind])[: self.max_length]
+        if any(token in self.image_token_ids for token in ids[self.max_length :]):
+            raise Unreadable(f"an image lies beyond max_length={self.max_length}")
+        input_ids = torch.tensor(ids[: self.max_length])
+        labels = torch.where(torch.tensor(answers[: self.max_length]), input_ids, IGNORED)
         labels[0] = IGNORED  # nothing comes before it to predict it from
         if not bool((labels != IGNORED).any()):
             raise Unreadable(f"no answer within max_length={self.max_length}")
-        for name in PER_TOKEN:
-            if name in extra:
-                extra[name] = extra[name][0, : self.max_length]
-        return {"input_ids": input_ids, "labels": labels, **extra}
+        self.left_out += draft.turns.left_out
+        self.images_left_out += draft.images_left_out
+        return {"input_ids": input_ids, "labels": labels, **tensors}
+
+    def _answers_inside(self, draft: "_Draft") -> list[bool]:
+        """Where a draft's first answers lie inside its prompt, between the expanded images."""
+        mask = [False] * len(draft.prompt)
+        place = 0
+        for number in range(draft.inside):
+            before = draft.between[number - 1] if number else None
+            if before is None:
+                (before,) = self.chat.prompt_ids([draft.turns.prompt])
+            led_by, answer = before[-LED_BY:], draft.answers[number]
+            start = _find(draft.prompt, led_by + answer, place) + len(led_by)
+            place = start + len(answer)
+            mask[start:place] = [True] * len(answer)
+        return mask
 
 
 class PairEncoder(Encoder):
@@ -273,9 +223,8 @@ class PairEncoder(Encoder):
         if not torch.equal(theirs["input_ids"][places], answered):
             return Unreadable("the teacher's processor writes its answers otherwise")
         end = int(places[-1]) + 1  # the student's `max_length` may have cut answers off
-        for name in ("input_ids", "labels", *PER_TOKEN):
-            if name in theirs:
-                theirs[name] = theirs[name][:end]
+        for name in theirs.keys() & {"input_ids", "labels", *PER_TOKEN}:
+            theirs[name] = theirs[name][:end]
         return {**ours, **{f"{TEACHERS}{name}": value for name, value in theirs.items()}}
 
 
@@ -285,29 +234,38 @@ class _Draft:
 
     Attributes:
         images_left_out: images of the conversation that no learnt answer follows.
-        prompt: ids up to the first answer, images' marks not expanded.
         answers: ids of each answer with its stop token.
         between: ids from behind each stop token to where the next answer begins.
-        pixels: of all images, where they went through in bulk.
+        prompt: ids up to the first answer behind the last image, images expanded.
+        inside: how many answers that prompt holds.
+        tensors: what else the processor made of it.
     """
 
     turns: Turns
     images: list[Image]
-    images_left_out: int = 0
-    prompt: list[int] = field(default_factory=list)
+    images_left_out: int
     answers: list[list[int]] = field(default_factory=list)
     between: list[list[int]] = field(default_factory=list)
-    pixels: Tensor | None = None
+    prompt: list[int] = field(default_factory=list)
+    inside: int = 0
+    tensors: EncodedSample = field(default_factory=dict)
 
-    def behind(self, number: int) -> tuple[list[int], list[bool]]:
-        """Everything from answer `number` on, and whether it is an answer's."""
-        ids: list[int] = []
-        mask: list[bool] = []
-        behind = [*self.between[number:], []]  # nothing behind the last answer
-        for answer, following in zip(self.answers[number:], behind, strict=True):
-            ids += answer + following
-            mask += [True] * len(answer) + [False] * len(following)
-        return ids, mask
+
+def _together(
+    step: Callable[[Sequence[_Draft]], None],
+    drafts: Sequence[_Draft | Unreadable],
+    at_once: bool = True,
+) -> list[_Draft | Unreadable]:
+    """Take a step with all drafts at once; where that fails, one by one, to know whose fault."""
+    sound = [draft for draft in drafts if isinstance(draft, _Draft)]
+    if at_once:
+        try:
+            step(sound)
+            return list(drafts)
+        except Exception:
+            pass
+    failed = {id(draft): _attempt(step, [draft]) for draft in sound}
+    return [failed.get(id(draft)) or draft for draft in drafts]
 
 
 def _attempt(make: Callable[..., T], *given: Any) -> T | Unreadable:
@@ -331,34 +289,22 @@ def _image_token_ids(processor: Any) -> frozenset[int]:
     return frozenset(int(each) for each in found if each is not None)
 
 
-def _find(ids: list[int], wanted: list[int], start: int) -> int:
-    for index in range(start, len(ids) - len(wanted) + 1):
-        if ids[index] == wanted[0] and ids[index : index + len(wanted)] == wanted:
+def _find(ids: list[int], part: list[int], start: int) -> int:
+    for index in range(start, len(ids) - len(part) + 1):
+        if ids[index] == part[0] and ids[index : index + len(part)] == part:
             return index
     raise Unreadable("an answer is not found again among the images")
 
 
-MEMORY_BUDGET = 2 << 30  # bytes of encoded samples that are kept in memory
-FIRST, AT_A_TIME = 8, 256  # conversations encoded at a time
-SHOWN = 20  # unreadable samples that a message lists
-
-
 @dataclass(frozen=True)
-class Lost:
+class UnreadableSample:
     """A sample that could not be read when its batch was made."""
 
     index: int
     reason: str
 
 
-def batched(conversations: Sequence[Conversation], size: int) -> Iterator[Sequence[Conversation]]:
-    """Groups of `size`; the first is small, so that the encoder learns from it what is constant."""
-    yield conversations[:FIRST]
-    for start in range(FIRST, len(conversations), size):
-        yield conversations[start : start + size]
-
-
-class ConversationDataset(Dataset[EncodedSample | Lost]):
+class ConversationDataset(Dataset[EncodedSample | UnreadableSample]):
     """Encoded samples, made when asked for; `prepare` makes and keeps them all.
 
     Args:
@@ -385,13 +331,13 @@ class ConversationDataset(Dataset[EncodedSample | Lost]):
     def __len__(self) -> int:
         return len(self.conversations)
 
-    def __getitem__(self, index: int) -> EncodedSample | Lost:
+    def __getitem__(self, index: int) -> EncodedSample | UnreadableSample:
         if self._kept:
             return self._kept[index]
         try:
             sample = self.encoder.encode(self.conversations[index])
         except Unreadable as error:
-            return Lost(index, str(error))
+            return UnreadableSample(index, str(error))
         sample["sample_index"] = torch.tensor(index)
         return sample
 
@@ -402,18 +348,19 @@ class ConversationDataset(Dataset[EncodedSample | Lost]):
         """
         kept: list[EncodedSample] = []
         sound: list[int] = []
-        places = iter(range(len(self.conversations)))
         lost: list[tuple[str, str]] = []
-        for group in batched(self.conversations, AT_A_TIME):
-            made = self.encoder.encode_many(group)
-            for conversation, sample, place in zip(group, made, places, strict=False):
+        for start in range(0, len(self), AT_A_TIME):
+            group = list(self.conversations[start : start + AT_A_TIME])
+            made = enumerate(self.encoder.encode_many(group), start)
+            for conversation, (place, sample) in zip(group, made, strict=True):
                 if isinstance(sample, Unreadable):
                     lost.append(conversation.given_up(sample))
                 else:
                     sample["sample_index"] = torch.tensor(len(kept))
                     kept.append(sample)
                     sound.append(place)
-            if _bytes(kept) / max(len(kept), 1) * len(self.conversations) > MEMORY_BUDGET:
+            size = sum(tensor.nbytes for sample in kept for tensor in sample.values())
+            if size / max(len(kept), 1) * len(self) > MEMORY_BUDGET:
                 return
         self.conversations, self._kept = self.conversations.select(sound), kept
         self.left_out = self.encoder.left_out
@@ -445,7 +392,7 @@ class ConversationDataset(Dataset[EncodedSample | Lost]):
         )
 
     def has_image(self, index: int) -> bool:
-        """Whether a sample holds a picture."""
+        """Whether a sample holds an image."""
         return bool(self.conversations.images[index])
 
     def length(self, index: int) -> int:
@@ -455,69 +402,45 @@ class ConversationDataset(Dataset[EncodedSample | Lost]):
         return int(self.conversations.characters[index])
 
 
-def _bytes(samples: list[EncodedSample]) -> int:
-    return sum(tensor.nbytes for sample in samples for tensor in sample.values())
-
-
 class Collator:
-    """Pads samples on the right and joins their pictures."""
+    """Pads samples on the right and joins their images."""
 
     def __init__(self, pad_token_id: int) -> None:
         self.padding = {"input_ids": pad_token_id, "labels": IGNORED}
 
-    def __call__(self, made: Sequence[EncodedSample | Lost]) -> dict[str, Any]:
-        samples = [sample for sample in made if not isinstance(sample, Lost)]
-        lost = [(sample.index, sample.reason) for sample in made if isinstance(sample, Lost)]
+    def __call__(self, made: Sequence[EncodedSample | UnreadableSample]) -> dict[str, Any]:
+        samples = [sample for sample in made if isinstance(sample, dict)]
+        lost = [(each.index, each.reason) for each in made if isinstance(each, UnreadableSample)]
         if not samples:  # nothing to learn, but every device has to take its step
             alone = torch.tensor([self.padding["input_ids"]])
-            samples = [
-                {
-                    "input_ids": alone,
-                    "labels": torch.full_like(alone, IGNORED),
-                    "sample_index": torch.tensor(-1),
-                }
-            ]
-        batch = self._joined(samples)
+            labels = torch.full_like(alone, IGNORED)
+            samples = [{"input_ids": alone, "labels": labels, "sample_index": torch.tensor(-1)}]
+        batch: dict[str, Any] = self._side(samples, "")
+        batch["sample_index"] = torch.stack([sample["sample_index"] for sample in samples])
+        if any(name.startswith(TEACHERS) for sample in samples for name in sample):
+            batch |= self._side(samples, TEACHERS)
         return {**batch, "unreadable": lost} if lost else batch
 
-    def _joined(self, samples: list[EncodedSample]) -> dict[str, Tensor]:
-        """The student's tensors and, where samples hold them, the teacher's own."""
-        own, theirs = [], []
-        for sample in samples:
-            sides: dict[bool, EncodedSample] = {True: {}, False: {}}
-            for name, tensor in sample.items():
-                sides[name.startswith(TEACHERS)][name.removeprefix(TEACHERS)] = tensor
-            own.append(sides[False])
-            theirs.append(sides[True])
-        batch = self._side(own)
-        batch["sample_index"] = torch.stack([sample["sample_index"] for sample in samples])
-        if any(theirs):
-            batch |= {f"{TEACHERS}{name}": each for name, each in self._side(theirs).items()}
-        return batch
-
-    def _side(self, samples: list[EncodedSample]) -> dict[str, Tensor]:
-        lengths = [len(sample["input_ids"]) for sample in samples]
-        longest = max(lengths)
-        batch = {
-            name: self._pad(samples, name, longest) for name in ("input_ids", "labels")
-        }  # [batch, length]
-        places = torch.arange(longest)
-        batch["attention_mask"] = (places < torch.tensor(lengths).unsqueeze(1)).long()
-        names = {name for sample in samples for name in sample} - {*batch, "sample_index"}
-        for name in sorted(names):
-            if name in PER_TOKEN:
-                batch[name] = self._pad(samples, name, longest)
+    def _side(self, samples: list[EncodedSample], prefix: str) -> dict[str, Tensor]:
+        """The student's tensors, or those whose names begin with the teacher's prefix."""
+        sides = [
+            {
+                name.removeprefix(prefix): tensor
+                for name, tensor in sample.items()
+                if name.startswith(TEACHERS) == bool(prefix)
+            }
+            for sample in samples
+        ]
+        ones = [torch.ones_like(side["input_ids"]) for side in sides]
+        batch = {f"{prefix}attention_mask": pad_sequence(ones, batch_first=True)}  # [batch, length]
+        for name in sorted({name for side in sides for name in side} - {"sample_index"}):
+            if name in (*self.padding, *PER_TOKEN):
+                rows = [s[name] if name in s else torch.zeros_like(s["input_ids"]) for s in sides]
+                filler = self.padding.get(name, 0)
+                batch[prefix + name] = pad_sequence(rows, batch_first=True, padding_value=filler)
             else:
-                batch[name] = joined([sample[name] for sample in samples if name in sample])
+                batch[prefix + name] = joined([side[name] for side in sides if name in side])
         return batch
-
-    def _pad(self, samples: list[EncodedSample], name: str, longest: int) -> Tensor:
-        filler = self.padding.get(name, 0)
-        padded = samples[0]["input_ids"].new_full((len(samples), longest), filler)
-        for row, sample in zip(padded, samples, strict=True):
-            if name in sample:
-                row[: len(sample[name])] = sample[name]
-        return padded
 
 
 def joined(tensors: list[Tensor]) -> Tensor:
@@ -538,12 +461,12 @@ class BatchOrder(Sampler[list[int]]):
     """Batches of sample indices, in an order that only seed and epoch decide.
 
     One optimizer step takes `batch_size` samples in a row, whatever number of devices and
-    accumulation pieces share them. Text-only samples are batched together where their number
+    micro-batches share them. Text-only samples are batched together where their number
     allows, so that those batches never reach the vision tower; what is left over mixes. Samples
     beyond the last whole batch wait for another epoch.
 
     Args:
-        piece: samples of one device at a time; divides `batch_size`.
+        micro_batch: samples of one device at a time; divides `batch_size`.
     """
 
     drop_last = True
@@ -552,7 +475,7 @@ class BatchOrder(Sampler[list[int]]):
         self,
         dataset: ConversationDataset,
         batch_size: int,
-        piece: int,
+        micro_batch: int,
         seed: int,
         group_by_length: bool = False,
     ) -> None:
@@ -564,13 +487,13 @@ class BatchOrder(Sampler[list[int]]):
             )
         self.dataset = dataset
         self.whole = batch_size
-        self.batch_size = piece
+        self.batch_size = micro_batch
         self.seed = seed
         self.group_by_length = group_by_length
         self.epoch = 0
 
     def __len__(self) -> int:
-        return len(self.dataset) // self.whole * (self.whole // self.batch_size)
+        return self.steps * (self.whole // self.batch_size)
 
     @property
     def steps(self) -> int:
@@ -592,24 +515,19 @@ class BatchOrder(Sampler[list[int]]):
         order = torch.randperm(len(self.dataset), generator=generator).tolist()
         order = order[: len(order) // self.whole * self.whole]
         if self.group_by_length:
-            order = self._by_length(order)
+            # Sorted inside windows of 16 batches: less padding, still mostly random.
+            window = 16 * self.whole
+            parts = (order[start : start + window] for start in range(0, len(order), window))
+            length = self.dataset.length
+            order = [i for part in parts for i in sorted(part, key=length, reverse=True)]
         pictured = [index for index in order if self.dataset.has_image(index)]
         plain = [index for index in order if not self.dataset.has_image(index)]
         whole = len(plain) // self.whole * self.whole
-        # Text left over joins the pictures' last batch.
+        # Text left over joins the images' last batch.
         rows = plain[:whole] + pictured + plain[whole:]
         batches = [rows[i : i + self.whole] for i in range(0, len(rows), self.whole)]
         shuffled = torch.randperm(len(batches), generator=generator).tolist()
         return [batches[index] for index in shuffled]
-
-    def _by_length(self, order: list[int]) -> list[int]:
-        """Sort by length inside windows of 16 batches: less padding, still mostly random."""
-        window = 16 * self.whole
-        result: list[int] = []
-        for start in range(0, len(order), window):
-            part = order[start : start + window]
-            result += sorted(part, key=self.dataset.length, reverse=True)
-        return result
 
 
 @dataclass(frozen=True)
@@ -695,13 +613,19 @@ def preview_data(
     Raises:
         UsageError: data, checkpoint or template cannot be used.
     """
-    processor = load_processor(resolve(student) if student.startswith("embedded:") else student)
+    processor = load_processor(student)
     if prompt_template is not None:
         use_template(processor, prompt_template)
     encoder = Encoder(processor, max_length, max_pixels=source.max_image_pixels)
     found, broken = read_conversations(source)
-    preview = _counted(found)
-    preview.unreadable = list(broken)
+    preview = DataPreview(
+        forms=Counter(found.column("form").to_pylist()),
+        conversations=len(found),
+        images=int(found.images.sum()),
+        text_only=int((found.images == 0).sum()),
+        answers=sum(found.column("answers").to_pylist()),
+        unreadable=list(broken),
+    )
     chosen = found[: max(samples, len(found) if encoded is None else encoded)]
     for start in range(0, len(chosen), AT_A_TIME):
         group = chosen[start : start + AT_A_TIME]
@@ -716,16 +640,6 @@ def preview_data(
                 preview.samples.append(_shown(encoder, conversation.id, sample))
     preview.left_out, preview.images_left_out = encoder.left_out, encoder.images_left_out
     return preview
-
-
-def _counted(conversations: Sequence[Conversation]) -> DataPreview:
-    return DataPreview(
-        forms=Counter(each.form for each in conversations),
-        conversations=len(conversations),
-        images=sum(len(each.images) for each in conversations),
-        text_only=sum(not each.images for each in conversations),
-        answers=sum(turn.role == "assistant" for each in conversations for turn in each.turns),
-    )
 
 
 def _shown(encoder: Encoder, name: str, sample: EncodedSample) -> SamplePreview:
