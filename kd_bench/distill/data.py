@@ -7,6 +7,7 @@ Nothing is tokenised here, see `encoding.py`.
 
 import base64
 import binascii
+import contextlib
 import io
 import posixpath
 import re
@@ -17,21 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 
 from kd_bench.distill.recipe import MAX_PIXELS
 from kd_bench.errors import UsageError
 
-ORIENTATION = 0x0112  # the EXIF tag
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 BITS_PER_SAMPLE = 258  # the TIFF tag
 SIXTEEN_BITS = {"PNG", "PPM"}  # formats whose mode "I" holds 0 to 65,535
 
@@ -68,9 +59,8 @@ def open_image(source: Path | bytes, max_pixels: int = MAX_PIXELS) -> Image.Imag
     except FileNotFoundError:
         raise Unreadable(f"{name} is missing") from None
     except Exception as error:  # decoders raise whatever their format suggests to them
-        raise Unreadable(
-            f"{name}: {' '.join(str(error).split()) or type(error).__name__}"
-        ) from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise Unreadable(f"{name}: {reason}") from None
 
 
 def _decoded(source: Path | bytes, max_pixels: int) -> Image.Image:
@@ -80,17 +70,9 @@ def _decoded(source: Path | bytes, max_pixels: int) -> Image.Image:
                 f"{opened.width} x {opened.height} pixels are more than the {max_pixels:,} allowed"
             )
         opened.load()
-        upright = UPRIGHT.get(_orientation(opened))
-        image = _eight_bits(opened).convert("RGB")
-        return image if upright is None else image.transpose(upright)
-
-
-def _orientation(image: Image.Image) -> int:
-    """The EXIF tag's value; 0 where there is none or the tags are damaged."""
-    try:
-        return int(image.getexif().get(ORIENTATION) or 0)
-    except Exception:
-        return 0
+        with contextlib.suppress(Exception):  # damaged tags say nothing
+            ImageOps.exif_transpose(opened, in_place=True)
+        return _eight_bits(opened).convert("RGB")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -122,40 +104,11 @@ ROLES: dict[str, Literal["user", "assistant", "system"]] = {
     "system": "system",
 }
 IMAGE_KEYS = ("image", "images")
-NOT_SUPPORTED = (  # keys of rows
-    "video",
-    "videos",
-    "audio",
-    "audios",
-    "tools",
-    "rejected_response",
-    "rejected",
-    "rejected_messages",
-    "rejected_images",
-)
-NOT_SUPPORTED_IN_TURNS = (
-    "tool_calls",
-    "function_call",
-    "reasoning_content",
-    "reasoning",
-    "thinking",
-)
+REJECTED = ("rejected_response", "rejected", "rejected_messages", "rejected_images")
+NOT_SUPPORTED = ("video", "videos", "audio", "audios", "tools", *REJECTED)  # keys of rows
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+NOT_SUPPORTED_IN_TURNS = ("tool_calls", "function_call", *THOUGHTS)
 MEDIA_MARKS = ("<video>", "<audio>")
-TEXT_KEYS = (
-    "conversations",
-    "messages",
-    "texts",
-    "prompt",
-    "completion",
-    "query",
-    "response",
-    "instruction",
-    "input",
-    "output",
-    "system",
-    "system_prompt",
-    "history",
-)
 NOT_LEARNT = ("weight", "train", "loss", "loss_scale")  # keys of turns that some trainers weigh
 IMAGE_NAME = re.compile(r"\.(png|jpe?g|webp|gif|bmp|tiff?|avif)$", re.IGNORECASE)
 IN_PART = ("image", "image_url", "url", "path", "bytes", "base64")  # where a part has its image
@@ -210,17 +163,14 @@ class Conversation:
 
 @dataclass(frozen=True)
 class _Image:
-    """An image that stands inside a turn."""
+    """An image that stands inside a turn; a place for one of the row's list is None."""
 
     entry: Any
 
 
-@dataclass(frozen=True)
-class _Said:
-    """One message before its images have found their places."""
-
-    role: Literal["system", "user", "assistant"]
-    pieces: tuple[str | _Image | None, ...]
+Piece: TypeAlias = str | _Image | None
+Said: TypeAlias = tuple[Literal["system", "user", "assistant"], tuple[Piece, ...]]
+"""Role and pieces of one message before its images have found their places."""
 
 
 def conversation_of(row: Any, number: int, folder: Path) -> Conversation:
@@ -242,7 +192,7 @@ def conversation_of(row: Any, number: int, folder: Path) -> Conversation:
         if row.get(key):
             what = key if key.startswith("rejected") else key.removesuffix("s")
             raise Unreadable(f"{what} is not supported")
-    said = FORMS[form](row)
+    said = FORMS[form].read(row)
     if not said:
         raise Unreadable("no conversations")
     _refuse_unused_text(row, form, said)
@@ -269,16 +219,9 @@ def form_of(row: Row) -> str:
     Raises:
         Unreadable: none of `FORMS`.
     """
-    if "conversations" in row or "messages" in row:
-        return "conversations"
-    if "texts" in row:
-        return "texts"
-    if "prompt" in row and "completion" in row:
-        return "prompt and completion"
-    if "query" in row and "response" in row:
-        return "query and response"
-    if "instruction" in row and "output" in row:
-        return "instruction and output"
+    for name, form in FORMS.items():
+        if any(all(key in row for key in keys) for keys in form.needs):
+            return name
     keys = ", ".join(str(key) for key in list(row)[:SHOWN_KEYS]) or "none"
     raise Unreadable(f"its form is not known (keys: {keys}); known are: {', '.join(FORMS)}")
 
@@ -286,7 +229,7 @@ def form_of(row: Row) -> str:
 # Forms
 
 
-def _conversations(row: Row) -> list[_Said]:
+def _conversations(row: Row) -> list[Said]:
     """LLaVA's and ShareGPT's `conversations` (from, value), OpenAI's `messages` (role, content)."""
     said = _only(row, "conversations", "messages")
     if not isinstance(said, list | tuple):
@@ -294,7 +237,7 @@ def _conversations(row: Row) -> list[_Said]:
     return [*_system(row), *map(_message, said)]
 
 
-def _texts(row: Row) -> list[_Said]:
+def _texts(row: Row) -> list[Said]:
     """The Cauldron's `images` and `texts` (user, assistant)."""
     said = _system(row)
     for pair in row["texts"] if isinstance(row["texts"], list | tuple) else [None]:
@@ -304,7 +247,7 @@ def _texts(row: Row) -> list[_Said]:
     return said
 
 
-def _prompt_and_completion(row: Row) -> list[_Said]:
+def _prompt_and_completion(row: Row) -> list[Said]:
     """TRL's: each a text or a list of messages."""
     said = _system(row)
     for key, role in (("prompt", "user"), ("completion", "assistant")):
@@ -316,61 +259,69 @@ def _prompt_and_completion(row: Row) -> list[_Said]:
     return said
 
 
-def _query_and_response(row: Row) -> list[_Said]:
+def _query_and_response(row: Row) -> list[Said]:
     """ms-swift's: `query`, `response`, earlier turns in `history`, `system`."""
-    return [
-        *_system(row),
-        *_history(row),
-        _spoken("user", row["query"]),
-        _spoken("assistant", row["response"]),
-    ]
+    return _single(row, row["query"], row["response"])
 
 
-def _instruction_and_output(row: Row) -> list[_Said]:
+def _instruction_and_output(row: Row) -> list[Said]:
     """Alpaca's: `instruction`, an optional `input` on the lines behind it, `output`."""
     asked = row["instruction"]
     if isinstance(asked, str) and isinstance(row.get("input"), str) and row["input"]:
         asked = f"{asked}\n{row['input']}"
     elif row.get("input") not in (None, ""):
         raise Unreadable("its input is no text")
-    return [
-        *_system(row),
-        *_history(row),
-        _spoken("user", asked),
-        _spoken("assistant", row["output"]),
-    ]
+    return _single(row, asked, row["output"])
 
 
-FORMS: dict[str, Callable[[Row], list[_Said]]] = {
-    "conversations": _conversations,
-    "texts": _texts,
-    "prompt and completion": _prompt_and_completion,
-    "query and response": _query_and_response,
-    "instruction and output": _instruction_and_output,
+def _single(row: Row, asked: Any, answer: Any) -> list[Said]:
+    turns = (_spoken("user", asked), _spoken("assistant", answer))
+    return [*_system(row), *_history(row), *turns]
+
+
+@dataclass(frozen=True)
+class Form:
+    """One form of rows.
+
+    Attributes:
+        read: row -> messages.
+        needs: alternative sets of keys that a row of this form has.
+        further: keys for text that it reads, too, beside the system's.
+    """
+
+    read: Callable[[Row], list[Said]]
+    needs: tuple[tuple[str, ...], ...]
+    further: tuple[str, ...] = ()
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All keys for text that the form reads."""
+        return (*(key for keys in self.needs for key in keys), *self.further, *SYSTEM_KEYS)
+
+
+SYSTEM_KEYS = ("system", "system_prompt")
+FORMS = {
+    "conversations": Form(_conversations, (("conversations",), ("messages",))),
+    "texts": Form(_texts, (("texts",),)),
+    "prompt and completion": Form(_prompt_and_completion, (("prompt", "completion"),)),
+    "query and response": Form(_query_and_response, (("query", "response"),), ("history",)),
+    "instruction and output": Form(
+        _instruction_and_output, (("instruction", "output"),), ("input", "history")
+    ),
 }
-"""How each form's rows are read, by the form's name."""
+"""How each form's rows are known and read, by the form's name."""
 
-_SYSTEM = ("system", "system_prompt")
-USED: dict[str, tuple[str, ...]] = {
-    "conversations": ("conversations", "messages", *_SYSTEM),
-    "texts": ("texts", *_SYSTEM),
-    "prompt and completion": ("prompt", "completion", *_SYSTEM),
-    "query and response": ("query", "response", "history", *_SYSTEM),
-    "instruction and output": ("instruction", "input", "output", "history", *_SYSTEM),
-}
-"""The keys of `TEXT_KEYS` that each form reads."""
+TEXT_KEYS = tuple(dict.fromkeys(key for form in FORMS.values() for key in form.keys))
 
 
-def _system(row: Row) -> list[_Said]:
+def _system(row: Row) -> list[Said]:
     """A system message that stands in a key of its own."""
-    text = _only(row, "system", "system_prompt")
-    if text in (None, ""):
-        return []
-    return [_spoken("system", text)]
+    text = _only(row, *SYSTEM_KEYS)
+    return [] if text in (None, "") else [_spoken("system", text)]
 
 
-def _history(row: Row) -> list[_Said]:
-    said: list[_Said] = []
+def _history(row: Row) -> list[Said]:
+    said: list[Said] = []
     for pair in _listed(row.get("history")):
         if isinstance(pair, Mapping):
             said.append(_message(pair))
@@ -384,7 +335,7 @@ def _history(row: Row) -> list[_Said]:
 # Messages and their parts
 
 
-def _message(message: Any) -> _Said:
+def _message(message: Any) -> Said:
     if not isinstance(message, Mapping):
         raise Unreadable("a turn is not a mapping")
     role = message.get("from", message.get("role"))
@@ -402,9 +353,9 @@ def _message(message: Any) -> _Said:
     return _spoken(role.lower(), _only(message, "value", "content"))
 
 
-def _spoken(role: str, content: Any) -> _Said:
+def _spoken(role: str, content: Any) -> Said:
     if isinstance(content, str):
-        pieces: tuple[str | _Image | None, ...] = _pieces(_text(content))
+        pieces: tuple[Piece, ...] = _pieces(_text(content))
     elif isinstance(content, list | tuple):
         pieces = tuple(map(_part, content))
     else:
@@ -414,7 +365,7 @@ def _spoken(role: str, content: Any) -> _Said:
             raise Unreadable(f"its text holds {mark}, which is not supported")
     if role in ("assistant", "gpt", "model") and not all(isinstance(p, str) for p in pieces):
         raise Unreadable(f"an answer holds {IMAGE_MARK}")
-    return _Said(ROLES[role], pieces)
+    return ROLES[role], pieces
 
 
 def _pieces(text: str) -> tuple[str | None, ...]:
@@ -430,7 +381,7 @@ def _pieces(text: str) -> tuple[str | None, ...]:
     return tuple(pieces)
 
 
-def _part(part: Any) -> str | _Image | None:
+def _part(part: Any) -> Piece:
     """One part of a message: OpenAI's, Qwen's or TRL's way to write text and images."""
     if not isinstance(part, Mapping):
         raise Unreadable(f"a part of a turn is {_short(part)}, not a mapping")
@@ -462,26 +413,24 @@ def _text(text: str) -> str:
 # Images
 
 
-def _placed(said: list[_Said], listed: list[Any]) -> tuple[tuple[Turn, ...], list[Any]]:
+def _placed(said: list[Said], listed: list[Any]) -> tuple[tuple[Turn, ...], list[Any]]:
     """Turns with places, and the entry of each place: its own, else the next of the row's list."""
-    places = [piece for turn in said for piece in turn.pieces if not isinstance(piece, str)]
+    places = [piece for _, pieces in said for piece in pieces if not isinstance(piece, str)]
     waiting = sum(place is None for place in places)
-    entries: list[Any] = []
     if listed and not places:  # images without a mark come first, as LLaVA's own data does
-        first = next((i for i, turn in enumerate(said) if turn.role == "user"), 0)
-        opened = _Said(said[first].role, (None,) * len(listed) + said[first].pieces)
-        said = [*said[:first], opened, *said[first + 1 :]]
-        entries = listed
+        first = next((i for i, (role, _) in enumerate(said) if role == "user"), 0)
+        role, pieces = said[first]
+        said = [*said[:first], (role, (None,) * len(listed) + pieces), *said[first + 1 :]]
     elif waiting != len(listed):
-        raise Unreadable(f"{waiting} {IMAGE_MARK} marks for {len(listed)} pictures")
-    else:
-        rest = iter(listed)
-        entries = [next(rest) if place is None else place.entry for place in places]
-    turns = tuple(
-        Turn(turn.role, tuple(p if isinstance(p, str) else None for p in turn.pieces))
-        for turn in said
-    )
-    return turns, entries
+        raise Unreadable(f"{waiting} {IMAGE_MARK} marks for {len(listed)} images")
+    rest = iter(listed)
+    turns: list[Turn] = []
+    entries: list[Any] = []
+    for role, pieces in said:
+        turns.append(Turn(role, tuple(p if isinstance(p, str) else None for p in pieces)))
+        images = (piece for piece in pieces if not isinstance(piece, str))
+        entries += [next(rest) if image is None else image.entry for image in images]
+    return tuple(turns), entries
 
 
 def _source(entry: Any, identifier: str, folder: Path) -> Source:
@@ -494,26 +443,26 @@ def _source(entry: Any, identifier: str, folder: Path) -> Source:
     if isinstance(entry, bytes | bytearray):
         return bytes(entry)
     if isinstance(entry, Mapping):
-        if entry.get("bytes"):
-            return _bytes(entry["bytes"])
+        if data := entry.get("bytes"):
+            return _bytes(data)
         if entry.get("base64"):
             return _from_base64(entry["base64"])
         entry = entry.get("path", entry.get("url", entry.get("image")))
     if not isinstance(entry, str) or not entry:
-        raise Unreadable("a picture has no name")
+        raise Unreadable("an image has no name")
     if entry.startswith("data:"):
         return _from_base64(entry.partition(",")[2])
     if re.match(r"https?://", entry):
-        raise Unreadable(f"the picture {_short(entry)} is on the web; download it first")
+        raise Unreadable(f"the image {_short(entry)} is on the web; download it first")
     plain = posixpath.normpath(_text(entry).removeprefix("file://").replace("\\", "/"))
     if "\0" in plain or any(len(part.encode()) > 255 for part in plain.split("/")):
-        raise Unreadable("a picture's name is no file name")
+        raise Unreadable("an image's name is no file name")
     if entry.startswith("file://") and plain.startswith(f"{folder}/"):
         return Path(plain)
     if plain.startswith(("/", "../")) or plain == ".." or re.match(r"[A-Za-z]:", plain):
         raise UsageError(
-            f"Sample {identifier} names the picture {entry!r}, outside of {folder}.",
-            "Picture names must stay below data.images.",
+            f"Sample {identifier} names the image {entry!r}, outside of {folder}.",
+            "Image names must stay below data.images.",
         )
     return folder / plain
 
@@ -524,14 +473,14 @@ def _bytes(value: Any) -> bytes:
             raise TypeError
         return bytes(value)
     except (TypeError, ValueError):
-        raise Unreadable("a picture's bytes are not bytes") from None
+        raise Unreadable("an image's bytes are not bytes") from None
 
 
 def _from_base64(text: Any) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except (TypeError, ValueError, binascii.Error):
-        raise Unreadable("a picture is not valid base64") from None
+        raise Unreadable("an image is not valid base64") from None
 
 
 # Nothing is dropped
@@ -545,15 +494,13 @@ def _only(row: Row, first: str, second: str) -> Any:
     return given[0] if given else row.get(first, row.get(second))
 
 
-def _refuse_unused_text(row: Row, form: str, said: list[_Said]) -> None:
+def _refuse_unused_text(row: Row, form: str, said: list[Said]) -> None:
     """Refuse rows that say something more under a key that their form does not read."""
-    unused = [key for key in TEXT_KEYS if key not in USED[form] and row.get(key)]
-    if not unused:
-        return
-    pieces = [piece for turn in said for piece in turn.pieces if isinstance(piece, str)]
-    whole = "\n".join(pieces)
-    for key in unused:
-        value = row[key]
+    whole = "\n".join(piece for _, pieces in said for piece in pieces if isinstance(piece, str))
+    for key in TEXT_KEYS:
+        value = row.get(key)
+        if not value or key in FORMS[form].keys:
+            continue
         if not isinstance(value, str) or value.replace(IMAGE_MARK, "").strip() not in whole:
             raise Unreadable(f"its key {key} is not read from the form {form}")
 

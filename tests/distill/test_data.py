@@ -111,8 +111,8 @@ def test_text_only_and_limits(tmp_path):
     [
         ("text", "not a mapping"),
         ({"conversations": []}, "no conversations"),
-        ({"conversations": TURNS[:2]}, "1 <image> marks for 0 pictures"),
-        ({"image": ["a.png"], "conversations": TURNS}, "2 <image> marks for 1 pictures"),
+        ({"conversations": TURNS[:2]}, "1 <image> marks for 0 images"),
+        ({"image": ["a.png"], "conversations": TURNS}, "2 <image> marks for 1 images"),
         ({"conversations": [{"from": "dog", "value": "woof"}]}, "unknown speaker 'dog'"),
         ({"conversations": [{"from": "human"}]}, "no text"),
         ({"conversations": [{"from": "human", "value": "hm"}]}, "no answer"),
@@ -133,7 +133,7 @@ def test_a_malformed_row_is_reported_not_raised(tmp_path, row, reason):
 )
 def test_a_picture_outside_of_its_folder_is_refused(tmp_path, name):
     path = written(tmp_path, [{"id": "evil", "image": name, "conversations": TURNS[:2]}])
-    with pytest.raises(UsageError, match="Sample evil names the picture"):
+    with pytest.raises(UsageError, match="Sample evil names the image"):
         read(path)
 
 

@@ -75,7 +75,7 @@ def test_bad_samples_are_counted_with_their_reason(
     reasons = dict(told)
     expected = {
         "answer": "an answer holds </s>",
-        "marks": "2 <image> marks for 1 pictures",
+        "marks": "2 <image> marks for 1 images",
         "damaged": "damaged.avif:",
         "huge": "300 x 300 pixels are more than the 80,000 allowed",
         "raises": "aspect ratio must be smaller",
