@@ -42,8 +42,27 @@ def report(
         list[Path] | None,
         typer.Option(help="Plot this training folder instead, finished or not; may be repeated."),
     ] = None,
+    model_card: Annotated[
+        str | None,
+        typer.Option(help="Write this run's card for the Hugging Face hub instead.", metavar="RUN"),
+    ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(help="Upload the card to this repository of the hub.", metavar="OWNER/NAME"),
+    ] = None,
 ) -> None:
     """Render the leaderboard: terminal, Markdown and a self-contained page."""
+    if push is not None and model_card is None:
+        raise UsageError("--push uploads a model card.", "Add --model-card RUN.")
+    if model_card is not None:
+        if runs or suite or compare or main or latex or trend or training:
+            raise UsageError(
+                "--model-card is about one run of the store.",
+                "Give --results, --to and --push beside it only.",
+            )
+        _not_among_runs(to, results)
+        _card(model_card, results, to, push)
+        return
     if training and (runs or suite or compare or main or latex or trend):
         raise UsageError(
             "--training plots training folders only.",
@@ -82,6 +101,15 @@ def report(
     typer.echo(f"Report: {page}")
     if latex:
         typer.echo(f"Paper's table: {page.parent / 'paper.tex'}")
+
+
+def _card(run: str, results: Path, to: Path, repository: str | None) -> None:
+    from kd_bench.report.model_card import model_card, push, write_card
+
+    card = model_card(results, run, repository or "")
+    typer.echo(f"Model card: {write_card(card, to)}")
+    if repository is not None:
+        typer.echo(f"Uploaded: {push(card, repository)}")
 
 
 def _not_among_runs(to: Path, results: Path) -> None:
