@@ -80,7 +80,9 @@ def report(
     _not_among_runs(to, results)
     from rich.console import Console
 
-    from kd_bench.report import Paper, render_report, render_training, render_trend
+    from kd_bench.report import render_report
+    from kd_bench.report.history import render_training, render_trend
+    from kd_bench.report.papers import Paper
 
     if training:
         page = render_training(training, to)

@@ -18,8 +18,8 @@ from kd_bench.records import AVERAGE, RunManifest
 from kd_bench.report.board import Board, Entry, Score
 from kd_bench.report.categories import category_tables
 from kd_bench.report.leaderboard import MODES, Mode, interval_text, leaderboard, status_of
-from kd_bench.report.plots import board_plots
-from kd_bench.report.published import paper_table, published_tables
+from kd_bench.report.papers import paper_table, published_tables
+from kd_bench.report.plots import Logs, board_plots
 from kd_bench.report.samples import choose_samples, embed_json, write_samples
 from kd_bench.report.style import DARK, LIGHT, Plot, css_series, variables
 from kd_bench.report.tables import (
@@ -38,7 +38,6 @@ from kd_bench.report.tables import (
     to_latex,
     to_markdown,
 )
-from kd_bench.report.training import logs_of
 
 TEMPLATES = Path(__file__).parent / "templates"
 BRAND = '<span class="brand">kd-bench</span>'
@@ -183,7 +182,7 @@ PLOTS: tuple[PlotSection, ...] = (
 
 
 def render(
-    board: Board, destination: Path, evidence: Evidence, *, paper: str | None = None
+    board: Board, destination: Path, evidence: Evidence, logs: Logs, paper: str | None = None
 ) -> Path:
     """Write the whole report of a board; returns the page's path.
 
@@ -192,7 +191,6 @@ def render(
     """
     names = [*TABLES, "categories.json", "paper.tex", "samples.parquet"]
     claim_report(destination, names, [name for *_, names in PLOTS for name in names])
-    logs = {entry.key: logs_of(entry) for entry in board.entries}
     plots = board_plots(board, evidence, logs)
     chosen = choose_samples(board)
     tables = {mode: leaderboard(board, mode) for mode, _ in MODES}

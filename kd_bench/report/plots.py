@@ -36,8 +36,7 @@ from kd_bench.report.style import (
 from kd_bench.report.tables import Kind, clean, format_number
 
 if TYPE_CHECKING:
-    from kd_bench.report.training import TrainingLog
-    from kd_bench.report.trend import Step
+    from kd_bench.report.history import Step, TrainingLog
 
 Logs = Mapping[str, Sequence["TrainingLog"]]
 """Training logs by entry key."""

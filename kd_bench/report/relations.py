@@ -6,6 +6,7 @@ board it may be asked about.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,12 +16,29 @@ from kd_bench.compare.estimates import Estimate, Evidence, TaskEvidence, headlin
 from kd_bench.errors import KdBenchError, UsageError, closest
 from kd_bench.records import AVERAGE
 from kd_bench.report.board import MISSING, Board, Entry, Score, TaskInfo
+from kd_bench.report.board_loading import load_board
 from kd_bench.stats import RESAMPLES
 from kd_bench.store import Run
 
 SCORED = ("document_id", "unit_id", "category", "target", "parsed", "score")
 # Stored samples that miss the stored score by more than this (points) are not resampled.
 AGREES = 0.05
+
+
+def read_board(
+    results: Path,
+    names: Sequence[str] | None = None,
+    suite: str | None = None,
+    main: str | None = None,
+) -> tuple[Board, Evidence]:
+    """The board of a store with all its relations, and the evidence that they come from.
+
+    Raises:
+        UsageError: as `load_board` and `relate`.
+    """
+    board = load_board(results, names, suite)
+    evidence = read_evidence(board)
+    return relate(board, evidence, main), evidence
 
 
 def read_evidence(board: Board, resamples: int = RESAMPLES) -> Evidence:

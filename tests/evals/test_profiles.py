@@ -14,10 +14,10 @@ import pytest
 
 from kd_bench.evals.run import EvalSettings, evaluate
 from kd_bench.registry import load_task, load_tasks
-from kd_bench.report import print_report
 from kd_bench.report.board_loading import load_board
 from kd_bench.store import Run
 from tests.support.eval_world import save_talker, write_replicas
+from tests.support.report_store import printed
 
 VARIANTS = [
     (spec.id, name)
@@ -171,7 +171,7 @@ def test_unscored_profiles_are_missing_on_a_board(run_of: dict[tuple[str, str], 
     (entry,) = load_board(results, [run.manifest.model.name]).entries
     assert not entry.score("vqav2").known
     assert entry.score("textvqa").known
-    assert "VQAv2" in print_report(results, [run.manifest.model.name])
+    assert "VQAv2" in printed(results, [run.manifest.model.name])
 
 
 def test_a_finished_test_dev_run_is_returned(

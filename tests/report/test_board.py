@@ -8,12 +8,12 @@ import pytest
 
 from kd_bench.errors import IncompleteRunError, UsageError
 from kd_bench.records import AVERAGE
-from kd_bench.report import print_report, render_report
+from kd_bench.report import render_report
 from kd_bench.report.board import task_infos
 from kd_bench.report.board_loading import load_board
 from kd_bench.report.leaderboard import leaderboard
 from kd_bench.report.relations import read_evidence, relate
-from tests.support.report_store import TASKS, Model, add_run, result, samples, with_status
+from tests.support.report_store import TASKS, Model, add_run, printed, result, samples, with_status
 
 SFT = [Model(f"sft-{seed}", "sft", "sft", 0.0, seed) for seed in range(3)]
 
@@ -199,7 +199,7 @@ def test_a_damaged_run_is_named_in_every_rendering(tmp_path: Path) -> None:
     (run.path / "manifest.json").write_text("{", encoding="utf-8")
     page = render_report(tmp_path, tmp_path / "page").parent
     texts = {path.name: path.read_text("utf-8") for path in page.glob("leaderboard.*")}
-    texts |= {"terminal": print_report(tmp_path), "page": (page / "index.html").read_text("utf-8")}
+    texts |= {"terminal": printed(tmp_path), "page": (page / "index.html").read_text("utf-8")}
     assert len(texts) == 6
     for name, text in texts.items():
         assert run.path.name in " ".join(text.split()).replace("\\_", "_"), name
@@ -245,14 +245,14 @@ def test_a_limited_run_is_related_to_nothing_else(tmp_path: Path) -> None:
 def test_number_types_that_differ_are_said(tmp_path: Path) -> None:
     run = [add_run(tmp_path, model, tasks=("gqa",), units=5)
            for model in (SFT[0], Model("kl", "kd", "kl", 0.5, 0))][1]  # fmt: skip
-    assert "number types" not in print_report(tmp_path)
+    assert "number types" not in printed(tmp_path)
     coarse = replace(run.manifest.protocol, dtype="bfloat16", quantize="nf4")
     run.write_manifest(replace(run.manifest, protocol=coarse))
     told = "float32: sft-0; bfloat16, nf4: kl"
     page = render_report(tmp_path, tmp_path / "page").parent
-    for text in (print_report(tmp_path), *(p.read_text("utf-8") for p in page.glob("*.csv"))):
+    for text in (printed(tmp_path), *(p.read_text("utf-8") for p in page.glob("*.csv"))):
         assert "different number types" in " ".join(text.split())
-    assert all(part in " ".join(print_report(tmp_path).split()) for part in told.split("; "))
+    assert all(part in " ".join(printed(tmp_path).split()) for part in told.split("; "))
 
 
 def test_one_name_in_two_roles_is_two_labels(tmp_path: Path) -> None:

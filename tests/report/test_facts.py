@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 
 from kd_bench.errors import NotComparableError, UsageError
-from kd_bench.report import print_report
 from kd_bench.report.board_loading import load_board
 from kd_bench.report.page import run_facts
-from kd_bench.report.published import paper_table, published_tables
+from kd_bench.report.papers import paper_table, published_tables
 from kd_bench.report.tables import Table
-from tests.support.report_store import Model, add_run
+from tests.support.report_store import Model, add_run, printed
 
 
 def cell(table: Table, row: int, key: str):  # type: ignore[no-untyped-def]
@@ -65,7 +64,7 @@ def test_measured_rows_stand_beside_the_paper_on_comparable_columns(tmp_path: Pa
     assert cell(table, 3, "average").value == pytest.approx(sum(paper) / len(fair))
     mine = [board.entries[0].score(task).value for task in fair]
     assert cell(table, 0, "average").value == pytest.approx(sum(mine) / len(fair))
-    assert "Beside the paper" in print_report(tmp_path, compare="paper")
+    assert "Beside the paper" in printed(tmp_path, compare="paper")
 
 
 def test_the_verdict_is_that_of_the_profile_that_was_measured(tmp_path: Path) -> None:
@@ -96,9 +95,9 @@ def test_mini_scores_never_stand_beside_published_ones(tmp_path: Path) -> None:
     add_run(tmp_path, Model("mine", "kd", "switch-kd", 0.5, 0), tasks=("gqa",), units=4)
     assert paper_table(load_board(tmp_path)) is None
     with pytest.raises(NotComparableError, match="mini world"):
-        print_report(tmp_path, compare="paper")
+        printed(tmp_path, compare="paper")
     with pytest.raises(UsageError, match="papre"):
-        print_report(tmp_path, compare="papre")
+        printed(tmp_path, compare="papre")
 
 
 def test_run_facts_tell_how_to_make_the_number_again(tmp_path: Path) -> None:

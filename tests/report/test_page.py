@@ -14,13 +14,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kd_bench.report import print_report, render_report, render_training
+from kd_bench.report import render_report
+from kd_bench.report.history import render_training
 from tests.support.report_store import (
     TASKS,
     Model,
     add_run,
     add_training,
     make_demo,
+    printed,
     samples,
     with_status,
 )
@@ -201,7 +203,7 @@ def test_an_empty_store(tmp_path: Path) -> None:
     check(page)
     assert "No runs yet" in page
     assert "kd-bench eval CHECKPOINT" in page
-    assert "Summary" in print_report(tmp_path)
+    assert "Summary" in printed(tmp_path)
 
 
 def test_one_model(tmp_path: Path) -> None:
@@ -237,7 +239,7 @@ def test_names_in_every_script(tmp_path: Path) -> None:
     assert len(rows) == len(set(rows)) == len(names)
     assert "<bdi>תלמיד מזוקק</bdi>" in page
     assert "\u202e" not in page
-    assert max(map(len, print_report(tmp_path).splitlines())) <= 100
+    assert max(map(len, printed(tmp_path).splitlines())) <= 100
 
 
 def test_a_run_that_is_not_sound_is_marked_on_its_row(tmp_path: Path) -> None:
@@ -279,7 +281,7 @@ def test_console_and_text_agree(demo: Path, tmp_path: Path) -> None:
     stream = io.StringIO()
     render_report(demo, tmp_path, console=Console(file=stream, width=100, color_system=None))
     lines = [line.rstrip() for line in stream.getvalue().splitlines() if line.strip()]
-    assert lines == [line for line in print_report(demo).splitlines() if line.strip()]
+    assert lines == [line for line in printed(demo).splitlines() if line.strip()]
     assert max(map(len, lines)) <= 100
 
 

@@ -10,10 +10,11 @@ from typer.testing import CliRunner
 
 from kd_bench.cli import app
 from kd_bench.records import AVERAGE
-from kd_bench.report import Paper, _load, render_report
-from kd_bench.report import _paper as make_paper
+from kd_bench.report import render_report
+from kd_bench.report.papers import Paper, to_paper
+from kd_bench.report.relations import read_board
 from tests.support.distinct_store import TASKS, TITLES, make_distinct, truths
-from tests.support.report_store import Model, add_run
+from tests.support.report_store import Model, add_run, printed
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def paper(results: Path, benchmarks: str = "", methods: str = "") -> str:
         [name for name in benchmarks.split(",") if name],
         [name for name in methods.split(",") if name],
     )
-    return make_paper(*_load(results, None, None, None), choice)
+    return to_paper(*read_board(results), choice)
 
 
 def numbers(text: str) -> dict[str, list[str]]:
@@ -152,8 +153,6 @@ def test_the_full_table_says_what_bold_means_and_what_world_it_is(
 def test_a_limited_run_is_marked_in_every_rendering(tmp_path: Path) -> None:
     from dataclasses import replace
 
-    from kd_bench.report import print_report
-
     for name, role in (("s", "sft"), ("k", "kd")):
         run = add_run(
             tmp_path / "results", Model(name, role, role, 0.2, 0), tasks=("gqa",), units=6
@@ -167,7 +166,7 @@ def test_a_limited_run_is_marked_in_every_rendering(tmp_path: Path) -> None:
         for path in (tmp_path / "out").iterdir()
         if path.suffix in (".md", ".csv", ".tex", ".json", ".html") and "categ" not in path.name
     }
-    texts["terminal"] = print_report(tmp_path / "results", ["s", "k"])
+    texts["terminal"] = printed(tmp_path / "results", ["s", "k"])
     for name, text in texts.items():
         visible = "\n".join(x for x in text.splitlines() if not x.startswith("%"))
         assert re.search(r"n = 48|first 48|limited to 48", visible), name

@@ -9,11 +9,11 @@ import pytest
 
 from kd_bench.report.board import Board
 from kd_bench.report.board_loading import load_board
+from kd_bench.report.history import logs_of
 from kd_bench.report.leaderboard import leaderboard
 from kd_bench.report.plots import board_plots, group_scores, measure
 from kd_bench.report.relations import read_evidence, relate
 from kd_bench.report.style import DARK, LIGHT, Plot, css_series, marker, spread_out
-from kd_bench.report.training import logs_of
 from tests.support.report_store import Model, add_run, make_demo
 from tests.support.svg_reading import read_svg
 

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from kd_bench.errors import UsageError
-from kd_bench.report import render_training
 from kd_bench.report.board_loading import load_board
+from kd_bench.report.history import logs_of, read_log, render_training
 from kd_bench.report.plots import POINTS, thin
-from kd_bench.report.training import logs_of, read_log
 from tests.support.report_store import Model, add_run, add_training
 
 MODEL = Model("kd-0", "kd", "switch-kd", 0.5, 0)

@@ -86,7 +86,7 @@ def test_table_and_plot_have_the_stored_numbers(
 def test_the_page_has_the_rows_of_the_table(
     weekly: tuple[Path, dict[str, Run]], tmp_path: Path
 ) -> None:
-    from kd_bench.report import render_trend
+    from kd_bench.report.history import render_trend
 
     page = render_trend(weekly[0], tmp_path).read_text(encoding="utf-8")
     body = page[page.index('<section id="trend"') :]

@@ -19,7 +19,8 @@ import pytest
 
 from kd_bench.records import AVERAGE, Interval
 from kd_bench.registry import load_task
-from kd_bench.report import print_report, render_report
+from kd_bench.report import render_report
+from kd_bench.report.relations import read_board
 from tests.support.distinct_store import (
     TASKS,
     TITLES,
@@ -29,6 +30,7 @@ from tests.support.distinct_store import (
     run_named,
     truths,
 )
+from tests.support.report_store import printed
 from tests.support.svg_reading import Panel, Point, number, read_svg
 
 AVERAGE_TITLE = f"Avg{len(TASKS)}"
@@ -66,9 +68,7 @@ def report(results: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def expected(results: Path, mode: str = "scores") -> dict[str, dict[str, Value]]:
     """Rows by label, cells by column key."""
-    from kd_bench.report import _load
-
-    board = _load(results, None, None, None)[0]
+    board, _ = read_board(results)
     found = {}
     for truth in truths(results):
         entry = next(e for e in board.entries if e.name == truth.label)
@@ -244,7 +244,7 @@ def test_json_emphasis_and_terminal_rank_follow_the_board(results: Path, report:
     assert marks == {
         "teacher": "", "switch-kd-seed0-hybrid": "", "Switch-KD": "best", "kl": "second", "SFT": "",
     }  # fmt: skip
-    ranks = {row["Model"]: row["Rank"] for row in terminal_rows(print_report(results), "Rank")}
+    ranks = {row["Model"]: row["Rank"] for row in terminal_rows(printed(results), "Rank")}
     assert {name_of(name): rank for name, rank in ranks.items()} == {
         "teacher": "–", "switch-kd-seed0-hybrid": "–", "Switch-KD": "1", "kl": "2", "SFT": "3",
     }  # fmt: skip
@@ -263,7 +263,7 @@ def terminal_rows(text: str, heading: str) -> list[dict[str, str]]:
 
 def test_terminal(results: Path) -> None:
     truth = expected(results)
-    text = print_report(results)
+    text = printed(results)
     for heading, key in HEADINGS.items():
         rows = terminal_rows(text, heading)
         assert {name_of(row["Model"]) for row in rows} == set(truth), heading

@@ -297,3 +297,18 @@ def written_elsewhere(run: Run) -> Iterator[None]:
         holder.kill()
         holder.wait()
         holder.stdout.close()
+
+
+def printed(
+    results: Path, names: Sequence[str] | None = None, *, compare: str | None = None
+) -> str:
+    """What `report` prints, in 100 columns, without a page."""
+    from kd_bench.report.leaderboard import terminal_tables
+    from kd_bench.report.papers import comparison
+    from kd_bench.report.relations import read_board
+    from kd_bench.report.tables import to_terminal
+
+    board, _ = read_board(results, names)
+    tables = terminal_tables(board)
+    tables += [] if compare is None else [comparison(board, compare)]
+    return "\n".join(map(to_terminal, tables))
