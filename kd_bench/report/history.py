@@ -20,8 +20,7 @@ from kd_bench.compare.estimates import Evidence
 from kd_bench.errors import UsageError
 from kd_bench.files import read_json
 from kd_bench.records import AVERAGE, Interval
-from kd_bench.report.board import Board, Entry
-from kd_bench.report.board_loading import load_board
+from kd_bench.report.board import Board, Entry, load_board
 from kd_bench.report.page import claim_report, flatten, titled, write_report
 from kd_bench.report.plots import training_plots, trend
 from kd_bench.report.relations import read_evidence

@@ -15,8 +15,7 @@ from kd_bench.compare.estimates import Evidence
 from kd_bench.errors import NotComparableError, UsageError, closest
 from kd_bench.records import AVERAGE
 from kd_bench.registry import Published, TaskSpec, load_suite, load_tasks, published
-from kd_bench.report.board import Board, Entry, TaskInfo, task_info
-from kd_bench.report.board_loading import average
+from kd_bench.report.board import Board, Entry, TaskInfo, average, task_info
 from kd_bench.report.leaderboard import leaderboard
 from kd_bench.report.relations import relate
 from kd_bench.report.tables import Cell, Column, Row, Table, clean, format_number, tex

@@ -15,8 +15,7 @@ from kd_bench.aggregators import UnitStatistics, get_aggregator, unit_statistics
 from kd_bench.compare.estimates import Estimate, Evidence, TaskEvidence, headline
 from kd_bench.errors import KdBenchError, UsageError, closest
 from kd_bench.records import AVERAGE
-from kd_bench.report.board import MISSING, Board, Entry, Score, TaskInfo
-from kd_bench.report.board_loading import load_board
+from kd_bench.report.board import MISSING, Board, Entry, Score, TaskInfo, load_board
 from kd_bench.stats import RESAMPLES
 from kd_bench.store import Run
 

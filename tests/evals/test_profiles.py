@@ -14,7 +14,7 @@ import pytest
 
 from kd_bench.evals.run import EvalSettings, evaluate
 from kd_bench.registry import load_task, load_tasks
-from kd_bench.report.board_loading import load_board
+from kd_bench.report.board import load_board
 from kd_bench.store import Run
 from tests.support.eval_world import save_talker, write_replicas
 from tests.support.report_store import printed

@@ -9,8 +9,7 @@ import pytest
 from kd_bench.errors import IncompleteRunError, UsageError
 from kd_bench.records import AVERAGE
 from kd_bench.report import render_report
-from kd_bench.report.board import task_infos
-from kd_bench.report.board_loading import load_board
+from kd_bench.report.board import load_board, task_infos
 from kd_bench.report.leaderboard import leaderboard
 from kd_bench.report.relations import read_evidence, relate
 from tests.support.report_store import TASKS, Model, add_run, printed, result, samples, with_status

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from kd_bench.errors import NotComparableError, UsageError
-from kd_bench.report.board_loading import load_board
+from kd_bench.report.board import load_board
 from kd_bench.report.page import run_facts
 from kd_bench.report.papers import paper_table, published_tables
 from kd_bench.report.tables import Table

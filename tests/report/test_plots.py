@@ -7,8 +7,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from kd_bench.report.board import Board
-from kd_bench.report.board_loading import load_board
+from kd_bench.report.board import Board, load_board
 from kd_bench.report.history import logs_of
 from kd_bench.report.leaderboard import leaderboard
 from kd_bench.report.plots import board_plots, group_scores, measure

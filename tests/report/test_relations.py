@@ -9,8 +9,7 @@ from kd_bench.compare.estimates import Evidence
 from kd_bench.compare.methods import compare_methods
 from kd_bench.errors import UsageError
 from kd_bench.records import AVERAGE
-from kd_bench.report.board import Board
-from kd_bench.report.board_loading import load_board
+from kd_bench.report.board import Board, load_board
 from kd_bench.report.relations import hybrid_gaps, read_evidence, relate
 from tests.support.report_store import Model, add_run, demo_models, samples
 

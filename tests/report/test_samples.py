@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from kd_bench.report.board_loading import load_board
+from kd_bench.report.board import load_board
 from kd_bench.report.samples import (
     _better,
     _pick,

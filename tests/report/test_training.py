@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kd_bench.errors import UsageError
-from kd_bench.report.board_loading import load_board
+from kd_bench.report.board import load_board
 from kd_bench.report.history import logs_of, read_log, render_training
 from kd_bench.report.plots import POINTS, thin
 from tests.support.report_store import Model, add_run, add_training
