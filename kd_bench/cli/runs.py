@@ -16,7 +16,7 @@ app.add_typer(baseline, name="baseline")
 @app.command("list")
 def list_runs(results: Results = RESULTS) -> None:
     """All runs, oldest first, and why one does not count; exit code 5 when one is damaged."""
-    from kd_bench.report.runs import run_table
+    from kd_bench.report.leaderboard import run_table
     from kd_bench.store import catalogue
 
     there = catalogue(results)

@@ -1,20 +1,31 @@
-"""A board -> the tables of a report: leaderboard, summary, published rows, run facts."""
+"""Tables of measured rows: leaderboard, scores by category, and the runs of a store."""
 
-from collections.abc import Iterable
-from typing import Literal
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
 
-from kd_bench.records import AVERAGE, Interval
-from kd_bench.report.board import ROLE_TITLES, Board, Entry, Score
+from kd_bench.aggregators import get_aggregator, unit_statistics
+from kd_bench.compare.estimates import Evidence, TaskEvidence
+from kd_bench.errors import KdBenchError
+from kd_bench.records import AVERAGE, Interval, RunManifest
+from kd_bench.report.board import ROLE_TITLES, Board, Entry, Score, TaskInfo
+from kd_bench.report.relations import SCORED, profile_of
 from kd_bench.report.tables import (
     Cell,
     Column,
     Kind,
+    Notes,
     Row,
     Table,
     clean,
     format_interval,
     format_number,
 )
+from kd_bench.store import Catalogue, Run, missing_tasks
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Mode = Literal["scores", "differences", "retention"]
 MODES: tuple[tuple[Mode, str], ...] = (
@@ -29,60 +40,9 @@ TITLES: dict[Mode, str] = {
     "retention": "Retention: share of the teacher's score, in percent",
 }
 MINI = "Embedded mini world: not the real benchmarks."
-
-
-class _Notes:
-    """Numbers each distinct note once, in order of appearance."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def __call__(self, texts: Iterable[str]) -> tuple[int, ...]:
-        found = []
-        for text in texts:
-            if text not in self.texts:
-                self.texts.append(text)
-            found.append(self.texts.index(text))
-        return tuple(found)
-
-
-def leaderboard(board: Board, mode: Mode = "scores") -> Table:
-    """Every column of the leaderboard: benchmarks, average, relations, cost."""
-    notes = _Notes()
-    kind = KINDS[mode]
-    columns = [
-        Column("model", "Model", "text"),
-        *(
-            Column(task.id, task.short, kind, task.group, (), True, task.title)
-            for task in board.tasks
-        ),
-        Column(AVERAGE, board.average_title, kind, "overall", (), True, "Mean of all benchmarks"),
-        *SUMMARY_COLUMNS,
-        *_training_columns(board),
-    ]
-    keys = [*(task.id for task in board.tasks), AVERAGE]
-    rows = [
-        _row(
-            board,
-            entry,
-            (
-                _name_cell(entry, notes),
-                *(_score_cell(board, entry, key, mode, notes) for key in keys),
-                *_summary_cells(board, entry),
-                *_training_cells(board, entry),
-            ),
-        )
-        for entry in board.entries
-    ]
-    return _table(board, TITLES[mode], columns, rows, notes)
-
-
-def terminal_tables(board: Board) -> list[Table]:
-    """What a terminal shows: the summary, then the benchmarks."""
-    return [summary(board), benchmark_table(board)] if board.entries else [summary(board)]
-
-
-SUMMARY_COLUMNS = (
+BOLD = "Bold: the best student, and all that are not shown to be behind it; {second}: the next."
+# Relations and costs: the same in every view.
+SUMMARY = (
     Column("difference", "Δ SFT", "difference", "relation",
            description="Points above SFT on the average"),
     Column("retention", "Retention", "percent", "relation", (), True,
@@ -98,61 +58,41 @@ SUMMARY_COLUMNS = (
 )  # fmt: skip
 
 
-def summary(board: Board) -> Table:
-    """The leaderboard without benchmarks: rank, average, relations, cost."""
-    notes = _Notes()
-    columns = (
-        Column("model", "Model", "text"),
-        Column("rank", "Rank", "rank", "overall"),
-        Column(AVERAGE, board.average_title, "score", "overall", (), True),
-        *SUMMARY_COLUMNS,
-        *_training_columns(board),
-    )
-    rows = [
-        _row(
-            board,
-            entry,
-            (
-                _name_cell(entry, notes),
-                Cell(entry.score(AVERAGE).rank),
-                _score_cell(board, entry, AVERAGE, "scores", notes),
-                *_summary_cells(board, entry),
-                *_training_cells(board, entry),
-            ),
-        )
-        for entry in board.entries
+def leaderboard(board: Board, mode: Mode = "scores") -> Table:
+    """Every column of the leaderboard: benchmarks, average, relations, cost."""
+    kind = KINDS[mode]
+    benchmarks = [
+        Column(task.id, task.short, kind, task.group, (), True, task.title) for task in board.tasks
     ]
-    return _table(board, "Summary", columns, rows, notes)
+    return _table(board, TITLES[mode], mode, [*benchmarks, _average(board, kind)])
 
 
-def benchmark_table(board: Board) -> Table:
-    """The leaderboard's benchmark columns alone, for narrow places."""
-    notes = _Notes()
-    columns = (
-        Column("model", "Model", "text"),
-        *(Column(task.id, task.short, "score", task.group) for task in board.tasks),
-    )
-    rows = tuple(
-        _row(
-            board,
-            entry,
-            (
-                Cell(entry.name, remark=_seeds(entry)),
-                *(_score_cell(board, entry, task.id, "scores", notes) for task in board.tasks),
-            ),
-        )
-        for entry in board.entries
-    )
-    return Table("Benchmarks", columns, rows, notes=tuple(notes.texts))
+def terminal_tables(board: Board) -> list[Table]:
+    """What a terminal shows: the leaderboard without benchmarks, then these alone."""
+    rank = Column("rank", "Rank", "rank", "overall")
+    summary = _table(board, "Summary", "scores", [rank, _average(board, "score")])
+    if not board.entries:
+        return [summary]
+    notes = Notes()
+    columns = [Column("name", "Model", "text")]
+    columns += [Column(task.id, task.short, "score", task.group) for task in board.tasks]
+    rows = _rows(board, columns, "scores", notes)
+    return [summary, Table("Benchmarks", tuple(columns), rows, notes=tuple(notes.texts))]
 
 
-def _table(
-    board: Board, title: str, columns: Iterable[Column], rows: Iterable[Row], notes: _Notes
-) -> Table:
+def _average(board: Board, kind: Kind) -> Column:
+    title = board.average_title
+    return Column(AVERAGE, title, kind, "overall", (), True, "Mean of all benchmarks")
+
+
+def _table(board: Board, title: str, mode: Mode, scores: list[Column]) -> Table:
+    notes = Notes()
+    columns = (Column("model", "Model", "text"), *scores, *SUMMARY, *_training_columns(board))
+    rows = _rows(board, columns, mode, notes)
     return Table(
         title,
-        tuple(columns),
-        tuple(rows),
+        columns,
+        rows,
         _caption(board),
         (*notes.texts, *_remarks(board)),
         MINI if board.mini else "",
@@ -160,23 +100,18 @@ def _table(
     )
 
 
-def _remarks(board: Board) -> list[str]:
-    """Notes on the whole table: rows of several number types, and what is not in it."""
-    notes = []
-    types: dict[str, list[str]] = {}
-    for entry in board.entries:
-        protocols = (manifest.protocol for manifest in entry.manifests)
-        kinds = {f"{p.dtype}, {p.quantize}" if p.quantize else p.dtype for p in protocols}
-        types.setdefault(" and ".join(sorted(kinds)), []).append(entry.label)
-    if len(types) > 1:
-        told = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in types.items())
-        notes.append(f"The rows were computed in different number types: {told}.")
-    if board.left_out:
-        notes.append("Left out: " + "; ".join(board.left_out) + ".")
-    return notes
-
-
-BOLD = "Bold: the best student, and all that are not shown to be behind it; {second}: the next."
+def _training_columns(board: Board) -> tuple[Column, ...]:
+    """What training cost; only where the lineage of some row says it."""
+    devices = {e.training_devices for e in board.entries} - {""}
+    hours = {"cuda": "GPU-hours", "cpu": "CPU-hours"}
+    title = hours.get(next(iter(devices)), "Device-hours") if len(devices) == 1 else "Device-hours"
+    columns = (
+        Column("training_tokens", "Tokens", "count", "training",
+               description="Tokens that training read, mean over seeds"),
+        Column("training_hours", title, "hours", "training",
+               description="Hours of training on all devices together, mean over seeds"),
+    )  # fmt: skip
+    return tuple(c for c in columns if any(getattr(e, c.key) is not None for e in board.entries))
 
 
 def _caption(board: Board) -> str:
@@ -214,35 +149,35 @@ def _levels(board: Board) -> str:
     return "In brackets: " + "; ".join(f"{t} intervals of {n}" for n, t in texts.items()) + "."
 
 
-# --- cells -------------------------------------------------------------------------------------
+def _remarks(board: Board) -> list[str]:
+    """Notes on the whole table: rows of several number types, and what is not in it."""
+    notes = []
+    types: dict[str, list[str]] = {}
+    for entry in board.entries:
+        protocols = (manifest.protocol for manifest in entry.manifests)
+        kinds = {f"{p.dtype}, {p.quantize}" if p.quantize else p.dtype for p in protocols}
+        types.setdefault(" and ".join(sorted(kinds)), []).append(entry.label)
+    if len(types) > 1:
+        told = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in types.items())
+        notes.append(f"The rows were computed in different number types: {told}.")
+    if board.left_out:
+        notes.append("Left out: " + "; ".join(board.left_out) + ".")
+    return notes
 
 
-def _row(board: Board, entry: Entry, cells: tuple[Cell, ...]) -> Row:
-    return Row(
-        entry.key,
-        cells,
-        _section(board, entry),
-        entry.role,
-        board.colours[entry.key],
-        status_of(entry) if entry.health else "",
-    )
+# --- cells ---------------------------------------------------------------------------------------
 
 
-def _section(board: Board, entry: Entry) -> str:
-    """The heading of a row; there is one floor, other SFT models stand beside it."""
-    if entry.role == "sft" and board.floor is not None and entry.key != board.floor.key:
-        return "SFT, not the floor"
-    return ROLE_TITLES.get(entry.role, entry.role)
-
-
-def _seeds(entry: Entry) -> str:
-    return f"{len(entry.runs)} seeds" if len(entry.runs) > 1 else ""
-
-
-def _name_cell(entry: Entry, notes: _Notes) -> Cell:
-    return Cell(
-        entry.name, notes=notes(entry.health), remark=_seeds(entry), detail=tuple(entry.health)
-    )
+def _rows(board: Board, columns: Sequence[Column], mode: Mode, notes: Notes) -> tuple[Row, ...]:
+    rows = []
+    for entry in board.entries:
+        section, role = ROLE_TITLES.get(entry.role, entry.role), entry.role
+        if role == "sft" and board.floor is not None and entry.key != board.floor.key:
+            section, role = "SFT, not the floor", "sft-other"  # the page filters them apart
+        cells = tuple(_cell(board, entry, column, mode, notes) for column in columns)
+        flag = status_of(entry) if entry.health else ""
+        rows.append(Row(entry.key, cells, section, role, board.colours[entry.key], flag))
+    return tuple(rows)
 
 
 def status_of(entry: Entry) -> str:
@@ -252,16 +187,26 @@ def status_of(entry: Entry) -> str:
     return found[0] if found else "check"
 
 
-def _values_of(entry: Entry, mode: Mode) -> dict[str, Score]:
-    """An entry's numbers by benchmark in one of the three views."""
-    return {
-        "scores": entry.scores,
-        "differences": entry.differences,
-        "retention": entry.retentions,
-    }[mode]
-
-
-def _score_cell(board: Board, entry: Entry, key: str, mode: Mode, notes: _Notes) -> Cell:
+def _cell(board: Board, entry: Entry, column: Column, mode: Mode, notes: Notes) -> Cell:
+    key = column.key
+    if key in ("model", "name"):
+        seeds = f"{len(entry.runs)} seeds" if len(entry.runs) > 1 else ""
+        health = entry.health if key == "model" else ()
+        return Cell(entry.name, notes=notes(*health), remark=seeds, detail=health)
+    if key == "rank":
+        return Cell(entry.score(AVERAGE).rank)
+    if column.group == "training":
+        return Cell(getattr(entry, key))
+    if column.group == "cost":
+        interval = _range(board, entry, key) if column.interval else None
+        return Cell(getattr(entry.cost, key), interval=interval)
+    if column.group == "relation":
+        averages = {"difference": entry.differences, "retention": entry.retentions}
+        found = averages[key].get(AVERAGE) if key in averages else entry.gap_closed
+        if found is None or not found.known:
+            return Cell()
+        detail = (interval_text(found, column.kind),)
+        return Cell(found.value, None, found.interval, detail=detail)
     score = _values_of(entry, mode).get(key)
     doubt = not entry.score(key).comparable
     if score is None or not score.known:
@@ -271,59 +216,10 @@ def _score_cell(board: Board, entry: Entry, key: str, mode: Mode, notes: _Notes)
         score.spread,
         score.interval,
         _emphasis(board, entry, key) if mode == "scores" else "",
-        notes(score.marks),
+        notes(*score.marks),
         detail=_detail(board, entry, key, mode),
         doubt=doubt,
     )
-
-
-def _emphasis(board: Board, entry: Entry, key: str) -> Literal["", "best", "second"]:
-    """Best and second by rank among the students; none where nobody can be told apart."""
-    ranks = sorted({r for e in board.students if (r := e.score(key).rank) is not None})
-    rank = entry.score(key).rank
-    if rank is None or len(ranks) < 2 or rank not in ranks[:2]:
-        return ""
-    return "best" if rank == ranks[0] else "second"
-
-
-def _summary_cells(board: Board, entry: Entry) -> tuple[Cell, ...]:
-    relations: tuple[tuple[Score | None, Kind], ...] = (
-        (entry.differences.get(AVERAGE), "difference"),
-        (entry.retentions.get(AVERAGE), "percent"),
-        (entry.gap_closed, "percent"),
-    )
-    cells = [
-        Cell(score.value, None, score.interval, detail=(interval_text(score, kind),))
-        if score is not None and score.known
-        else Cell()
-        for score, kind in relations
-    ]
-    cost = entry.cost
-    return (
-        *cells,
-        Cell(cost.parameters),
-        Cell(cost.weight_bytes),
-        Cell(cost.latency_ms, interval=_range(board, entry, "latency_ms")),
-        Cell(cost.peak_memory_bytes, interval=_range(board, entry, "peak_memory_bytes")),
-    )
-
-
-def _training_columns(board: Board) -> tuple[Column, ...]:
-    """What training cost; only where the lineage of some row says it."""
-    devices = {e.training_devices for e in board.entries} - {""}
-    hours = {"cuda": "GPU-hours", "cpu": "CPU-hours"}
-    title = hours.get(next(iter(devices)), "Device-hours") if len(devices) == 1 else "Device-hours"
-    columns = (
-        Column("training_tokens", "Tokens", "count", "training",
-               description="Tokens that training read, mean over seeds"),
-        Column("training_hours", title, "hours", "training",
-               description="Hours of training on all devices together, mean over seeds"),
-    )  # fmt: skip
-    return tuple(c for c in columns if any(getattr(e, c.key) is not None for e in board.entries))
-
-
-def _training_cells(board: Board, entry: Entry) -> tuple[Cell, ...]:
-    return tuple(Cell(getattr(entry, column.key)) for column in _training_columns(board))
 
 
 def _range(board: Board, entry: Entry, cost: str) -> Interval | None:
@@ -337,7 +233,22 @@ def _range(board: Board, entry: Entry, cost: str) -> Interval | None:
     return Interval(values[0], values[-1], 1.0)
 
 
-# --- what pointing at a cell tells -------------------------------------------------------------
+def _values_of(entry: Entry, mode: Mode) -> dict[str, Score]:
+    """An entry's numbers by benchmark in one of the three views."""
+    return {
+        "scores": entry.scores,
+        "differences": entry.differences,
+        "retention": entry.retentions,
+    }[mode]
+
+
+def _emphasis(board: Board, entry: Entry, key: str) -> Literal["", "best", "second"]:
+    """Best and second by rank among the students; none where nobody can be told apart."""
+    ranks = sorted({r for e in board.students if (r := e.score(key).rank) is not None})
+    rank = entry.score(key).rank
+    if rank is None or len(ranks) < 2 or rank not in ranks[:2]:
+        return ""
+    return "best" if rank == ranks[0] else "second"
 
 
 def _detail(board: Board, entry: Entry, key: str, mode: Mode) -> tuple[str, ...]:
@@ -377,3 +288,127 @@ def _protocol(entry: Entry, key: str) -> list[str]:
         f"protocol {clean(first.fingerprint)[:8]}, {first.units:,} units",
     ]
     return lines + [f"{rate:.1%} {kind}" for kind, rate in sorted(first.rates.items()) if rate > 0]
+
+
+# --- categories ----------------------------------------------------------------------------------
+
+RESAMPLES = 2_000  # categories are many and small: enough draws for a 95 % interval
+
+
+def category_tables(board: Board) -> list[Table]:
+    """A table for each benchmark that has at least two named subsets; scores as it scores them.
+
+    One row a subset, one column a model.
+    """
+    return [table for task in board.tasks if (table := _categories(board, task)) is not None]
+
+
+def _categories(board: Board, task: TaskInfo) -> Table | None:
+    frames = dict(_frames(board, task.id))
+    first = next(iter(frames.values()), None)
+    counts: Counter[str] = Counter(() if first is None else first["category"].astype(str))
+    names = sorted(name for name in counts if name)
+    if len(names) < 2:
+        return None
+    aggregator = get_aggregator(task.aggregator(profile_of(board, task.id))).category
+    evidence = Evidence(
+        {name: subset for name in names if (subset := _subset(aggregator, frames, name))}
+    )
+    entries = [e for e in board.entries if any(run.path.name in frames for run in e.runs)]
+    columns = (
+        Column("category", "Category", "text"),
+        Column("n", "n", "rank"),
+        *(Column(e.key, e.name, "score", interval=True) for e in entries),
+    )
+
+    def cell(entry: Entry, name: str) -> Cell:
+        group = [run.path.name for run in entry.runs]
+        if not entry.score(task.id).comparable or not evidence.has(name, group):
+            return Cell()
+        found, scores = evidence.score(name, group), evidence.scores(name, group)
+        spread = float(scores.std(ddof=1)) if len(scores) > 1 else None
+        return Cell(found.value, spread, found.interval)
+
+    rows = (Row.of(n, n, counts[n], *(cell(entry, n) for entry in entries)) for n in names)
+    return Table(f"{clean(task.title)} by category", columns, tuple(rows))
+
+
+def _frames(board: Board, task: str) -> "Iterator[tuple[str, pd.DataFrame]]":
+    """Samples by run folder name, of the runs with the first one's documents."""
+    documents: list[str] | None = None
+    for entry in board.entries:
+        for run, results in zip(entry.runs, entry.results, strict=True):
+            if task not in results:
+                continue
+            try:
+                frame = run.samples(task, SCORED).sort_values("document_id", ignore_index=True)
+            except (KdBenchError, ValueError, KeyError, TypeError):
+                continue  # a damaged file costs its column, not the report
+            if documents is None:
+                documents = frame["document_id"].tolist()
+            if frame["document_id"].tolist() == documents:
+                yield run.path.name, frame
+
+
+def _subset(aggregator: str, frames: "dict[str, pd.DataFrame]", name: str) -> TaskEvidence | None:
+    try:
+        found = {
+            run: unit_statistics(aggregator, frame[frame["category"].astype(str) == name])
+            for run, frame in frames.items()
+        }
+        units = next(iter(found.values())).units
+        values = {run: each.values for run, each in found.items()}
+        return TaskEvidence.of(aggregator, units, values, RESAMPLES)
+    except (ValueError, KeyError, TypeError):
+        return None  # a subset that this benchmark's rule cannot score alone
+
+
+# --- runs of a store -----------------------------------------------------------------------------
+
+
+def run_table(there: Catalogue) -> tuple[Table, list[KdBenchError]]:
+    """One row a run, oldest first, and the errors of damaged ones.
+
+    A run that does not stand for its model has a note that says why. The average is over the
+    whole suite or not at all.
+    """
+    columns = [Column(title.lower(), title, "text") for title in (
+        "Model", "Role", "Suite", "Average", "Documents", "Limit", "Status", "Date", "Run"
+    )]  # fmt: skip
+    columns[3] = replace(columns[3], kind="score")
+    rows: list[Row] = []
+    notes = Notes()
+    errors: list[KdBenchError] = []
+    for run, manifest in there.runs:
+        why, status = there.reason(run, manifest), str(manifest.status)
+        average, documents = None, "–"
+        try:
+            average, documents = _numbers(run, manifest)
+        except KdBenchError as error:
+            errors.append(error)
+            status, why = "damaged", error.problem
+        unverified = "" if manifest.verified else "not verified by digests"
+        model, protocol = manifest.model, manifest.protocol
+        limit = "–" if protocol.limit is None else str(protocol.limit)
+        date = manifest.created[:16].replace("T", " ")
+        marked = Cell(status, notes=notes(*filter(None, (why, unverified))))
+        name = run.path.name
+        row = Row.of(name, model.name, model.role, protocol.suite, average, documents, limit,
+                     marked, date, name)  # fmt: skip
+        rows.append(row)
+    for run, lost in there.damaged:
+        errors.append(lost)
+        marked = Cell("damaged", notes=notes(lost.problem))
+        rows.append(Row.of(run.path.name, *["–"] * 6, marked, "–", run.path.name))
+    return Table("Runs", tuple(columns), tuple(rows), notes=tuple(notes.texts)), errors
+
+
+def _numbers(run: Run, manifest: RunManifest) -> tuple[float | None, str]:
+    """The average, and how many documents it is over: `8 of 636` where a limit left some out."""
+    results = [run.result(task) for task in run.done_tasks(manifest)]
+    documents = sum(result.documents for result in results)
+    total = sum(result.total or result.documents for result in results)
+    told = f"{documents:,}" if total == documents else f"{documents:,} of {total:,}"
+    if not results or missing_tasks(run, manifest):
+        return None, told
+    return sum(result.score for result in results) / len(results), told

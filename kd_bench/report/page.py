@@ -16,8 +16,14 @@ from kd_bench.compare.estimates import Evidence
 from kd_bench.files import claim_folder, write_text
 from kd_bench.records import AVERAGE, RunManifest
 from kd_bench.report.board import Board, Entry, Score
-from kd_bench.report.categories import category_tables
-from kd_bench.report.leaderboard import MODES, Mode, interval_text, leaderboard, status_of
+from kd_bench.report.leaderboard import (
+    MODES,
+    Mode,
+    category_tables,
+    interval_text,
+    leaderboard,
+    status_of,
+)
 from kd_bench.report.papers import paper_table, published_tables
 from kd_bench.report.plots import Logs, board_plots
 from kd_bench.report.samples import choose_samples, embed_json, write_samples

@@ -23,7 +23,7 @@ from kd_bench.files import read_json, write_json
 from kd_bench.policy import load_policy
 from kd_bench.records import AVERAGE, RunManifest, to_json
 from kd_bench.report.board import load_board
-from kd_bench.report.runs import run_table
+from kd_bench.report.leaderboard import run_table
 from kd_bench.store import (
     Run,
     baseline_run,

@@ -22,7 +22,7 @@ from kd_bench.records import (
     from_json,
     to_json,
 )
-from kd_bench.report.runs import run_table
+from kd_bench.report.leaderboard import run_table
 from kd_bench.store import (
     Run,
     baseline_run,
