@@ -16,9 +16,15 @@ from kd_bench.errors import ExitCode, IncompleteRunError, NotComparableError, Us
 from kd_bench.gate import GateReport, Verdict, check
 from kd_bench.policy import Policy, RuleOutcome, load_policy
 from kd_bench.records import Cost, Interval
-from kd_bench.report import ci
 from kd_bench.report.tables import to_markdown
-from kd_bench.report.verdicts import verdict_table
+from kd_bench.report.verdicts import (
+    annotations,
+    append_summary,
+    job_summary,
+    junit_xml,
+    verdict_table,
+    write_junit,
+)
 from kd_bench.stats import NonInferiority
 from kd_bench.store import Run, find_run
 from tests.compare.test_compare import samples
@@ -161,12 +167,12 @@ def test_one_rule_gives_the_exit_code_the_junit_file_and_the_annotations(
     unsure = deciding.count("inconclusive") + states.count("inconclusive")
     expected = ExitCode.REGRESSION if failed else ExitCode.INCONCLUSIVE if unsure else ExitCode.PASS
     assert report.exit_code == expected
-    root = ET.fromstring(ci.junit_xml(report))
+    root = ET.fromstring(junit_xml(report))
     assert int(root.get("failures", "-1")) == failed == len(root.findall(".//failure"))
     assert int(root.get("tests", "-1")) == len(verdicts) + len(states)
-    errors = [line for line in ci.annotations(report) if line.startswith("::error ")]
+    errors = [line for line in annotations(report) if line.startswith("::error ")]
     assert len(errors) == failed
-    assert report.outcome in ci.job_summary(report)
+    assert report.outcome in job_summary(report)
     assert report.outcome in verdict_table(report).title
     assert json.loads(report.to_json())["exit_code"] == expected
 
@@ -337,15 +343,15 @@ NASTY = 'a|b <script>alert(1)</script> ]]> "&\x00\x1b[31m\n::error::x %0A *_`@us
 def test_names_become_no_markup_and_no_command() -> None:
     report = made_report([made_verdict("regressed", name=NASTY)])
     report = replace(report, candidate=NASTY, notes=[NASTY])
-    root = ET.fromstring(ci.junit_xml(report))
+    root = ET.fromstring(junit_xml(report))
     assert "<script>" in root.findall(".//failure")[0].get("message", "")
-    summary = ci.job_summary(report)
+    summary = job_summary(report)
     assert "<script>" not in summary
     assert "\\|" in summary
     assert "\\@user" in summary
     rows = [line for line in summary.splitlines() if line.startswith("|")]
     assert len(rows) == 3
-    (line,) = ci.annotations(report)
+    (line,) = annotations(report)
     assert "\n" not in line
     assert "%0A" in line
     assert "\x1b" not in to_markdown(verdict_table(report))
@@ -357,18 +363,18 @@ def test_summaries_of_several_steps_follow_each_other(tmp_path: Path) -> None:
     report = made_report([made_verdict("inconclusive")])
     target = tmp_path / "summary.md"
     target.write_text("an earlier step\n")
-    ci.append_summary(report, target)
-    ci.append_summary(report, target)
+    append_summary(report, target)
+    append_summary(report, target)
     text = target.read_text()
     assert text.startswith("an earlier step\n### kd-bench check: cannot tell")
     assert text.count("### kd-bench check") == 2
-    (line,) = ci.annotations(report)
+    (line,) = annotations(report)
     assert line.startswith("::warning title=kd-bench check%3A gqa::gqa inconclusive")
 
 
 def test_junit_is_written_atomically_and_parses(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "junit.xml"
-    ci.write_junit(made_report([made_verdict("regressed")]), path)
+    write_junit(made_report([made_verdict("regressed")]), path)
     assert ET.parse(path).getroot().get("failures") == "1"
     assert [each.name for each in path.parent.iterdir()] == ["junit.xml"]
 
@@ -377,7 +383,7 @@ def test_the_summary_has_a_row_a_verdict(tmp_path: Path) -> None:
     one, other = small_frames(seed=4, shrink=20)
     new, old = write_run(tmp_path, "new", other), write_run(tmp_path, "old", one)
     report = check(new, old, POLICY)
-    rows = [line for line in ci.job_summary(report).splitlines() if line.startswith("| ")]
+    rows = [line for line in job_summary(report).splitlines() if line.startswith("| ")]
     assert len(rows) == 12
     for each, row in zip(report.verdicts, rows[1:], strict=True):
         assert row.startswith(f"| {each.name}".replace("_", "\\_"))

@@ -23,7 +23,7 @@ from kd_bench.gate import check
 from kd_bench.gate_plan import plan
 from kd_bench.policy import Policy, load_policy
 from kd_bench.records import AVERAGE
-from kd_bench.report.ci import junit_xml
+from kd_bench.report.verdicts import junit_xml
 from kd_bench.stats import binomial_interval, effective_units, holm_levels, unchanged_draws
 from kd_bench.store import Run
 from tests.compare.test_compare import samples

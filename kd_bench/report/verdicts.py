@@ -1,113 +1,112 @@
-"""What `compare` and `check` print: tables of differences, relations, flips and verdicts."""
+"""What `compare` and `check` tell: tables of differences and verdicts, and the gate's files for CI.
 
+CI is told every ending, also that there is no verdict: a job whose file is missing looks like a job
+that had nothing to say.
+"""
+
+import re
+import xml.etree.ElementTree as ET
 from collections.abc import Sequence
+from pathlib import Path
 
 from kd_bench.compare import Comparison, Flip, Measure, Relation
 from kd_bench.compare.align import Difference
 from kd_bench.compare.methods import MethodsComparison
-from kd_bench.gate import GateReport
+from kd_bench.errors import KdBenchError, one_line
+from kd_bench.files import write_text
+from kd_bench.gate import NOT_WORSE, GateReport, Verdict
 from kd_bench.gate_plan import Plan
 from kd_bench.records import AVERAGE
 from kd_bench.report.tables import Cell, Column, Row, Table
 
-_DIFFERENCE = (
-    Column("difference", "Difference", "difference"),
-    Column("fixed", "Fixed", "count"),
-    Column("broken", "Broken", "count"),
-    Column("p", "p (Holm)", "text"),
-    Column("detectable", "Detectable", "score"),
-    Column("units", "Units", "count"),
-)
-
-
-def comparison_tables(comparison: Comparison) -> list[Table]:
-    """One table for each run against the first, then what the roles make of the scores."""
-    tables = [_against_first(comparison, number) for number in range(1, len(comparison.runs))]
-    if comparison.relations:
-        tables.append(_relation_table(comparison))
-    return tables
-
-
-def _against_first(comparison: Comparison, number: int) -> Table:
-    first, other = comparison.runs[0], comparison.runs[number]
-    columns = (
-        Column("task", "Benchmark", "text"),
-        Column("first", first.name),
-        Column("other", other.name),
-        *_DIFFERENCE,
-    )
-    rows = [
-        Row(
-            task.task,
-            _cells(task.task, task.scores, number, task.differences[number - 1]),
-        )
-        for task in comparison.tasks
-    ]
-    average = comparison.average_differences[number - 1]
-    rows.append(Row(AVERAGE, _cells(AVERAGE, comparison.average, number, average), "all"))
-    return Table(
-        f"{other.name} against {first.name}",
-        columns,
-        tuple(rows),
-        caption="Points on the 0-100 scale, 95 % intervals of each paired difference alone; p "
-        "after Holm over the benchmarks; detectable: the smallest true difference that this test "
-        "finds four times in five after Holm; units: pictures, pairs, groups or documents.",
-        notes=(*comparison.warnings, *comparison.notes, *_few(comparison, number)),
-    )
-
-
-def _few(comparison: Comparison, number: int) -> list[str]:
-    """Benchmarks that have too few units for an interval."""
-    return [
-        f"{task.task}: {task.differences[number - 1].span}, no interval."
-        for task in comparison.tasks
-        if task.differences[number - 1].interval is None
-    ]
-
-
-def _cells(
-    name: str, scores: Sequence[Measure], number: int, difference: Difference
-) -> tuple[Cell, ...]:
-    return (
-        Cell(name),
-        Cell(scores[0].value),
-        Cell(scores[number].value),
-        Cell(difference.value, interval=difference.interval),
-        Cell(difference.fixed),
-        Cell(difference.broken),
-        Cell(_probability(difference.p_holm)),
-        Cell(difference.detectable),
-        Cell(difference.units),
-    )
+_TASK = Column("task", "Benchmark", "text")
+_DIFFERENCE = Column("difference", "Difference", "difference")
+_P = Column("p", "p (Holm)", "text")
+_UNITS = Column("units", "Units", "count")
 
 
 def _probability(p: float) -> str:
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
+# --- runs compared -------------------------------------------------------------------------------
+
+
+def comparison_tables(comparison: Comparison) -> list[Table]:
+    """One table for each run against the first, then what the roles make of the scores."""
+    tables = [_against_first(comparison, number) for number in range(1, len(comparison.runs))]
+    return [*tables, _relation_table(comparison)] if comparison.relations else tables
+
+
+def _against_first(comparison: Comparison, number: int) -> Table:
+    first, other = comparison.runs[0], comparison.runs[number]
+    columns = (
+        _TASK,
+        Column("first", first.name),
+        Column("other", other.name),
+        _DIFFERENCE,
+        Column("fixed", "Fixed", "count"),
+        Column("broken", "Broken", "count"),
+        _P,
+        Column("detectable", "Detectable", "score"),
+        _UNITS,
+    )
+
+    def row(name: str, scores: Sequence[Measure], difference: Difference, section: str = "") -> Row:
+        return Row.of(
+            name,
+            name,
+            scores[0].value,
+            scores[number].value,
+            Cell(difference.value, interval=difference.interval),
+            difference.fixed,
+            difference.broken,
+            _probability(difference.p_holm),
+            difference.detectable,
+            difference.units,
+            section=section,
+        )
+
+    found = [(each.task, each.scores, each.differences[number - 1]) for each in comparison.tasks]
+    few = [f"{task}: {d.span}, no interval." for task, _, d in found if d.interval is None]
+    average = comparison.average_differences[number - 1]
+    return Table(
+        f"{other.name} against {first.name}",
+        columns,
+        (*(row(*each) for each in found), row(AVERAGE, comparison.average, average, "all")),
+        caption="Points on the 0-100 scale, 95 % intervals of each paired difference alone; p "
+        "after Holm over the benchmarks; detectable: the smallest true difference that this test "
+        "finds four times in five after Holm; units: pictures, pairs, groups or documents.",
+        notes=(*comparison.warnings, *comparison.notes, *few),
+    )
+
+
 def _relation_table(comparison: Comparison) -> Table:
     names = {run.run_id: run.name for run in comparison.runs}
-    chosen = [each for each in comparison.relations if each.task == AVERAGE]
     return Table(
         "On the average",
         (Column("kind", "Measure", "text"), Column("run", "Model", "text"), Column("v", "Value")),
         tuple(
-            Row(f"{each.kind} {each.run_id}", _relation(each, names[each.run_id]))
-            for each in chosen
+            Row.of(
+                f"{each.kind} {each.run_id}",
+                each.kind.replace("_", " "),
+                names[each.run_id],
+                _measured(each),
+            )
+            for each in comparison.relations
+            if each.task == AVERAGE
         ),
         caption="Retention and gap closed in percent; vision and language gap in points; 95 % "
         "intervals.",
     )
 
 
-def _relation(relation: Relation, name: str) -> tuple[Cell, ...]:
-    factor = 100 if relation.unit == "ratio" else 1
-    value = relation.measure.value * factor
-    interval = relation.measure.interval
-    text = f"{value:.1f}"
+def _measured(relation: Relation) -> str:
+    factor, interval = 100 if relation.unit == "ratio" else 1, relation.measure.interval
+    text = f"{relation.measure.value * factor:.1f}"
     if interval is not None:
         text += f" [{interval.low * factor:.1f}, {interval.high * factor:.1f}]"
-    return Cell(relation.kind.replace("_", " ")), Cell(name), Cell(text)
+    return text
 
 
 def flip_table(flips: Sequence[Flip], task: str, names: tuple[str, str]) -> Table:
@@ -117,46 +116,29 @@ def flip_table(flips: Sequence[Flip], task: str, names: tuple[str, str]) -> Tabl
         f"{task}: {len(flips)} samples changed",
         tuple(Column(str(number), title, "text") for number, title in enumerate(columns)),
         tuple(
-            Row(
-                flip.document_id,
-                tuple(
-                    Cell(text)
-                    for text in (
-                        flip.change,
-                        flip.question,
-                        flip.target,
-                        flip.reference_answer,
-                        flip.other_answer,
-                        flip.picture,
-                    )
-                ),
-            )
+            Row.of(flip.document_id, flip.change, flip.question, flip.target,
+                   flip.reference_answer, flip.other_answer, flip.picture)
             for flip in flips
         ),
-    )
+    )  # fmt: skip
+
+
+# --- methods compared ----------------------------------------------------------------------------
 
 
 def method_tables(comparison: MethodsComparison) -> list[Table]:
     """Every pair of methods on the average, then each pair by benchmark."""
     counts = comparison.methods
-    columns = (
-        Column("pair", "Methods", "text"),
-        Column("seeds", "Seeds", "text"),
-        Column("difference", "Difference", "difference"),
-        Column("p", "p (Holm)", "text"),
-    )
     whole = Table(
         "Methods on the average",
-        columns,
+        (Column("pair", "Methods", "text"), Column("seeds", "Seeds", "text"), _DIFFERENCE, _P),
         tuple(
-            Row(
+            Row.of(
                 f"{pair.first} {pair.second}",
-                (
-                    Cell(f"{pair.second} - {pair.first}"),
-                    Cell(f"{counts[pair.second]} and {counts[pair.first]}"),
-                    Cell(pair.estimates[AVERAGE].value, interval=pair.estimates[AVERAGE].interval),
-                    Cell(_probability(pair.p_holm[AVERAGE])),
-                ),
+                f"{pair.second} - {pair.first}",
+                f"{counts[pair.second]} and {counts[pair.first]}",
+                Cell(pair.estimates[AVERAGE].value, interval=pair.estimates[AVERAGE].interval),
+                _probability(pair.p_holm[AVERAGE]),
             )
             for pair in comparison.pairs
         ),
@@ -164,76 +146,57 @@ def method_tables(comparison: MethodsComparison) -> list[Table]:
         "after Holm over all pairs of methods.",
         notes=tuple(comparison.warnings),
     )
-    return [whole, *(_pair_table(comparison, number) for number in range(len(comparison.pairs)))]
-
-
-def _pair_table(comparison: MethodsComparison, number: int) -> Table:
-    pair = comparison.pairs[number]
-    columns = (
-        Column("task", "Benchmark", "text"),
-        Column("first", pair.first),
-        Column("second", pair.second),
-        Column("difference", "Difference", "difference"),
-        Column("p", "p (Holm)", "text"),
-        Column("units", "Units", "count"),
-    )
-    rows = [
-        Row(
-            key,
-            (
-                Cell(key),
-                Cell(comparison.scores[pair.first][key].value),
-                Cell(comparison.scores[pair.second][key].value),
-                Cell(found.value, interval=found.interval),
-                Cell(_probability(pair.p_holm[key])),
-                Cell(found.units),
+    by_pair = (
+        Table(
+            f"{pair.second} against {pair.first}",
+            (_TASK, Column("first", pair.first), Column("second", pair.second), _DIFFERENCE, _P,
+             _UNITS),
+            tuple(
+                Row.of(
+                    key,
+                    key,
+                    comparison.scores[pair.first][key].value,
+                    comparison.scores[pair.second][key].value,
+                    Cell(found.value, interval=found.interval),
+                    _probability(pair.p_holm[key]),
+                    found.units,
+                    section="all" if key == AVERAGE else "",
+                )
+                for key, found in pair.estimates.items()
             ),
-            "all" if key == AVERAGE else "",
+            caption="Means over seeds; 95 % intervals over seeds and documents; p after Holm over "
+            "all pairs and benchmarks, of the average over all pairs.",
         )
-        for key, found in pair.estimates.items()
-    ]
-    return Table(
-        f"{pair.second} against {pair.first}",
-        columns,
-        tuple(rows),
-        caption="Means over seeds; 95 % intervals over seeds and documents; p after Holm over all "
-        "pairs and benchmarks, of the average over all pairs.",
-    )
+        for pair in comparison.pairs
+    )  # fmt: skip
+    return [whole, *by_pair]
+
+
+# --- verdicts ------------------------------------------------------------------------------------
 
 
 def plan_table(plan: Plan) -> Table:
     """What margins the stored units can carry."""
     columns = (
         Column("name", "Benchmark", "text"),
-        Column("units", "Units", "count"),
+        _UNITS,
         Column("churn", "Churn", "percent"),
         Column("error", "Standard error"),
         Column("margin", "Smallest margin"),
         Column("found", "Drop found"),
     )
-    rows = tuple(
-        Row(
-            each.name,
-            (
-                Cell(each.name),
-                Cell(each.units),
-                Cell(100 * each.churn),
-                Cell(each.error),
-                Cell(each.margin),
-                Cell(each.found),
-            ),
-            "all" if each.name == AVERAGE else "",
-        )
-        for each in plan.lines
-    )
     return Table(
         f"Margins for {plan.baseline}",
         columns,
-        rows,
+        tuple(
+            Row.of(each.name, each.name, each.units, 100 * each.churn, each.error, each.margin,
+                   each.found, section="all" if each.name == AVERAGE else "")
+            for each in plan.lines
+        ),
         caption="Points on the 0-100 scale. Smallest margin: passes an equal student 95 times in "
         "100; drop found: ends in a regression 95 times in 100 under these margins.",
-        notes=(*plan.warnings, *plan.notes),
-    )
+        notes=plan.notes,
+    )  # fmt: skip
 
 
 def verdict_table(report: GateReport) -> Table:
@@ -242,36 +205,34 @@ def verdict_table(report: GateReport) -> Table:
         Column("name", "Benchmark", "text"),
         Column("baseline", "Baseline"),
         Column("candidate", "Candidate"),
-        Column("difference", "Difference", "difference"),
+        _DIFFERENCE,
         Column("margin", "Margin"),
         Column("verdict", "Verdict", "text"),
         Column("decided", "Decided by", "text"),
-        Column("p", "p (Holm)", "text"),
+        _P,
         Column("units", "Units", "text"),
     )
     rows = tuple(
-        Row(
+        Row.of(
             verdict.name,
-            (
-                Cell(verdict.name),
-                Cell(verdict.baseline),
-                Cell(verdict.candidate),
-                Cell(verdict.difference.value),
-                Cell(verdict.non_inferiority.margin),
-                Cell(verdict.verdict + (" (advisory)" if verdict.advisory else "")),
-                Cell(verdict.decided_by),
-                Cell(_probability(verdict.difference.p_holm)),
-                Cell(f"{verdict.units:,}"),
-            ),
+            verdict.name,
+            verdict.baseline,
+            verdict.candidate,
+            verdict.difference.value,
+            verdict.non_inferiority.margin,
+            verdict.verdict + " (advisory)" * verdict.advisory,
+            verdict.decided_by,
+            _probability(verdict.difference.p_holm),
+            f"{verdict.units:,}",
         )
         for verdict in report.verdicts
     )
-    explained = tuple(
+    explained = (
         each.sentence
         for each in report.verdicts
         if each.verdict in ("regressed", "inconclusive") or each.real_drop
     )
-    rules = tuple(f"{rule.name} {rule.state}: {rule.sentence}" for rule in report.rules)
+    rules = (f"{rule.name} {rule.state}: {rule.sentence}" for rule in report.rules)
     return Table(
         f"{report.title}: {report.outcome}",
         columns,
@@ -279,12 +240,172 @@ def verdict_table(report: GateReport) -> Table:
         caption="Points on the 0-100 scale. Decided by: the interval of the paired difference, or "
         "its lower bound, at the level that Holm gave this test. Units: pictures, pairs, groups or "
         "documents.",
-        notes=(
-            report.statement,
-            *report.warnings,
-            *explained,
-            *rules,
-            *report.notes,
-            report.policy_line,
-        ),
+        notes=(report.statement, *report.warnings, *explained, *rules, *report.notes,
+               report.policy_line),
+    )  # fmt: skip
+
+
+# --- CI: JUnit -----------------------------------------------------------------------------------
+
+MARKS = {"improved": "▲", NOT_WORSE: "=", "regressed": "▼", "inconclusive": "?"}
+NO_VERDICT = "no verdict"
+# XML 1.0 has no way to write these.
+_NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def _small_drop(verdict: Verdict) -> bool:
+    return verdict.real_drop and verdict.verdict == NOT_WORSE
+
+
+def _why(error: Exception) -> str:
+    """The error as the command line shows it."""
+    told = one_line(error)
+    return told if isinstance(error, KdBenchError) else f"{type(error).__name__}: {told}"
+
+
+def junit_xml(report: GateReport | Exception) -> str:
+    """One test case a verdict and a rule: regressed and failed are failures, undecided is skipped.
+
+    Most CI systems have no third colour; the exit code tells undecided from passed. A gate that
+    ended without a verdict is one case with an error.
+    """
+    suite = ET.Element("testsuite", name="kd-bench check")
+    if isinstance(report, Exception):
+        case = ET.SubElement(suite, "testcase", classname="kd-bench.check", name="check")
+        kind = type(report).__name__
+        ET.SubElement(case, "error", message=_xml(_why(report)), type=kind)
+    else:
+        _properties(suite, report)
+        cases: list[tuple[str, str, str, str, bool]]
+        cases = [("check", v.name, v.verdict, v.sentence, v.advisory) for v in report.verdicts]
+        cases += [("rules", r.name, r.state, r.sentence, False) for r in report.rules]
+        for group, name, state, sentence, advisory in cases:
+            case = ET.SubElement(suite, "testcase", classname=f"kd-bench.{group}", name=_xml(name))
+            if state in ("regressed", "failed") and not advisory:
+                ET.SubElement(case, "failure", message=_xml(sentence), type=state)
+            elif state in ("inconclusive", "not checked") or advisory:
+                ET.SubElement(case, "skipped", message=_xml(sentence))
+            ET.SubElement(case, "system-out").text = _xml(sentence)
+        ET.SubElement(suite, "system-out").text = _xml(
+            "\n".join((report.statement, *report.warnings, *report.notes, report.policy_line))
+        )
+    suite.set("tests", str(len(suite.findall("testcase"))))
+    for counted, kind in (("failures", "failure"), ("skipped", "skipped"), ("errors", "error")):
+        suite.set(counted, str(len(suite.findall(f"testcase/{kind}"))))
+    ET.indent(suite)
+    text = ET.tostring(suite, encoding="unicode")
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{text}\n'
+
+
+def _properties(suite: ET.Element, report: GateReport) -> None:
+    """What a reader of the file alone must know: who, under which policy, and what limits it."""
+    told = [
+        ("candidate", report.candidate),
+        ("baseline", report.baseline),
+        ("outcome", report.outcome),
+        ("policy", report.policy or "given in code"),
+        ("policy_digest", report.policy_digest),
+        *(("warning", each) for each in report.warnings),
+        *(("note", each) for each in report.notes),
+    ]
+    properties = ET.SubElement(suite, "properties")
+    for name, value in told:
+        ET.SubElement(properties, "property", name=name, value=_xml(value))
+
+
+def _xml(text: str) -> str:
+    return _NOT_XML.sub("\ufffd", text)
+
+
+def write_junit(report: GateReport | Exception, path: Path) -> None:
+    """Write the JUnit file atomically."""
+    write_text(path, junit_xml(report))
+
+
+# --- CI: GitHub ----------------------------------------------------------------------------------
+
+HEADERS = ("benchmark", "baseline", "candidate", "difference", "95 % interval", "decided by",
+           "margin", "p (Holm)", "units", "fixed", "broken", "verdict")  # fmt: skip
+
+
+def job_summary(report: GateReport | Exception) -> str:
+    """GitHub-flavoured Markdown: the outcome, one row a benchmark, rules and notes."""
+    if isinstance(report, Exception):
+        return f"### kd-bench check: {NO_VERDICT}\n\n{_markdown(_why(report))}\n"
+    lines = [
+        f"### kd-bench check: {report.outcome}",
+        "",
+        _markdown(report.title),
+        "",
+        "| " + " | ".join(HEADERS) + " |",
+        "|---|" + "---:|" * (len(HEADERS) - 2) + "---|",
+    ]
+    rows = [[_markdown(cell) for cell in _summary(verdict)] for verdict in report.verdicts]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    lines += ["", f"- {_markdown(report.statement)}"]
+    lines += [f"- **{_markdown(warning)}**" for warning in report.warnings]
+    lines += [f"- **{_markdown(r.name)}** {r.state}: {_markdown(r.sentence)}" for r in report.rules]
+    lines += [f"- {_markdown(note)}" for note in (*report.notes, report.policy_line)]
+    return "\n".join(lines) + "\n"
+
+
+def _summary(verdict: Verdict) -> tuple[str, ...]:
+    change, test = verdict.difference, verdict.non_inferiority
+    words = verdict.verdict + " (real drop)" * _small_drop(verdict)
+    return (
+        verdict.name,
+        f"{verdict.baseline:.1f}",
+        f"{verdict.candidate:.1f}",
+        f"{change.value:+.2f}",
+        change.span,
+        verdict.decided_by,
+        f"-{test.margin:g}",
+        f"{change.p_holm:.3g}",
+        f"{verdict.units}",
+        str(change.fixed),
+        str(change.broken),
+        f"{MARKS[verdict.verdict]} {words}" + " (advisory)" * verdict.advisory,
     )
+
+
+def _markdown(text: str) -> str:
+    """Names come from users and models: nothing in them may become markup."""
+    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|#!~@])", r"\\\1", text)
+
+
+def annotations(report: GateReport | Exception) -> list[str]:
+    """GitHub workflow commands: errors for what failed, warnings for what is undecided."""
+    if isinstance(report, Exception):
+        title = _property(f"kd-bench check: {NO_VERDICT}")
+        return [f"::error title={title}::{_message(_why(report))}"]
+    found = [
+        ("error" if v.verdict == "regressed" else "warning", v.name, v.sentence)
+        for v in report.verdicts
+        if (v.verdict in ("regressed", "inconclusive") or _small_drop(v)) and not v.advisory
+    ]
+    found += [
+        ("error" if r.state == "failed" else "warning", r.name, r.sentence)
+        for r in report.rules
+        if r.state in ("failed", "inconclusive")
+    ]
+    return [
+        f"::{level} title={_property(f'kd-bench check: {name}')}::{_message(text)}"
+        for level, name, text in found
+    ]
+
+
+def _message(text: str) -> str:
+    """docs.github.com/actions: percent and line ends are encoded in a workflow command."""
+    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+
+def _property(text: str) -> str:
+    return _message(text).replace(":", "%3A").replace(",", "%2C")
+
+
+def append_summary(report: GateReport | Exception, path: Path) -> None:
+    """Append the job summary to a file: GitHub gathers those of all steps of a job in one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8", errors="replace") as stream:
+        stream.write(job_summary(report))
