@@ -24,7 +24,7 @@ from kd_bench.report.leaderboard import (
     leaderboard,
     status_of,
 )
-from kd_bench.report.papers import paper_table, published_tables
+from kd_bench.report.papers import paper_table, published_tables, to_whole
 from kd_bench.report.plots import Logs, board_plots
 from kd_bench.report.samples import choose_samples, embed_json, write_samples
 from kd_bench.report.style import DARK, LIGHT, Plot, css_series, variables
@@ -41,7 +41,6 @@ from kd_bench.report.tables import (
     to_csv,
     to_html,
     to_json_text,
-    to_latex,
     to_markdown,
 )
 
@@ -164,7 +163,7 @@ def _css() -> str:
 TABLES = {
     "leaderboard.md": "Markdown",
     "leaderboard.csv": "full precision, with intervals and spreads",
-    "leaderboard.tex": "LaTeX, booktabs",
+    "leaderboard.tex": "LaTeX, booktabs, with caption",
     "leaderboard.json": "scores, differences and retention for machines",
 }
 PLOTS: tuple[PlotSection, ...] = (
@@ -201,7 +200,7 @@ def render(
     chosen = choose_samples(board)
     tables = {mode: leaderboard(board, mode) for mode, _ in MODES}
     table, categories = tables["scores"], category_tables(board)
-    files = dict(zip(TABLES, (to_markdown(table), to_csv(table), to_latex(table),
+    files = dict(zip(TABLES, (to_markdown(table), to_csv(table), to_whole(board, table),
                               to_json_text(list(tables.values()))), strict=True))  # fmt: skip
     downloads = list(TABLES.items())
     if categories:

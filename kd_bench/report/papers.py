@@ -7,7 +7,7 @@ What is still wider than the line is scaled down to it.
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,7 +18,17 @@ from kd_bench.registry import Published, TaskSpec, load_suite, load_tasks, publi
 from kd_bench.report.board import Board, Entry, TaskInfo, average, task_info
 from kd_bench.report.leaderboard import leaderboard
 from kd_bench.report.relations import relate
-from kd_bench.report.tables import Cell, Column, Row, Table, clean, format_number, tex
+from kd_bench.report.tables import (
+    Cell,
+    Column,
+    Notes,
+    Row,
+    Table,
+    clean,
+    format_number,
+    tex,
+    to_latex,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,36 +56,32 @@ def published_tables() -> tuple[Table | None, Table | None]:
 
 
 def _published(frame: "pd.DataFrame", specs: list[TaskSpec], title: str) -> Table:
-    notes: list[str] = []
-
-    def note(text: str) -> int:
-        if text not in notes:
-            notes.append(text)
-        return notes.index(text)
-
-    columns = [Column("method", "Method", "text"), Column("llm", "Language model", "text")]
-    for spec in specs:
-        info = task_info(spec)
-        marks: tuple[int, ...] = ()
-        if spec.published.verdict != "comparable":
-            marks = (note(_verdict(spec.published)),)
-        columns.append(Column(spec.id, info.short, "score", notes=marks))
-    columns += [Column(AVERAGE, "Avg", "score"), Column("source", "Source", "text")]
+    notes = Notes()
+    columns = [
+        Column("method", "Method", "text"),
+        Column("llm", "Language model", "text"),
+        *(
+            Column(s.id, task_info(s).short, "score", notes=notes(*_doubts(s.published)))
+            for s in specs
+        ),
+        Column(AVERAGE, "Avg", "score"),
+        Column("source", "Source", "text"),
+    ]
     rows = []
     for number, record in enumerate(frame.to_dict("records")):
         model, _, remark = str(record["llm"]).partition(" (")
-        cells = [
-            Cell(str(record["method"])),
-            Cell(model, notes=(note(remark.rstrip(")")),) if remark else ()),
-            *(Cell(_on_scale(record, spec.published.column)) for spec in specs),
-        ]
         kind = _text(record.get("avg_kind"))
-        marks = (
-            (note(f"{kind}: a mean over fewer benchmarks"),) if kind not in ("", "avg10") else ()
+        fewer = [f"{kind}: a mean over fewer benchmarks"] * (kind not in ("", "avg10"))
+        row = Row.of(
+            f"published-{number}",
+            str(record["method"]),
+            Cell(model, notes=notes(*[remark.rstrip(")")] * bool(remark))),
+            *(_on_scale(record, spec.published.column) for spec in specs),
+            Cell(_value(record.get("avg")), notes=notes(*fewer)),
+            _text(record["source"]),
         )
-        cells += [Cell(_value(record.get("avg")), notes=marks), Cell(_text(record["source"]))]
-        rows.append(Row(f"published-{number}", tuple(cells)))
-    return Table(title, tuple(columns), tuple(rows), notes=tuple(notes))
+        rows.append(row)
+    return Table(title, tuple(columns), tuple(rows), notes=tuple(notes.texts))
 
 
 def paper_table(board: Board) -> Table | None:
@@ -97,38 +103,33 @@ def paper_table(board: Board) -> Table | None:
         for task, about in said.items()
         if about is not None and about.verdict != "not comparable" and about.column in frame
     ]
-    doubtful = {
-        task: _verdict(about)
-        for task, about in said.items()
-        if about is not None and about.verdict != "comparable"
-    }
-    notes = list(dict.fromkeys(doubtful.values()))
-    places = {task: (notes.index(text),) for task, text in doubtful.items()}
+    notes = Notes()
     columns = (
         Column("method", "Method", "text"),
         *(
-            Column(task.id, task.short, "score", task.group, places.get(task.id, ()))
+            Column(task.id, task.short, "score", task.group, notes(*_doubts(said[task.id])))
             for task in board.tasks
         ),
         Column(AVERAGE, f"Avg of {len(fair)} comparable", "score"),
     )
     rows = []
     for entry in board.entries:
-        values = {task.id: entry.score(task.id) for task in board.tasks}
-        cells = [Cell(s.value if s.known else None, s.spread) for s in values.values()]
-        fair_values = [values[task].value for task in fair]
-        rows.append(
-            Row(entry.key, (Cell(entry.label), *cells, _mean(fair_values)), "Measured here")
-        )
-    for number, record in enumerate(_paper_rows(frame)):
+        values = [entry.score(task.id) for task in board.tasks]
+        cells = [Cell(s.value if s.known else None, s.spread) for s in values]
+        mean = _mean([entry.score(task).value for task in fair])
+        rows.append(Row.of(entry.key, entry.label, *cells, mean, section="Measured here"))
+    # The 0.5B rows of the Switch-KD repository's ten-benchmark table.
+    paper = frame["source"].str.contains("Switch-KD", na=False)
+    small = frame["params_llm_b"].astype(str).isin(["0.5", ".5"])
+    for number, record in enumerate(frame[paper & small].to_dict("records")):
         scores = {
             task: None if about is None else _on_scale(record, about.column)
             for task, about in said.items()
         }
-        cells = [Cell(value) for value in scores.values()]
         mean = _mean([scores[task] for task in fair])
-        rows.append(Row(f"paper-{number}", (Cell(str(record["method"])), *cells, mean), PAPER))
-    return Table("Beside the paper", columns, tuple(rows), notes=tuple(notes))
+        method = str(record["method"])
+        rows.append(Row.of(f"paper-{number}", method, *scores.values(), mean, section=PAPER))
+    return Table("Beside the paper", columns, tuple(rows), notes=tuple(notes.texts))
 
 
 def comparison(board: Board, with_what: str) -> Table:
@@ -152,16 +153,9 @@ def comparison(board: Board, with_what: str) -> Table:
 PAPER = "Switch-KD paper, 0.5B students"
 
 
-def _paper_rows(frame: "pd.DataFrame") -> list[dict[Any, Any]]:
-    """The 0.5B rows of the Switch-KD repository's ten-benchmark table."""
-    paper = frame["source"].str.contains("Switch-KD", na=False)
-    small = frame["params_llm_b"].astype(str).isin(["0.5", ".5"])
-    return list(frame[paper & small].to_dict("records"))
-
-
-def _mean(values: Sequence[float | None]) -> Cell:
+def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None and math.isfinite(value)]
-    return Cell(sum(known) / len(known)) if known and len(known) == len(values) else Cell()
+    return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
 def _said(board: Board, task: TaskInfo) -> Published | None:
@@ -177,9 +171,10 @@ def _said(board: Board, task: TaskInfo) -> Published | None:
     return (variant.published if variant is not None else None) or task.spec.published
 
 
-def _verdict(about: Published) -> str:
-    """Whether a published number may stand beside a measured one, and why not quite."""
-    return f"{about.verdict.capitalize()}: {about.why}"
+def _doubts(about: Published | None) -> list[str]:
+    """Why a published number may not quite stand beside a measured one."""
+    sure = about is None or about.verdict == "comparable"
+    return [] if sure or about is None else [f"{about.verdict.capitalize()}: {about.why}"]
 
 
 def _on_scale(record: dict[Any, Any], column: str) -> float | None:
@@ -278,33 +273,37 @@ def to_paper(board: Board, evidence: Evidence, paper: Paper) -> str:
     count = len(board.tasks) + 1
     columns, rows = table.columns[1 : count + 1], table.rows
     numbers = [row.cells[1 : count + 1] for row in rows]
-    if count > ACROSS:
-        body = _models_across(rows, columns, numbers)
-    else:
-        body = _benchmarks_across(rows, columns, numbers)
-    return "\n".join(
-        [
-            "% needs \\usepackage{booktabs} and \\usepackage{graphicx}",
-            "\\begin{table}[t]",
-            "\\centering",
-            f"\\caption{{{_caption(board, table)}}}",
-            f"\\label{{tab:kd-bench-{_label(board.suite)}}}",
-            "\\footnotesize",
-            "\\setlength{\\tabcolsep}{3pt}",
-            "\\resizebox{\\ifdim\\width>\\linewidth \\linewidth\\else \\width\\fi}{!}{%",
-            *body,
-            "}",
-            "\\end{table}",
-            "",
-        ]
-    )
+    across = _models_across if count > ACROSS else _benchmarks_across
+    notes = [f"Note: {note}." for note in _notes(table)]
+    caption = _caption(board, table, _uncertainty(board, table), notes)
+    tight = "\\setlength{\\tabcolsep}{3pt}"
+    return _float("table", caption, board.suite, across(rows, columns, numbers), tight)
 
 
-def _label(suite: str) -> str:
-    return "".join(c if c.isascii() and c.isalnum() else "-" for c in suite)
+def to_whole(board: Board, table: Table) -> str:
+    """Every column of a leaderboard as a `table*` float with caption, label and legend."""
+    plain = to_latex(replace(table, warning="", legend="", notes=())).splitlines()
+    notes = [f"({number}) {note.rstrip('.')}." for number, note in enumerate(table.notes, 1)]
+    caption = _caption(board, table, [tex(table.caption)], notes)
+    return _float("table*", caption, f"{board.suite}-leaderboard", plain[1:])
 
 
-# --- body --------------------------------------------------------------------------------------
+def _float(kind: str, caption: str, label: str, tabular: Iterable[str], *settings: str) -> str:
+    label = "".join(c if c.isascii() and c.isalnum() else "-" for c in label)
+    lines = [
+        "% needs \\usepackage{booktabs} and \\usepackage{graphicx}",
+        f"\\begin{{{kind}}}[t]",
+        "\\centering",
+        f"\\caption{{{caption}}}",
+        f"\\label{{tab:kd-bench-{label}}}",
+        "\\footnotesize",
+        *settings,
+        "\\resizebox{\\ifdim\\width>\\linewidth \\linewidth\\else \\width\\fi}{!}{%",
+        *tabular,
+        "}",
+        f"\\end{{{kind}}}",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _benchmarks_across(
@@ -375,37 +374,34 @@ def _number(cell: Cell) -> str:
     return f"${text}$"
 
 
-# --- caption -----------------------------------------------------------------------------------
-
-
-def _caption(board: Board, table: Table) -> str:
+def _caption(board: Board, table: Table, uncertainty: list[str], notes: list[str]) -> str:
     """What was measured and how, on how much, with how many seeds, and what the marks mean."""
-    parts = [f"\\textbf{{{tex(table.warning)}}}"] if table.warning else []
-    parts.append(
-        tex(f"Scores from 0 to 100; {board.average_title} is the mean of {len(board.tasks)}.")
-    )
-    parts += [tex(_documents(board)), tex(_protocol(board)), tex(_seeds(board))]
-    cells = [cell for row in table.rows for cell in row.cells]
-    if any(cell.spread is not None for cell in cells):
+    average = f"{board.average_title} is the mean of {len(board.tasks)}"
+    told = [
+        f"\\textbf{{{tex(table.warning)}}}" if table.warning else "",
+        tex(f"Scores from 0 to 100; {average}."),
+        *map(tex, (_documents(board), _protocol(board), _seeds(board))),
+        *uncertainty,
+        *map(tex, notes),
+        tex(table.legend.format(second="underlined")),
+    ]
+    return " ".join(filter(None, told))
+
+
+def _uncertainty(board: Board, table: Table) -> list[str]:
+    """What stands behind a number of the paper's table, in LaTeX."""
+    parts = []
+    if any(cell.spread is not None for row in table.rows for cell in row.cells):
         parts.append(r"$\pm$: standard deviation over training seeds.")
-    if any(len(entry.runs) == 1 for entry in board.entries):
-        levels = {
-            score.interval.level
-            for entry in board.entries
-            if len(entry.runs) == 1
-            for score in entry.scores.values()
-            if score.interval is not None
-        }
-        if levels:
-            level = " and ".join(f"{100 * each:g}" for each in sorted(levels))
-            parts.append(
-                rf"$^{{+}}_{{-}}$: {level}\,\% interval over test samples of one seed, in which "
-                "training noise is unknown."
-            )
-    parts += [tex(f"Note: {note}.") for note in _notes(table)]
-    if table.legend:
-        parts.append(tex(table.legend.format(second="underlined")))
-    return " ".join(part for part in parts if part)
+    single = (score for e in board.entries if len(e.runs) == 1 for score in e.scores.values())
+    levels = {score.interval.level for score in single if score.interval is not None}
+    if levels:
+        level = " and ".join(f"{100 * each:g}" for each in sorted(levels))
+        parts.append(
+            rf"$^{{+}}_{{-}}$: {level}\,\% interval over test samples of one seed, in which "
+            "training noise is unknown."
+        )
+    return parts
 
 
 def _notes(table: Table) -> list[str]:
@@ -418,7 +414,7 @@ def _notes(table: Table) -> list[str]:
             if any(number in cell.notes for cell in row.cells)
         ]
         who = "all rows" if len(rows) == len(table.rows) > 1 else ", ".join(rows)
-        found.append(f"{who}: {note.rstrip('.')}")
+        found.append(f"{who}: {note.rstrip('.')}" if who else note.rstrip("."))
     return found
 
 

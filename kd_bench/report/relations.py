@@ -4,7 +4,7 @@ All of them are asked of the one estimator, `compare.estimates`; here is only wh
 board it may be asked about.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -106,13 +106,9 @@ def relate(board: Board, evidence: Evidence, main: str | None = None) -> Board:
     named = _named(board, main, floor)
     entries = [asked.entry(entry, floor, teacher) for entry in board.entries]
     by_key = {entry.key: entry for entry in entries}
-    methods = (
-        {}
-        if floor is None
-        else asked.groups(AVERAGE, [e for e in board.students if e is not floor])
-    )
     claim = None
     if floor is not None and asked.knows(AVERAGE, floor):
+        methods = asked.groups(AVERAGE, [e for e in board.students if e is not floor])
         claim = headline(evidence, asked.group(floor), methods, named.key if named else None)
     return replace(
         board,
@@ -184,23 +180,14 @@ class _Asked:
         """An entry with everything that its scores are related to."""
         above = floor if entry.role != "teacher" and entry is not floor else None
         below = teacher if entry.role != "teacher" else None
-        gap = MISSING
-        if above is not None and below is not None:
-            gap = self._gap(entry, above, below) or MISSING
+        differences = {key: self.difference(key, above, entry) for key in self.keys if above}
+        retentions = {key: self._retention(key, entry, below) for key in self.keys if below}
         return replace(
             entry,
-            scores=dict(entry.scores) | {key: self._score(entry, key) for key in self.keys},
-            differences={
-                key: found
-                for key in self.keys
-                if above and (found := self.difference(key, above, entry)) is not None
-            },
-            retentions={
-                key: found
-                for key in self.keys
-                if below and (found := self._retention(key, entry, below)) is not None
-            },
-            gap_closed=gap,
+            scores=entry.scores | {key: self._score(entry, key) for key in self.keys},
+            differences={key: found for key, found in differences.items() if found},
+            retentions={key: found for key, found in retentions.items() if found},
+            gap_closed=(self._gap(entry, above, below) if above and below else None) or MISSING,
         )
 
     def _score(self, entry: Entry, key: str) -> Score:
@@ -218,33 +205,35 @@ class _Asked:
 
     def difference(self, key: str, first: Entry, second: Entry) -> Score | None:
         """`second` minus `first` in points; None where one of them cannot be compared."""
-        if not _comparable(key, first, second):
-            return None
-        found = None
-        if self.knows(key, first, second):
-            found = self.evidence.difference(key, self.group(first), self.group(second))
-        return _as_score(second.score(key).value - first.score(key).value, found)
+        value = second.score(key).value - first.score(key).value
+        return self._related(key, value, self.evidence.difference, first, second)
 
     def _retention(self, key: str, entry: Entry, teacher: Entry) -> Score | None:
         """Percent of the teacher's score."""
         ceiling = teacher.score(key).value
-        if not _comparable(key, entry, teacher) or ceiling <= 0:
+        if not ceiling > 0:
             return None
-        found = None
-        if self.knows(key, entry, teacher):
-            found = self.evidence.retention(key, self.group(entry), self.group(teacher))
-        return _as_score(100 * entry.score(key).value / ceiling, found)
+        value = 100 * entry.score(key).value / ceiling
+        return self._related(key, value, self.evidence.retention, entry, teacher)
 
     def _gap(self, entry: Entry, floor: Entry, teacher: Entry) -> Score | None:
         """Percent of the way from SFT to the teacher, on the average."""
         own, low, high = (e.score(AVERAGE).value for e in (entry, floor, teacher))
-        if not _comparable(AVERAGE, entry, floor, teacher) or high <= low:
+        if not high > low:
             return None
-        found = None
-        if self.knows(AVERAGE, entry, floor, teacher):
-            student, ground, top = (self.group(each) for each in (entry, floor, teacher))
-            found = self.evidence.gap_closed(AVERAGE, student, ground, top)
-        return _as_score(100 * (own - low) / (high - low), found)
+        value = 100 * (own - low) / (high - low)
+        return self._related(AVERAGE, value, self.evidence.gap_closed, entry, floor, teacher)
+
+    def _related(
+        self, key: str, value: float, ask: Callable[..., Estimate | None], *entries: Entry
+    ) -> Score | None:
+        """A number of several entries, with its interval where the evidence has them all."""
+        if not _comparable(key, *entries):
+            return None
+        found = ask(key, *map(self.group, entries)) if self.knows(key, *entries) else None
+        if found is None:
+            return Score(value)
+        return Score(value, interval=found.interval, holds_seeds=found.holds_seeds)
 
 
 def _comparable(key: str, *entries: Entry) -> bool:
@@ -258,12 +247,6 @@ def _documents(entry: Entry, key: str) -> tuple[int, ...]:
     """Documents of a benchmark, or of each of them behind an average."""
     keys = [task for task in entry.scores if task != AVERAGE] if key == AVERAGE else [key]
     return tuple(entry.score(task).documents for task in sorted(keys))
-
-
-def _as_score(value: float, found: Estimate | None) -> Score:
-    if found is None:
-        return Score(value)
-    return Score(value, interval=found.interval, holds_seeds=found.holds_seeds)
 
 
 # --- vision and language gap -------------------------------------------------------------------
@@ -287,18 +270,15 @@ def hybrid_gaps(board: Board, evidence: Evidence) -> list[Gap]:
         student = _student_of(board, hybrid) if hybrid.role == "switch" else None
         if student is None or board.teacher is None:
             continue
-        vision = {key: asked.difference(key, hybrid, board.teacher) for key in asked.keys}
-        language = {key: asked.difference(key, student, hybrid) for key in asked.keys}
-        known = [key for key in asked.keys if vision[key] and language[key]]
-        gaps.append(
-            Gap(
-                student,
-                hybrid,
-                {key: score for key in known if (score := vision[key])},
-                {key: score for key in known if (score := language[key])},
-            )
-        )
-    return [gap for gap in gaps if gap.vision]
+        vision, language = {}, {}
+        for key in asked.keys:
+            seen = asked.difference(key, hybrid, board.teacher)
+            said = asked.difference(key, student, hybrid)
+            if seen and said:
+                vision[key], language[key] = seen, said
+        if vision:
+            gaps.append(Gap(student, hybrid, vision, language))
+    return gaps
 
 
 def _student_of(board: Board, hybrid: Entry) -> Entry | None:

@@ -295,3 +295,18 @@ def test_a_training_that_still_runs(tmp_path: Path) -> None:
     check(page)
     assert "stage distil, step 50 of 50" in page
     assert "total loss" in page
+
+
+def test_sft_rows_beside_the_floor_are_filtered_by_a_button_of_their_own(tmp_path: Path) -> None:
+    """One button a heading: no two say the same, each has its rows and no others."""
+    for name, skill in (("floor", 0.1), ("other", 0.2), ("third", 0.0)):
+        add_run(tmp_path, Model(name, "sft", name, skill, 0), tasks=("gqa",), units=5)
+    add_run(tmp_path, Model("kl", "kd", "kl", 0.5, 0), tasks=("gqa",), units=5)
+    page = text_of(render_report(tmp_path, tmp_path / "page").parent)
+    buttons = re.findall(r'name="role" value="([^"]*)" checked><span>([^<]*)</span>', page)
+    assert len(dict(buttons)) == len({title for _, title in buttons}) == len(buttons) == 3
+    assert dict(buttons)["sft"] == "SFT (floor)"
+    rows = re.findall(r'<tr data-row data-role="([^"]*)"', page)
+    assert sorted(rows) == ["kd", "sft", "sft-other", "sft-other"]
+    heads = re.findall(r'<tbody data-role="([^"]*)">.*?<span>([^<]*)</span>', page, re.DOTALL)
+    assert all(dict(buttons)[role] == title for role, title in heads)

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 from kd_bench.cli import app
 from kd_bench.records import AVERAGE
 from kd_bench.report import render_report
-from kd_bench.report.papers import Paper, to_paper
+from kd_bench.report.leaderboard import leaderboard
+from kd_bench.report.papers import Paper, to_paper, to_whole
 from kd_bench.report.relations import read_board
 from tests.support.distinct_store import TASKS, TITLES, make_distinct, truths
 from tests.support.report_store import Model, add_run, printed
@@ -106,7 +107,9 @@ def test_it_compiles_and_fits_the_line(
     (tmp_path / "many.tex").write_text(paper(wide), encoding="utf-8")
     (tmp_path / "few.tex").write_text(paper(results, "mme,gqa"), encoding="utf-8")
     (tmp_path / "six.tex").write_text(paper(results), encoding="utf-8")
-    parts = "".join(rf"\input{{{name}}}" for name in ("many", "few", "six"))
+    board, _ = read_board(wide)
+    (tmp_path / "whole.tex").write_text(to_whole(board, leaderboard(board)), encoding="utf-8")
+    parts = "".join(rf"\input{{{name}}}" for name in ("many", "few", "six", "whole"))
     document = (
         rf"\documentclass[{options}]{{article}}\usepackage{{booktabs}}\usepackage{{graphicx}}"
         rf"\begin{{document}}{parts}Text.\end{{document}}"
@@ -148,6 +151,30 @@ def test_the_full_table_says_what_bold_means_and_what_world_it_is(
     for name in ("leaderboard.md", "leaderboard.tex", "leaderboard.csv", "leaderboard.json"):
         text = (tmp_path / name).read_text(encoding="utf-8")
         assert "Embedded mini world: not the real benchmarks" in text, name
+
+
+def test_the_full_table_is_a_float_with_the_caption_of_a_paper(tmp_path: Path) -> None:
+    """Notes are numbered in the caption as in the cells; both floats may stand in one paper."""
+    for name, role, skill in (("teacher", "teacher", 1.4), ("s", "sft", 0.0), ("k", "kd", 1.2)):
+        add_run(tmp_path / "results", Model(name, role, role, skill, 0), tasks=("gqa",), units=30)
+    add_run(tmp_path / "results", Model("part", "kd", "kl", 0.2, 1), tasks=(), planned=("gqa",),
+            status="partial")  # fmt: skip
+    render_report(tmp_path / "results", tmp_path / "out", paper=Paper())
+    whole, paper = (
+        (tmp_path / "out" / name).read_text(encoding="utf-8")
+        for name in ("leaderboard.tex", "paper.tex")
+    )
+    (caption,) = (line for line in whole.splitlines() if line.startswith("\\caption{"))
+    for word in ("Embedded mini world", "n = 240 samples a benchmark", "suite mini", "lmms-eval",
+                 "One training seed each", "In brackets: 95", "Bold:", "underlined",
+                 "(1) part is partial"):  # fmt: skip
+        assert word in caption, word
+    assert "part$^{1}$" in whole
+    assert r"\label{tab:kd-bench-mini-leaderboard}" in whole
+    assert r"\label{tab:kd-bench-mini}" in paper
+    for text in (whole, paper):
+        assert text.count("\\begin{") == text.count("\\end{")
+        assert text.count("{") - text.count(r"\{") == text.count("}") - text.count(r"\}")
 
 
 def test_a_limited_run_is_marked_in_every_rendering(tmp_path: Path) -> None:
