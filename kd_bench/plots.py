@@ -35,15 +35,12 @@ Runs = Sequence[str] | None
 
 def _figure(name: str, results: Store, runs: Runs, suite: str | None, needs: str) -> "Figure":
     """One plot of the board of these runs; `needs` says what must be there."""
-    from kd_bench.report.board_loading import load_board
+    from kd_bench.report.history import logs_of
     from kd_bench.report.plots import board_plots
-    from kd_bench.report.relations import read_evidence, relate
+    from kd_bench.report.relations import read_board
     from kd_bench.report.style import PAPER
-    from kd_bench.report.training import logs_of
 
-    board = load_board(Path(results), runs, suite)
-    evidence = read_evidence(board)
-    board = relate(board, evidence)
+    board, evidence = read_board(Path(results), runs, suite)
     logs = {entry.key: logs_of(entry) for entry in board.entries}
     for plot in board_plots(board, evidence, logs, only=name):
         plot.figure.set_facecolor(PAPER)

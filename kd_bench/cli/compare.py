@@ -168,10 +168,10 @@ def _publish(
     ending: "GateReport | Exception", junit: Path | None, summary: Path | None
 ) -> OSError | None:
     """Tell CI how the gate ended; the first file that could not be written, already named."""
-    from kd_bench.report import ci
+    from kd_bench.report import verdicts
 
     unwritten: OSError | None = None
-    for write, path in ((ci.write_junit, junit), (ci.append_summary, summary)):
+    for write, path in ((verdicts.write_junit, junit), (verdicts.append_summary, summary)):
         if path is None:
             continue
         try:
@@ -180,7 +180,7 @@ def _publish(
             typer.echo(f"{path} could not be written: {error.strerror or error}.", err=True)
             unwritten = unwritten or error
     if os.environ.get("GITHUB_ACTIONS") == "true":
-        for line in ci.annotations(ending):
+        for line in verdicts.annotations(ending):
             typer.echo(line, err=True)  # beside the table or the JSON, not in it
     return unwritten
 

@@ -301,15 +301,14 @@ def findings(*chosen: Cell) -> "pd.DataFrame":
     import pandas as pd
 
     from kd_bench.records import AVERAGE
-    from kd_bench.report.board_loading import load_board
-    from kd_bench.report.relations import read_evidence, relate
+    from kd_bench.report.relations import read_board
 
     rows: list[tuple[int | float | str | None, ...]] = []
     for cell in chosen:
         if not (STUDY_RESULTS / cell.name).exists():
             continue
-        board = load_board(STUDY_RESULTS / cell.name)
-        for entry in relate(board, read_evidence(board)).entries:
+        board, _ = read_board(STUDY_RESULTS / cell.name)
+        for entry in board.entries:
             mean, above = entry.score(AVERAGE), entry.differences.get(AVERAGE)
             if mean.known:
                 points = above.value if above is not None and above.known else None
