@@ -14,8 +14,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
 from kd_bench.compare.estimates import Evidence
 from kd_bench.errors import UsageError
 from kd_bench.files import read_json
@@ -32,7 +30,6 @@ from kd_bench.report.tables import (
     Table,
     clean,
     to_csv,
-    to_html,
     to_json_text,
     to_markdown,
 )
@@ -252,7 +249,7 @@ def render_trend(
         "eyebrow": "kd-bench report",
         "mini": board.mini,
         "lead": [_moved(moves, steps)],
-        "trend": {"html": Markup(to_html(table)), "summary": table.title, "intro": intro},
+        "trend": {"table": table, "intro": intro},
         "downloads": [(name, "the same table") for name in files],
     }
     layout = [("plots", "Trend", "The average of every finished run by date.", ("trend",))]

@@ -58,7 +58,7 @@ CHROME_DARK = {
 }  # fmt: skip
 EMPTY: dict[str, Any] = {
     "mini": False, "title": "", "eyebrow": "", "lead": [], "figures": [], "warnings": [],
-    "rows": False, "categories": [], "plot_sections": [], "samples_json": None,
+    "rows": False, "categories": [], "samples_json": None,
     "published": None, "runs": [], "trend": None, "left_out": [], "downloads": [],
 }  # fmt: skip
 
@@ -98,37 +98,16 @@ def write_report(
             write_text(path, drawn[name].standalone())
         else:
             path.unlink(missing_ok=True)
-    shown: list[dict[str, Any]] = [
-        {
-            "id": key, "title": title, "intro": intro,
-            "plots": [
-                {"title": plot.title, "summary": plot.summary, "svg": Markup(plot.svg)}
-                for name in names
-                if (plot := drawn.get(name)) is not None
-            ],
-        }
-        for key, title, intro, names in layout
-        if not drawn.keys().isdisjoint(names)
-    ]  # fmt: skip
     script = (TEMPLATES / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     context = EMPTY | context | {
-        "plot_sections": shown,
+        "layout": layout,
+        "plots": drawn,
         "css": Markup(_css()),
         "script": Markup(script),
         "script_hash": f"sha256-{digest}",
         "version": __version__,
     }  # fmt: skip
-    links = [
-        ("trend", "Trend", context["trend"]),
-        ("leaderboard", "Leaderboard", context["rows"]),
-        ("categories", "Categories", context["categories"]),
-        *((section["id"], section["title"], True) for section in shown),
-        ("samples", "Samples", context["samples_json"]),
-        ("published", "Published", context["published"]),
-        ("runs", "Runs", context["runs"]),
-    ]
-    context["sections"] = [(anchor, title) for anchor, title, there in links if there]
     page = folder / "index.html"
     write_text(page, _environment().get_template("page.html.j2").render(context))
     return page
@@ -145,6 +124,7 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
     )
     environment.filters["clean"] = clean
+    environment.filters["html"] = lambda table: Markup(to_html(table))
     environment.filters["clean_lines"] = lambda text: "\n".join(map(clean, text.splitlines()))
     return environment
 
@@ -224,9 +204,9 @@ def render(
         "column_groups": column_groups(table),
         "row_sections": _row_sections(tables),
         "rows": bool(table.rows),
-        "categories": [_embedded(table, folded=True) for table in categories],
-        "samples_json": Markup(embed_json(chosen.data)) if chosen else None,
-        "sample_count": chosen.count if chosen else 0,
+        "categories": categories,
+        "samples_json": Markup(embed_json(chosen)) if chosen else None,
+        "sample_count": len(chosen["samples"]) if chosen else 0,
         "published": _published(board),
         "runs": [run for entry in board.entries for run in _runs(board, entry)],
         "left_out": [clean(line) for line in board.left_out],
@@ -449,14 +429,8 @@ def _published(board: Board) -> dict[str, Any] | None:
         intro += (
             " The scores above are of the embedded mini world and cannot be compared with these."
         )
-    tables = [_embedded(table) for table in (paper_table(board), main) if table]
-    if rest is not None:
-        tables.append(_embedded(rest, folded=True))
-    return {"intro": intro, "tables": tables}
-
-
-def _embedded(table: Table, folded: bool = False) -> dict[str, Any]:
-    return {"html": Markup(to_html(table)), "folded": folded, "summary": table.title}
+    tables = [table for table in (paper_table(board), main) if table]
+    return {"intro": intro, "tables": tables, "folded": [rest] if rest else []}
 
 
 def _runs(board: Board, entry: Entry) -> list[dict[str, Any]]:

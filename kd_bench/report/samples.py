@@ -1,4 +1,4 @@
-"""Samples for the page's browser: which documents are kept, their answers, their pictures.
+"""Samples for the page's browser: which documents are kept, their answers, their images.
 
 A page cannot hold 259,000 samples. It keeps those on which models part, spread over benchmarks
 and categories, ties broken by digest so that equal stores give equal pages. Counts of changes
@@ -7,14 +7,14 @@ are over all samples.
 
 import base64
 import io
+import itertools
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from kd_bench.errors import KdBenchError
@@ -24,29 +24,23 @@ from kd_bench.report.board import Board
 from kd_bench.report.tables import clean
 from kd_bench.store import Run
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 Array = NDArray[np.float64]
 KEPT = 300
 TEXT_LIMIT = 600
-PICTURE_SIZE = 192
-PICTURE_BUDGET = 2_400_000  # bytes of base64 in the page
+IMAGE_SIZE = 192
+IMAGE_BUDGET = 2_400_000  # bytes of base64 in the page
 ANSWER_BUDGET = 1_200_000
 
 
-@dataclass(frozen=True)
-class Model:
+class Model(NamedTuple):
     """One run of the board as the browser shows it."""
 
     key: str
     name: str
     run: Run
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """What the page embeds, and how many samples it keeps."""
-
-    data: dict[str, Any]
-    count: int
 
 
 def models_of(board: Board) -> list[Model]:
@@ -60,8 +54,8 @@ def models_of(board: Board) -> list[Model]:
     return models
 
 
-def choose_samples(board: Board, kept: int = KEPT) -> Chosen | None:
-    """Pick the samples of a page; None where no run has samples."""
+def choose_samples(board: Board, kept: int = KEPT) -> dict[str, Any] | None:
+    """What the page's browser shows, the picked `samples` among it; None where no run has any."""
     models = models_of(board)
     pair = _first_pair(board, models)
     tasks: list[dict[str, Any]] = []
@@ -72,22 +66,21 @@ def choose_samples(board: Board, kept: int = KEPT) -> Chosen | None:
         if found is None:
             continue
         documents, categories, scores = found
-        picked = _pick(documents, categories, scores, pair, share)
-        better = _better(scores)
-        entry = {
-            "id": task.id, "name": clean(task.short), "documents": len(documents), "better": better,
+        picked = pick(documents, categories, scores, pair, share)
+        samples += _rows(models, task.id, [documents[i] for i in picked], len(tasks))
+        about = {
+            "id": task.id, "name": clean(task.short), "documents": len(documents),
+            "better": better(scores),
         }  # fmt: skip
-        tasks.append(entry)
-        samples += _rows(models, task.id, [documents[i] for i in picked], len(tasks) - 1)
+        tasks.append(about)
     if not samples:
         return None
-    samples = _within(samples, ANSWER_BUDGET)
-    images = _pictures(models, [sample["i"] for sample in samples])
-    data = {
+    samples = within(samples, ANSWER_BUDGET)
+    return {
         "models": [{"key": clean(model.key), "name": model.name} for model in models],
-        "pair": list(pair), "tasks": tasks, "samples": samples, "images": images,
+        "pair": list(pair), "tasks": tasks, "samples": samples,
+        "images": _thumbnails(models, {sample["i"] for sample in samples}),
     }  # fmt: skip
-    return Chosen(data, len(samples))
 
 
 def _first_pair(board: Board, models: list[Model]) -> tuple[int, int]:
@@ -101,41 +94,43 @@ def _first_pair(board: Board, models: list[Model]) -> tuple[int, int]:
 
 def _score_matrix(models: list[Model], task: str) -> tuple[list[str], list[str], Array] | None:
     """Document ids, their categories, and scores [documents, models], NaN where not measured."""
-    columns: dict[int, pd.Series[Any]] = {}
-    categories: pd.Series[Any] | None = None
+    frames = dict(_frames(models, task, ("document_id", "category", "score")))
+    frames = {index: frame.set_index("document_id") for index, frame in frames.items()}
+    largest = max(frames.values(), key=len, default=None)
+    if largest is None or not len(largest):
+        return None
+    ids = largest.index
+    scores = np.full((len(ids), len(models)), np.nan)
+    for index, frame in frames.items():
+        column = frame["score"].astype("float32")
+        scores[:, index] = column if column.index.equals(ids) else column.reindex(ids)
+    return [str(name) for name in ids], largest["category"].astype(str).tolist(), scores
+
+
+def _frames(
+    models: list[Model], task: str, columns: Sequence[str] = SAMPLE_COLUMNS
+) -> "Iterator[tuple[int, pd.DataFrame]]":
+    """The samples of each model, by its place, that has a sound file of them; documents once."""
     for index, model in enumerate(models):
         if not model.run.done(task):
             continue
         try:
-            frame = model.run.samples(task, ("document_id", "category", "score"))
+            frame = model.run.samples(task, columns)
         except KdBenchError:
             continue
-        frame = frame.drop_duplicates("document_id").set_index("document_id")
-        columns[index] = frame["score"].astype("float32")
-        if categories is None or len(frame) > len(categories):
-            categories = frame["category"].astype(str)
-    if not columns or categories is None or not len(categories):
-        return None
-    ids = categories.index
-    scores = np.full((len(ids), len(models)), np.nan)
-    for index, column in columns.items():
-        same = len(column) == len(ids) and column.index.equals(ids)
-        scores[:, index] = column.to_numpy() if same else column.reindex(ids).to_numpy()
-    return [str(name) for name in ids], categories.tolist(), scores
+        yield index, frame.drop_duplicates("document_id")
 
 
-def _better(scores: Array) -> list[list[int]]:
-    """[a][b]: on how many documents model b scores more than model a."""
-    count = scores.shape[1]
-    table = [[0] * count for _ in range(count)]
-    for a in range(count):
-        for b in range(count):
-            if a != b:  # NaN compares false: not measured is neither better nor worse
-                table[a][b] = int(np.count_nonzero(scores[:, b] > scores[:, a]))
-    return table
+def better(scores: Array) -> list[list[int]]:
+    """[a][b]: on how many documents model b scores more than model a; scores [documents, models].
+
+    Not measured (NaN) is neither better nor worse.
+    """
+    columns = range(scores.shape[1])
+    return [np.count_nonzero(scores > scores[:, [a]], axis=0).tolist() for a in columns]
 
 
-def _pick(
+def pick(
     documents: list[str], categories: list[str], scores: Array, pair: tuple[int, int], count: int
 ) -> list[int]:
     """Places of the kept documents: categories in turn, the most disputed of each first."""
@@ -165,23 +160,13 @@ def _rows(
     models: list[Model], task: str, documents: list[str], number: int
 ) -> list[dict[str, Any]]:
     """The kept documents with every model's answer; keys are short because they repeat."""
-    wanted = set(documents)
     rows: dict[str, dict[str, Any]] = {}
-    for index, model in enumerate(models):
-        if not model.run.done(task):
-            continue
-        try:
-            frame = model.run.samples(task)
-        except KdBenchError:
-            continue
-        frame = frame[frame["document_id"].isin(wanted)].drop_duplicates("document_id")
-        for record in frame.to_dict("records"):
-            name = str(record["document_id"])
-            row = rows.setdefault(name, _row(record, number, len(models)))
-            row["a"][index] = _text(record["answer"])
-            score = float(record["score"])
+    for index, frame in _frames(models, task):
+        for record in frame[frame["document_id"].isin(set(documents))].to_dict("records"):
+            row = rows.setdefault(str(record["document_id"]), _row(record, number, len(models)))
+            row["a"][index] = bounded(record["answer"])
+            score, status = float(record["score"]), str(record["status"])
             row["s"][index] = round(score, 3) if math.isfinite(score) else None
-            status = str(record["status"])
             row["z"][index] = "" if status == "ok" else status
     return [rows[name] for name in documents if name in rows]
 
@@ -189,7 +174,7 @@ def _rows(
 def _row(record: dict[Any, Any], task: int, models: int) -> dict[str, Any]:
     return {
         "t": task, "d": clean(str(record["document_id"])), "c": clean(str(record["category"])),
-        "q": _text(record["question"]), "y": _text(record["target"]),
+        "q": bounded(record["question"]), "y": bounded(record["target"]),
         "i": _digest(record["image_digest"]),
         "a": [None] * models, "s": [None] * models, "z": [""] * models,
     }  # fmt: skip
@@ -201,38 +186,36 @@ def _digest(value: Any) -> str:
     return text if len(text) == 16 and all(c in "0123456789abcdef" for c in text) else ""
 
 
-def _text(value: Any) -> str:
+def bounded(value: Any) -> str:
     """Text as the page keeps it: lines stay, other control characters go, length is bounded."""
     text = "\n".join(clean(line) for line in str(value).split("\n")).strip()
     return text if len(text) <= TEXT_LIMIT else text[:TEXT_LIMIT] + " …"
 
 
-def _within(samples: list[dict[str, Any]], budget: int) -> list[dict[str, Any]]:
+def within(samples: list[dict[str, Any]], budget: int) -> list[dict[str, Any]]:
     """Every n-th sample, so that their texts fit the budget."""
     sizes = [len(json.dumps(sample, ensure_ascii=False).encode()) for sample in samples]
     step = max(1, math.ceil(sum(sizes) / budget))
     return samples[::step]
 
 
-# --- pictures ----------------------------------------------------------------------------------
+# --- images ------------------------------------------------------------------------------------
 
 
-def _pictures(models: list[Model], digests: list[str]) -> dict[str, str]:
-    """Thumbnails by digest as data URIs; smaller ones where the budget would not hold them all."""
-    names = sorted({digest for digest in digests if digest})
+def _thumbnails(models: list[Model], digests: set[str]) -> dict[str, str]:
+    """Data URIs by image digest; smaller ones where the budget would not hold them all."""
     stores = {model.run.images: model.run for model in models}.values()
+    names = sorted(digests - {""})
     files = {name: path for name in names for run in stores if (path := run.picture(name))}
-    for size, quality in ((PICTURE_SIZE, 82), (160, 75), (128, 70), (96, 60), (64, 50)):
-        images = {
-            name: uri for name, path in files.items() if (uri := _thumbnail(path, size, quality))
-        }
-        if sum(map(len, images.values())) <= PICTURE_BUDGET:
-            return images
+    for size, quality in ((IMAGE_SIZE, 82), (160, 75), (128, 70), (96, 60), (64, 50)):
+        found = {name: thumbnail(path, size, quality) for name, path in files.items()}
+        if sum(map(len, found.values())) <= IMAGE_BUDGET:
+            return {name: uri for name, uri in found.items() if uri}
     return {}
 
 
-def _thumbnail(path: Path, size: int, quality: int) -> str:
-    """A picture of at most `size` pixels a side; empty where the file cannot be read."""
+def thumbnail(path: Path, size: int, quality: int) -> str:
+    """An image of at most `size` pixels a side as a data URI; empty where it cannot be read."""
     from PIL import Image
 
     try:
@@ -277,19 +260,18 @@ def write_samples(board: Board, path: Path) -> int:
         atomic_path(path) as temporary,
         parquet.ParquetWriter(temporary, schema, compression="zstd") as writer,
     ):
-        for model in models_of(board):
-            for task in board.tasks:
-                source = model.run.path / "tasks" / f"{task.id}.samples.parquet"
-                if not model.run.done(task.id):
-                    continue
-                try:
-                    table = parquet.read_table(source, columns=list(SAMPLE_COLUMNS))
-                    for name, value in (("task", task.id), ("model", model.name)):
-                        column = pa.repeat(pa.scalar(value, text), len(table))
-                        table = table.add_column(0, name, column)
-                    table = table.select(schema.names).cast(schema)
-                except (OSError, ValueError, KeyError):
-                    continue
-                writer.write_table(table)
-                rows += len(table)
+        for model, task in itertools.product(models_of(board), board.tasks):
+            source = model.run.path / "tasks" / f"{task.id}.samples.parquet"
+            if not model.run.done(task.id):
+                continue
+            try:
+                table = parquet.read_table(source, columns=list(SAMPLE_COLUMNS))
+                for name, value in (("task", task.id), ("model", model.name)):
+                    column = pa.repeat(pa.scalar(value, text), len(table))
+                    table = table.add_column(0, name, column)
+                table = table.select(schema.names).cast(schema)
+            except (OSError, ValueError, KeyError):
+                continue
+            writer.write_table(table)
+            rows += len(table)
     return rows

@@ -11,13 +11,13 @@ from PIL import Image
 
 from kd_bench.report.board import load_board
 from kd_bench.report.samples import (
-    _better,
-    _pick,
-    _text,
-    _thumbnail,
-    _within,
+    better,
+    bounded,
     choose_samples,
     embed_json,
+    pick,
+    thumbnail,
+    within,
     write_samples,
 )
 from tests.support.report_store import Model, add_pictures, add_run, samples
@@ -34,7 +34,7 @@ SCORES = st.lists(
 def test_as_many_as_asked_each_once(rows: list[list[float]], count: int) -> None:
     documents = [f"d{i}" for i in range(len(rows))]
     categories = ["ab"[i % 2] for i in range(len(rows))]
-    picked = _pick(documents, categories, np.array(rows), (0, 1), count)
+    picked = pick(documents, categories, np.array(rows), (0, 1), count)
     assert len(picked) == len(set(picked)) == min(count, len(rows))
 
 
@@ -44,12 +44,12 @@ def test_disputed_samples_come_first_and_categories_in_turn() -> None:
     scores[disputed, 1] = 1.0
     categories = ["odd" if i % 2 else "even" for i in range(100)]
     documents = [f"d{i}" for i in range(100)]
-    assert sorted(_pick(documents, categories, scores, (0, 1), 4)) == disputed
+    assert sorted(pick(documents, categories, scores, (0, 1), 4)) == disputed
 
 
 def test_counts_of_better_samples_ignore_what_was_not_measured() -> None:
     scores = np.array([[0.0, 1.0], [0.0, np.nan], [1.0, 0.5], [0.0, 0.3]])
-    assert _better(scores) == [[0, 2], [1, 0]]
+    assert better(scores) == [[0, 2], [1, 0]]
 
 
 def test_the_choice_does_not_depend_on_the_order_of_rows(tmp_path: Path) -> None:
@@ -64,18 +64,18 @@ def test_the_choice_does_not_depend_on_the_order_of_rows(tmp_path: Path) -> None
             add_run(store, model, tasks=("gqa",), change={"gqa": frame})
         found = choose_samples(load_board(store), kept=15)
         assert found is not None
-        chosen.append(found.data)
+        chosen.append(found)
     assert chosen[0] == chosen[1]
 
 
 def test_text_is_bounded_and_keeps_its_lines() -> None:
-    assert _text("a\n\x1b[2Jb\n") == "a\n[2Jb"
-    assert len(_text("x" * 10_000)) < 700
+    assert bounded("a\n\x1b[2Jb\n") == "a\n[2Jb"
+    assert len(bounded("x" * 10_000)) < 700
 
 
 def test_the_text_budget_thins_evenly() -> None:
     rows = [{"q": "x" * 100, "n": i} for i in range(100)]
-    kept = _within(rows, 3_000)
+    kept = within(rows, 3_000)
     assert [row["n"] for row in kept] == list(range(0, 100, 4))
 
 
@@ -92,8 +92,8 @@ def test_pictures_are_found_by_digest(tmp_path: Path) -> None:
     add_pictures(run, ("gqa",), size=32)
     found = choose_samples(load_board(tmp_path))
     assert found is not None
-    assert len(found.data["images"]) == 4
-    assert {s["i"] for s in found.data["samples"]} == set(found.data["images"])
+    assert len(found["images"]) == 4
+    assert {s["i"] for s in found["samples"]} == set(found["images"])
 
 
 @pytest.mark.parametrize(
@@ -107,22 +107,22 @@ def test_a_digest_that_is_none_names_no_file(tmp_path: Path, digest: str) -> Non
     Image.new("RGB", (4, 4)).save(tmp_path / "runs" / "secret0000.png")
     found = choose_samples(load_board(tmp_path))
     assert found is not None
-    assert found.data["images"] == {}
+    assert found["images"] == {}
 
 
 def test_broken_and_huge_pictures_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n torn")
-    assert _thumbnail(tmp_path / "torn.png", 64, 80) == ""
+    assert thumbnail(tmp_path / "torn.png", 64, 80) == ""
     Image.new("1", (9_000, 9_000)).save(tmp_path / "huge.png")
-    assert _thumbnail(tmp_path / "huge.png", 64, 80) == ""
+    assert thumbnail(tmp_path / "huge.png", 64, 80) == ""
     Image.new("RGB", (10, 10)).save(tmp_path / "disguised.png", "JPEG")
-    assert _thumbnail(tmp_path / "disguised.png", 64, 80) == ""
+    assert thumbnail(tmp_path / "disguised.png", 64, 80) == ""
 
 
 def test_large_pictures_become_small_jpegs(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (400, 600, 3)).astype(np.uint8)
     Image.fromarray(noise).save(tmp_path / "photo.png")
-    uri = _thumbnail(tmp_path / "photo.png", 192, 82)
+    uri = thumbnail(tmp_path / "photo.png", 192, 82)
     assert uri.startswith("data:image/jpeg;base64,")
     assert len(uri) < 40_000
 
