@@ -18,9 +18,8 @@ from kd_bench.files import write_text
 from kd_bench.records import AVERAGE, RunManifest, TaskResult
 from kd_bench.registry import load_suite, suite_names
 from kd_bench.report.board import Board, Entry, TaskInfo
-from kd_bench.report.board_loading import load_board
 from kd_bench.report.leaderboard import leaderboard
-from kd_bench.report.relations import read_evidence, relate
+from kd_bench.report.relations import read_board
 from kd_bench.report.tables import Cell, Column, Row, Table, clean, format_number, to_markdown
 from kd_bench.store import Run, find_run, shortcomings
 
@@ -56,7 +55,7 @@ def model_card(results: Path, name: str, repository: str = "") -> "ModelCard":
     manifest, found = run.manifest, run.results()
     if not found:
         raise UsageError(f"{run.path.name} has no result yet.", "Finish it with its eval command.")
-    board = _related(load_board(results, [run.path.name]))
+    board, _ = read_board(results, [run.path.name])
     mini = board.mini or _embedded(manifest)
     data = ModelCardData(
         model_name=clean(manifest.model.name),
@@ -134,10 +133,6 @@ def _embedded(manifest: RunManifest) -> bool:
     """Whether the suite is one of the embedded world, whatever its name."""
     suite = manifest.protocol.suite
     return suite in suite_names() and load_suite(suite).data == "embedded"
-
-
-def _related(board: Board) -> Board:
-    return relate(board, read_evidence(board))
 
 
 def _cautions(run: Run, board: Board, found: dict[str, TaskResult], mini: bool) -> "Iterator[str]":
@@ -326,7 +321,7 @@ def _subject(path: str, repository: str) -> list[str]:
 
 def _comparison(results: Path, run: Run, manifest: RunManifest, mini: bool) -> str:
     """The store's models of the same suite, this one among them."""
-    board = _related(load_board(results, suite=manifest.protocol.suite))
+    board, _ = read_board(results, suite=manifest.protocol.suite)
     if len(board.entries) < 2:
         return ""
     table = leaderboard(board)
