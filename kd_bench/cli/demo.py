@@ -163,7 +163,8 @@ def _introduction() -> str:
     from kd_bench.world.build import ERROR, VERSION
 
     recipe = load_recipe("mini")
-    source, stage = recipe.data_of(recipe.stages[-1]), recipe.stages[-1]
+    stage = recipe.stages[-1]
+    (source,) = recipe.data_of(stage)
     return (
         f"Embedded world {VERSION}. Students learn from {source.limit} conversations whose "
         f"annotators give a wrong answer {ERROR:.0%} of the time (a neighbouring colour, another "

@@ -71,6 +71,9 @@ def train(
     show: Annotated[
         bool, typer.Option("--show", help="Print the resolved recipe and stop.")
     ] = False,
+    verify_data: Annotated[
+        bool, typer.Option("--verify-data", help="Read all images again for the data's digest.")
+    ] = False,
     init: Annotated[
         Path | None,
         typer.Option(help="Write a commented recipe to start from, and stop.", metavar="FILE.yaml"),
@@ -97,7 +100,7 @@ def train(
     if show:
         typer.echo("---\n".join(recipe_yaml(single) for single in planned), nl=False)
         return
-    folders = sweep(planned)
+    folders = sweep(planned, verify_data=verify_data)
     embedded = all(str(single.student).startswith("embedded:") for single in planned)
     suite = "mini" if embedded else "ten --data DATA"
     typer.echo(f"Next: {this_program()} eval {' '.join(map(str, folders))} --suite {suite}")

@@ -57,12 +57,16 @@ class Part:
     Attributes:
         folder: image names are relative to it.
         stamp: names, sizes and times of its files, or the dataset's fingerprint.
+        source: its place among the sources that are mixed.
+        weight: of that source.
         dataset: where rows are not JSON text.
         file: the index on disk; None for a small source, whose index is `made`.
     """
 
     folder: Path
     stamp: str
+    source: int = 0
+    weight: float = 1.0
     dataset: Any = None
     file: Path | None = None
     made: pa.Table | None = None
@@ -125,6 +129,49 @@ class Conversations(Sequence[Conversation]):
             return joined
         return joined.take(pa.array(self.rows))
 
+    def given_up(self, index: int, reason: str) -> tuple[str, str]:
+        """The name of one that cannot be used, and why."""
+        return self[index].given_up(reason)
+
+    @cached_property
+    def _sources(self) -> list[tuple[NDArray[np.int64], float]]:
+        """Of each source the places of its conversations, and its weight."""
+        part = np.searchsorted(self.starts, self.rows, side="right") - 1
+        source = np.array([each.source for each in self.parts])[part]
+        weights = {each.source: each.weight for each in self.parts}
+        return [(np.flatnonzero(source == number), weight) for number, weight in weights.items()]
+
+    @property
+    def epoch_size(self) -> int:
+        """Conversations that one epoch meets."""
+        if all(part.weight == 1 for part in self.parts):
+            return len(self)
+        return sum(round(len(places) * weight) for places, weight in self._sources)
+
+    def epoch(self, number: int, seed: int) -> NDArray[np.int64]:
+        """Places that one epoch meets, int64 [epoch_size], by source.
+
+        Each source is a stream of its own shuffled rounds, of which every epoch takes the next
+        len x weight: no row comes a second time before all others came once.
+        """
+        if all(part.weight == 1 for part in self.parts):
+            return np.arange(len(self))
+        taken = []
+        for source, (places, weight) in enumerate(self._sources):
+            size, count = len(places), round(len(places) * weight)
+            rounds = np.arange(number * count, (number + 1) * count) // max(size, 1)
+            order = {
+                each: np.random.default_rng([seed, source, int(each)]).permutation(size)
+                for each in np.unique(rounds)
+            }
+            within = np.arange(number * count, (number + 1) * count) % max(size, 1)
+            taken.append(
+                places[[order[each][place] for each, place in zip(rounds, within, strict=True)]]
+                if count
+                else places[:0]
+            )
+        return np.concatenate(taken)
+
     @cached_property
     def characters(self) -> NDArray[np.int64]:
         """Characters of each one's text, int64 [n]."""
@@ -138,37 +185,59 @@ class Conversations(Sequence[Conversation]):
         return pyarrow.compute.list_value_length(self.column("images")).to_numpy()
 
 
-def read_conversations(source: DataSource) -> tuple[Conversations, list[tuple[str, str]]]:
-    """All conversations of a source, and (name, reason) of those that are malformed.
+def read_conversations(
+    *sources: DataSource,
+) -> tuple["Conversations | Stream", list[tuple[str, str]]]:
+    """What is to be learnt from, and (name, reason) of rows that are malformed.
 
-    `skip` and `limit` count rows, so what is not asked for is not read.
+    Raises:
+        UsageError: as `indexed` raises it; rows cannot be streamed.
+    """
+    if any(source.streaming for source in sources):
+        return _stream(*sources), []
+    return indexed(*sources)
+
+
+def indexed(*sources: DataSource) -> tuple[Conversations, list[tuple[str, str]]]:
+    """All conversations of the sources, and (name, reason) of those that are malformed.
+
+    `skip` and `limit` count rows of their source, so what is not asked for is not read.
 
     Raises:
         UsageError: a file is missing or not in a known form, or an image's name leaves its folder.
     """
     parts: list[Part] = []
-    last = None if source.limit is None else source.skip + source.limit
-    found = 0
-    for path in [source.path] if isinstance(source.path, str) else source.path:
-        for each in _files(path):
-            if last is None or found < last:
-                parts.append(_part(each, source, None if last is None else last - found))
-                found += len(parts[-1].index)
-    every = Conversations(parts)
-    chosen = every[source.skip : last]
-    if not len(chosen):
-        raise UsageError(f"{source.path} holds no conversations.", "Check data.path.")
+    rows: list[NDArray[np.int64]] = []
+    start = 0
+    for number, source in enumerate(sources):
+        last = None if source.limit is None else source.skip + source.limit
+        found = 0
+        for path in [source.path] if isinstance(source.path, str) else source.path:
+            for each in _files(path):
+                if last is None or found < last:
+                    stop = None if last is None else last - found
+                    parts.append(_part(each, source, number, stop))
+                    found += len(parts[-1].index)
+        rows.append(np.arange(start, start + found)[source.skip : last])
+        if not len(rows[-1]):
+            raise UsageError(f"{source.path} holds no conversations.", "Check data.path.")
+        start += found
+    chosen = Conversations(parts, np.concatenate(rows))
     sound = np.asarray(chosen.column("problem").is_null())
-    broken = chosen.select(np.flatnonzero(~sound))
+    return chosen.select(np.flatnonzero(sound)), _told(chosen.select(np.flatnonzero(~sound)))
+
+
+def _told(broken: Conversations) -> list[tuple[str, str]]:
+    """Names of rows that cannot be used, and why."""
     told = []
     for row, name, problem, hint in zip(
         broken.rows, *(broken.column(c).to_pylist() for c in ("id", "problem", "hint")), strict=True
     ):
         if hint is not None:
             raise UsageError(problem, hint)
-        number = int(row - every.starts[every.starts <= row][-1])
+        number = int(row - broken.starts[broken.starts <= row][-1])
         told.append(Conversation(name, (), (), number).given_up(problem))
-    return chosen.select(np.flatnonzero(sound)), told
+    return told
 
 
 def _files(path: str) -> list[str | list[str]]:
@@ -183,10 +252,11 @@ def _files(path: str) -> list[str | list[str]]:
     return [names] if all(name.endswith(".parquet") for name in names) else [*names]
 
 
-def _part(path: str | list[str], source: DataSource, stop: int | None) -> Part:
+def _part(path: str | list[str], source: DataSource, number: int, stop: int | None) -> Part:
     """One part, its index made or found again.
 
     Args:
+        number: of the source.
         stop: rows that are asked for; None for all.
     """
     first = resolve(path if isinstance(path, str) else path[0])
@@ -202,7 +272,7 @@ def _part(path: str | list[str], source: DataSource, stop: int | None) -> Part:
         folder = resolve(source.images)
     files = [first] if isinstance(path, str) else [Path(name) for name in path]
     stamp, size = _stamp(files) if first.exists() else (str(dataset._fingerprint), SMALL + 1)
-    part = Part(folder, stamp, dataset)
+    part = Part(folder, stamp, number, source.weight or 1.0, dataset)
     rows = _numbered(dataset) if dataset is not None else json_rows(first)
     batches = _batches(islice(rows, stop), folder, dataset is None)
     if size <= SMALL:
@@ -424,7 +494,7 @@ def _from_hub(name: str, source: DataSource) -> Any:
         f"There is no training data at {name}: neither a file nor a dataset of the hub",
         "Check data.path, data.subset and data.split, and the network.",
     ):
-        return _encoded(load_dataset(name, source.subset, split=source.split), name)
+        return _encoded(load_dataset(name, source.subset, split=source.split or "train"), name)
 
 
 def _encoded(dataset: Any, name: str) -> Any:
@@ -447,11 +517,124 @@ def _encoded(dataset: Any, name: str) -> Any:
     return dataset.cast(Features(features))
 
 
+# --- streaming -------------------------------------------------------------------------------
+
+WINDOW = 512  # rows of a stream that are in memory, and within which they are mixed
+
+
+class Stream(Sequence[Conversation]):
+    """Rows of a dataset that is never whole on this machine, read forward a window at a time.
+
+    A row is still known by its number, so batches do not depend on processes and workers, and a
+    resumed training goes on where it was, after it has skipped the rows before.
+
+    Args:
+        dataset: iterable, of `datasets`.
+        skip, size: the rows that are meant.
+    """
+
+    def __init__(self, dataset: Any, folder: Path, stamp: str, skip: int, size: int) -> None:
+        self.dataset, self.folder, self.stamp = dataset, folder, stamp
+        self.skip, self.size = skip, size
+        self._rows: list[Any] = []
+        self._window = -1
+        self._iterator: Iterator[Any] = iter(())
+
+    def __len__(self) -> int:
+        return self.size
+
+    @property
+    def epoch_size(self) -> int:
+        """Conversations that one epoch meets."""
+        return self.size
+
+    @overload
+    def __getitem__(self, index: int) -> Conversation: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Conversation]: ...
+    def __getitem__(self, index: int | slice) -> Conversation | list[Conversation]:
+        if isinstance(index, slice):
+            return [self[each] for each in range(self.size)[index]]
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+        window, place = divmod(index, WINDOW)
+        if window != self._window:
+            self._move_to(window)
+        return conversation_of(self._rows[place], self.skip + index, self.folder)
+
+    def _move_to(self, window: int) -> None:
+        ahead = (window - self._window - 1) * WINDOW
+        if self._window < 0 or ahead < 0:
+            self._iterator, ahead = iter(self.dataset.skip(self.skip + window * WINDOW)), 0
+        self._rows = list(islice(self._iterator, ahead, ahead + WINDOW))
+        self._window = window
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A worker reads for itself."""
+        return self.__dict__ | {"_rows": [], "_window": -1, "_iterator": iter(())}
+
+    def given_up(self, index: int, reason: str) -> tuple[str, str]:
+        """The name of one that cannot be used, and why; it is not read again."""
+        return f"row {self.skip + index}", reason
+
+
+def _stream(*sources: DataSource) -> Stream:
+    """The only source, as a stream.
+
+    Raises:
+        UsageError: several sources, rows that cannot be streamed, or an unknown number of them.
+    """
+    from datasets import load_dataset
+
+    source = sources[0]
+    if len(sources) > 1 or not isinstance(source.path, str):
+        raise UsageError(
+            "data.streaming reads one source in its order; several cannot be mixed so.",
+            "Leave streaming out: an index of all rows is made once and memory-mapped.",
+        )
+    names = [str(name) for each in _files(source.path) for name in np.atleast_1d(each)]
+    folder = Path()
+    if all(name.endswith(".parquet") for name in names):
+        import pyarrow.parquet
+
+        files = [resolve(name) for name in names]
+        if missing := [name for name in files if not name.exists()]:
+            raise UsageError(f"There is no training data at {missing[0]}.", "Check data.path.")
+        dataset = load_dataset(
+            "parquet", data_files=[str(name) for name in files], split="train", streaming=True
+        )
+        total = sum(pyarrow.parquet.read_metadata(name).num_rows for name in files)
+        folder, (stamp, _) = files[0].parent, _stamp(files)
+    elif HUB_NAME.fullmatch(source.path) and not resolve(source.path).exists():
+        split = source.split or "train"
+        with explained(f"{source.path} cannot be streamed from the hub", "Check the network."):
+            dataset = load_dataset(source.path, source.subset, split=split, streaming=True)
+        known = (dataset.info.splits or {}).get(split)
+        if known is None or not known.num_examples:
+            raise UsageError(
+                f"{source.path} does not say how many rows it has, so it cannot be streamed.",
+                "Leave data.streaming out.",
+            )
+        total = known.num_examples
+        stamp = digest_text(source.path, str(source.subset), split, str(total))
+    else:
+        raise UsageError(
+            f"{source.path} cannot be streamed: data.streaming is for parquet files and datasets "
+            "of the hub.",
+            "Leave data.streaming out: JSON and dataset folders are memory-mapped.",
+        )
+    count = min(total - source.skip, source.limit or total)
+    if count <= 0:
+        raise UsageError(f"{source.path} holds no conversations.", "Check data.path and data.skip.")
+    folder = resolve(source.images) if source.images else folder
+    return Stream(_encoded(dataset, source.path), folder, stamp, source.skip, count)
+
+
 # --- the fingerprint -------------------------------------------------------------------------
 
 
 def data_digest(
-    conversations: Conversations, *, verify: bool = False, version: int = DIGEST
+    conversations: Conversations | Stream, *, verify: bool = False, version: int = DIGEST
 ) -> dict[str, Any]:
     """Fingerprint of what is learnt from: turns, and images by content.
 
@@ -463,6 +646,15 @@ def data_digest(
         verify: read the images' content again.
         version: 1 is that of trainings from before conversations had digests of their own.
     """
+    if isinstance(conversations, Stream):
+        told = (conversations.stamp, str(conversations.skip), str(conversations.size))
+        return {
+            "sha256": digest_text(*told),
+            "conversations": conversations.size,
+            "images": 0,
+            "pictures": "not read",
+            "version": version,
+        }
     digest, count = hashlib.sha256(str(version).encode() if version > 1 else b""), 0
     kept = _digest_file(conversations, version)
     if kept is not None and kept.exists() and not verify:

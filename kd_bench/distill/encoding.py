@@ -7,7 +7,7 @@ the whole batch size rather than of the number of devices.
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from statistics import median
@@ -20,11 +20,11 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 
 from kd_bench.distill.chat import ChatFormat, Turns, use_template
-from kd_bench.distill.conversations import Conversations, read_conversations
+from kd_bench.distill.conversations import WINDOW, Conversations, Stream, indexed
 from kd_bench.distill.data import Conversation, Unreadable, open_image
 from kd_bench.distill.models import load_processor
 from kd_bench.distill.recipe import MAX_PIXELS, DataSource
-from kd_bench.distill.vision_language import TEACHERS
+from kd_bench.distill.vision_language import TEACHERS, has_images
 from kd_bench.errors import KdBenchError, TrainingError, UsageError, one_line
 
 IGNORED = -100
@@ -314,7 +314,7 @@ class ConversationDataset(Dataset[EncodedSample | UnreadableSample]):
 
     def __init__(
         self,
-        conversations: Conversations,
+        conversations: Conversations | Stream,
         encoder: Encoder,
         *,
         unreadable: Sequence[tuple[str, str]] = (),
@@ -344,8 +344,10 @@ class ConversationDataset(Dataset[EncodedSample | UnreadableSample]):
     def prepare(self) -> None:
         """Encode everything now and keep it, unless it would not fit into memory.
 
-        What cannot be read is left out of `conversations`.
+        What cannot be read is left out of `conversations`. A stream is never kept.
         """
+        if isinstance(self.conversations, Stream):
+            return
         kept: list[EncodedSample] = []
         sound: list[int] = []
         lost: list[tuple[str, str]] = []
@@ -373,7 +375,7 @@ class ConversationDataset(Dataset[EncodedSample | UnreadableSample]):
         Raises:
             TrainingError: more of them than the recipe allows.
         """
-        entry = self.conversations[index].given_up(reason)
+        entry = self.conversations.given_up(index, reason)
         if entry not in self.unreadable:
             self.unreadable.append(entry)
             self.check_limit()
@@ -391,15 +393,21 @@ class ConversationDataset(Dataset[EncodedSample | UnreadableSample]):
             "Repair the data, or raise data.unreadable_limit.",
         )
 
-    def has_image(self, index: int) -> bool:
-        """Whether a sample holds an image."""
-        return bool(self.conversations.images[index])
+    def first_with_image(self) -> EncodedSample | None:
+        """The first readable sample with an image; of a stream, among its first window."""
+        if isinstance(self.conversations, Stream):
+            places: Iterable[int] = range(min(WINDOW, len(self)))
+        else:
+            places = self.conversations.images.nonzero()[0].tolist()
+        samples = (self[index] for index in places)
+        return next((each for each in samples if isinstance(each, dict) and has_images(each)), None)
 
-    def length(self, index: int) -> int:
-        """Tokens of a sample, or its characters while it is not encoded: for grouping only."""
+    def lengths(self) -> Sequence[int]:
+        """Tokens of each sample, or its characters while it is not encoded: for grouping only."""
         if self._kept:
-            return len(self._kept[index]["input_ids"])
-        return int(self.conversations.characters[index])
+            return [len(sample["input_ids"]) for sample in self._kept]
+        assert isinstance(self.conversations, Conversations)  # a stream is not grouped
+        return self.conversations.characters.tolist()
 
 
 class Collator:
@@ -479,9 +487,10 @@ class BatchOrder(Sampler[list[int]]):
         seed: int,
         group_by_length: bool = False,
     ) -> None:
-        if len(dataset) < batch_size:
+        self.count = dataset.conversations.epoch_size
+        if self.count < batch_size:
             raise UsageError(
-                f"The data holds {len(dataset)} usable samples, fewer than one batch of "
+                f"The data holds {self.count} usable samples, fewer than one batch of "
                 f"{batch_size}.",
                 "Lower batch_size, or give more data.",
             )
@@ -498,7 +507,7 @@ class BatchOrder(Sampler[list[int]]):
     @property
     def steps(self) -> int:
         """Optimizer steps of one epoch."""
-        return len(self.dataset) // self.whole
+        return self.count // self.whole
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order the next iteration gives."""
@@ -512,22 +521,35 @@ class BatchOrder(Sampler[list[int]]):
     def batches(self, epoch: int) -> list[list[int]]:
         """All whole batches of one epoch."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        order = torch.randperm(len(self.dataset), generator=generator).tolist()
+        conversations = self.dataset.conversations
+        if isinstance(conversations, Stream):
+            return self._within_windows(generator)
+        places = conversations.epoch(epoch, self.seed)
+        order = places[torch.randperm(len(places), generator=generator).numpy()].tolist()
         order = order[: len(order) // self.whole * self.whole]
         if self.group_by_length:
             # Sorted inside windows of 16 batches: less padding, still mostly random.
             window = 16 * self.whole
             parts = (order[start : start + window] for start in range(0, len(order), window))
-            length = self.dataset.length
+            length = self.dataset.lengths().__getitem__
             order = [i for part in parts for i in sorted(part, key=length, reverse=True)]
-        pictured = [index for index in order if self.dataset.has_image(index)]
-        plain = [index for index in order if not self.dataset.has_image(index)]
+        images = conversations.images
+        pictured = [index for index in order if images[index]]
+        plain = [index for index in order if not images[index]]
         whole = len(plain) // self.whole * self.whole
         # Text left over joins the images' last batch.
         rows = plain[:whole] + pictured + plain[whole:]
         batches = [rows[i : i + self.whole] for i in range(0, len(rows), self.whole)]
         shuffled = torch.randperm(len(batches), generator=generator).tolist()
         return [batches[index] for index in shuffled]
+
+    def _within_windows(self, generator: torch.Generator) -> list[list[int]]:
+        """A stream's rows in their order, mixed within each window; images are not known before."""
+        rows: list[int] = []
+        for start in range(0, self.count, WINDOW):
+            size = min(WINDOW, self.count - start)
+            rows += (start + torch.randperm(size, generator=generator)).tolist()
+        return [rows[i : i + self.whole] for i in range(0, self.steps * self.whole, self.whole)]
 
 
 @dataclass(frozen=True)
@@ -617,7 +639,7 @@ def preview_data(
     if prompt_template is not None:
         use_template(processor, prompt_template)
     encoder = Encoder(processor, max_length, max_pixels=source.max_image_pixels)
-    found, broken = read_conversations(source)
+    found, broken = indexed(source)
     preview = DataPreview(
         forms=Counter(found.column("form").to_pylist()),
         conversations=len(found),

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from kd_bench.distill.checkpoints import locate, weights_digest
-from kd_bench.distill.conversations import Conversations, data_digest
 from kd_bench.distill.recipe import NEW, Recipe, Stage, load_recipe
 from kd_bench.errors import TrainingError, UsageError
 from kd_bench.files import atomic_folder, claim_folder, locked, read_json, unsound, write_digests
@@ -85,7 +84,7 @@ def begun_stages(recipe: Recipe, folder: Path) -> list[int]:
 def is_done(
     recipe: Recipe,
     folder: Path,
-    conversations: Callable[[Stage], tuple[Conversations, Any]],
+    digest: Callable[[Stage, int], dict[str, Any]],
     say: Callable[[str], None] = lambda line: None,
 ) -> bool:
     """Whether the folder holds this very training, finished.
@@ -93,7 +92,7 @@ def is_done(
     What no stage has begun with may still be changed: where nothing was trained yet, everything.
 
     Args:
-        conversations: reads what a stage learns from.
+        digest: of what a stage learns from, in a version.
         say: is told what is not as it was written.
 
     Raises:
@@ -119,7 +118,7 @@ def is_done(
         )
     told = read_lineage(folder, say)
     _check_models(recipe, folder, told)
-    _check_data(recipe.stages[: last + 1], folder, told, conversations)
+    _check_data(recipe.stages[: last + 1], folder, told, digest)
     if not finished or (problem := unsound(final)) is None:
         return finished
     if done_stages(recipe, folder, lambda line: None) < len(recipe.stages):
@@ -172,14 +171,14 @@ def _check_data(
     stages: list[Stage],
     folder: Path,
     told: dict[str, Any],
-    conversations: Callable[[Stage], tuple[Conversations, Any]],
+    digest: Callable[[Stage, int], dict[str, Any]],
 ) -> None:
     """The same paths may hold other conversations or images than a stage learnt from."""
     for stage in stages:
         before = told.get("stages", {}).get(stage.name, {}).get("data")
         if before is None:
             continue
-        now = data_digest(conversations(stage)[0], version=before.get("version", 1))
+        now = digest(stage, before.get("version", 1))
         if now["sha256"] != before["sha256"]:
             counts = f"{before['conversations']} conversations then, {now['conversations']} now"
             raise UsageError(
@@ -193,7 +192,8 @@ def _identity(recipe: Recipe) -> dict[str, Any]:
     """The recipe without what only changes how it is watched, each stage with its own data."""
     mapping = recipe.model_dump(mode="json", exclude={*WATCHING, "data"})
     for stage, settings in zip(recipe.stages, mapping["stages"], strict=True):
-        settings["data"] = recipe.data_of(stage).model_dump(mode="json")
+        data = [source.model_dump(mode="json") for source in recipe.data_of(stage)]
+        settings["data"] = data[0] if len(data) == 1 else data
         for name in WATCHING_STAGE:
             settings.pop(name, None)
     return mapping

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 from rich.console import Console
 
 from kd_bench.config import StrictModel, apply_overrides, dump_yaml, read_yaml, validate
@@ -182,7 +182,11 @@ class DataSource(StrictModel):
     Attributes:
         path: JSON, JSONL, parquet, a folder written by `datasets.save_to_disk`, a pattern of those
             (`data/*.json`) or the name of a hub dataset; one or several.
-        subset, split: of a hub dataset.
+        subset, split: of a hub dataset; the split is train where none is named.
+        weight: how often each row is met in an epoch where `data` is a list of sources; 0.5 is
+            every row once in two epochs. Without one, once.
+        streaming: read rows in their order while training, mixed within windows, and never more
+            of them than that; for parquet and hub data that are larger than the disk.
         images: folder that picture names are relative to; by default the file's own folder.
         limit: only the first so many conversations, after `skip`.
         skip: leave out the first so many.
@@ -192,7 +196,9 @@ class DataSource(StrictModel):
 
     path: str | list[str]
     subset: str | None = None
-    split: str = "train"
+    split: str | None = None
+    weight: float | None = Field(default=None, gt=0, le=1_000)
+    streaming: bool | None = None
     images: str | None = None
     limit: Count | None = None
     skip: int = Field(default=0, ge=0)
@@ -205,6 +211,13 @@ class DataSource(StrictModel):
         if not path:
             raise ValueError("names no file; give one, or several: [a.json, b.json]")
         return path
+
+
+Data = Annotated[
+    Annotated[DataSource, Tag("One")] | Annotated[list[DataSource], Tag("Several")],
+    Discriminator(lambda value: "Several" if isinstance(value, list) else "One"),
+]
+"""One source, or several that are mixed."""
 
 
 class StudentParts(StrictModel):
@@ -283,7 +296,7 @@ class Stage(StrictModel):
         default=["vision_tower", "projector", "language_model"], min_length=1
     )
     lora: LoraSettings | None = None
-    data: DataSource | None = None
+    data: Data | None = None
     steps: Count | None = None
     epochs: float | None = Field(default=None, gt=0, le=1e6)
     batch_size: Count = 32
@@ -370,7 +383,7 @@ class Recipe(StrictModel):
     name: Name
     student: str | StudentParts
     teacher: str | None = None
-    data: DataSource | None = None
+    data: Data | None = None
     seed: int = Field(default=0, ge=0, lt=2**31)
     output: str | None = None
     truncate_vocabulary: bool = False
@@ -389,7 +402,7 @@ class Recipe(StrictModel):
         if len(set(names)) < len(names):
             raise ValueError("two stages have one name")
         for stage in self.stages:
-            if stage.data is None and self.data is None:
+            if not stage.data and not self.data:
                 raise ValueError(f"stage {stage.name!r} has no data, and the recipe has none")
             if self.teacher is None and any(term.loss != "ce" for term in stage.objective):
                 raise ValueError(f"stage {stage.name!r} needs a teacher; set `teacher`")
@@ -412,11 +425,11 @@ class Recipe(StrictModel):
         """What checkpoints may do when they are loaded, as `load_model` and `locate` take it."""
         return {"allow_pickle": self.allow_pickle, "trust_remote_code": self.trust_remote_code}
 
-    def data_of(self, stage: Stage) -> DataSource:
-        """The stage's own data, or the recipe's."""
-        source = stage.data or self.data
-        assert source is not None  # the validator saw to it
-        return source
+    def data_of(self, stage: Stage) -> list[DataSource]:
+        """The sources of the stage's own data, or of the recipe's."""
+        data = stage.data or self.data
+        assert data  # the validator saw to it
+        return data if isinstance(data, list) else [data]
 
 
 def list_recipes() -> dict[str, Path]:
@@ -617,7 +630,9 @@ def plan(
     return planned
 
 
-def sweep(planned: Sequence[Recipe], *, console: Console | None = None) -> list[Path]:
+def sweep(
+    planned: Sequence[Recipe], *, verify_data: bool = False, console: Console | None = None
+) -> list[Path]:
     """Train every recipe of a plan; returns the folders of the finished students.
 
     A training that stops does not cost the others.
@@ -630,13 +645,13 @@ def sweep(planned: Sequence[Recipe], *, console: Console | None = None) -> list[
 
     console = console or Console()
     if len(planned) == 1:
-        return [train(planned[0], console=console)]
+        return [train(planned[0], verify_data=verify_data, console=console)]
     finished: list[Path] = []
     stopped: list[str] = []
     for number, single in enumerate(planned, start=1):
         console.rule(f"{number}/{len(planned)}  {single.method}, seed {single.seed}", align="left")
         try:
-            finished.append(train(single, console=console))
+            finished.append(train(single, verify_data=verify_data, console=console))
         except TrainingError as error:
             stopped.append(f"{single.method} with seed {single.seed}: {error.problem}")
             console.print(f"Stopped: {error}", highlight=False, soft_wrap=True)

@@ -24,7 +24,7 @@ from kd_bench.distill import processes
 from kd_bench.distill.build import add_lora, build_start, lora_layers, merge_lora
 from kd_bench.distill.chat import read_template, use_template
 from kd_bench.distill.checkpoints import locate, weights_digest
-from kd_bench.distill.conversations import Conversations, data_digest, read_conversations
+from kd_bench.distill.conversations import Conversations, Stream, data_digest, read_conversations
 from kd_bench.distill.distiller import Distiller
 from kd_bench.distill.encoding import (
     BatchOrder,
@@ -72,6 +72,9 @@ TOGETHER = "Do config.json, processor and weights of each checkpoint belong toge
 SMALL_DATA = 50_000  # conversations that are encoded before the first step and kept in memory
 
 
+Data = tuple[Conversations | Stream, list[tuple[str, str]]]  # sound, and what is malformed
+
+
 @dataclass
 class TrainingState:
     """What the stages of one training share."""
@@ -81,11 +84,12 @@ class TrainingState:
     console: Console
     lineage: dict[str, Any]
     is_main: bool
+    verify_data: bool = False
     processor: Any = None
     teacher: Any = None
     teacher_processor: Any = None
     done: list[str] = field(default_factory=list)
-    read: tuple[DataSource, tuple[Conversations, list[tuple[str, str]]]] | None = None
+    read: tuple[list[DataSource], Data] | None = None
 
     @property
     def log(self) -> Path:
@@ -102,20 +106,31 @@ class TrainingState:
         if self.is_main:
             self.console.print(text, highlight=False, soft_wrap=True)
 
-    def conversations(self, stage: Stage) -> tuple[Conversations, list[tuple[str, str]]]:
+    def conversations(self, stage: Stage) -> Data:
         """The stage's conversations and what is malformed; the last file that was read is kept."""
-        source = self.recipe.data_of(stage)
-        if self.read is None or self.read[0] != source:
+        sources = self.recipe.data_of(stage)
+        if self.read is None or self.read[0] != sources:
             self.read = None  # the file before is let go first
-            self.read = (source, read_conversations(source))
+            self.read = (sources, read_conversations(*sources))
         return self.read[1]
 
+    def data_digest(self, stage: Stage, version: int) -> dict[str, Any]:
+        """That of everything the stage may learn from, in an earlier version where asked for."""
+        return data_digest(self.conversations(stage)[0], verify=self.verify_data, version=version)
 
-def train(recipe: Recipe, *, resume: bool = True, console: Console | None = None) -> Path:
+
+def train(
+    recipe: Recipe,
+    *,
+    resume: bool = True,
+    verify_data: bool = False,
+    console: Console | None = None,
+) -> Path:
     """Run a recipe and return the folder of the finished student.
 
     Args:
         resume: continue a stopped training; False starts over and deletes what was there.
+        verify_data: read every image again for the data's digest, whose files look unchanged.
 
     Raises:
         UsageError: recipe, checkpoints or data do not fit; nothing was trained.
@@ -133,8 +148,9 @@ def train(recipe: Recipe, *, resume: bool = True, console: Console | None = None
             shutil.rmtree(folder, ignore_errors=True)
             claim(folder)
         processes.barrier()
-        run = TrainingState(recipe, folder, console or Console(), new_lineage(recipe), is_main)
-        if is_done(recipe, folder, run.conversations, run.say):
+        lineage = new_lineage(recipe)
+        run = TrainingState(recipe, folder, console or Console(), lineage, is_main, verify_data)
+        if is_done(recipe, folder, run.data_digest, run.say):
             run.say(f"Already trained: {final}")
             return final
         # What it says of models and stages that have begun, a resumed training keeps.
@@ -239,13 +255,13 @@ def _check_settings(run: TrainingState, stages: list[Stage]) -> None:
     for stage in reversed(stages):  # so that the first stage's data is the file that is kept
         check_terms(stage.objective, stage.trainable, stage.name)
         micro_batch(stage)
-        images = run.recipe.data_of(stage).images
         data = f"{stage.name}.data" if stage.data else "data"  # the setting that names it
-        if images is not None and not resolve(images).is_dir():
-            raise UsageError(
-                f"Stage {stage.name!r}: there is no folder of images at {images}.",
-                f"Set {data}.images= to the folder that image names are relative to.",
-            )
+        for source in run.recipe.data_of(stage):
+            if source.images is not None and not resolve(source.images).is_dir():
+                raise UsageError(
+                    f"Stage {stage.name!r}: there is no folder of images at {source.images}.",
+                    f"Set {data}.images= to the folder that image names are relative to.",
+                )
         try:
             sound, _ = run.conversations(stage)
         except UsageError as error:
@@ -253,14 +269,19 @@ def _check_settings(run: TrainingState, stages: list[Stage]) -> None:
             other = "" if alone else f", or leave the stage out with {stage.name}=null"
             problem = f"Stage {stage.name!r}: {error.problem}"
             raise UsageError(problem, f"Set {data}.path={other}.") from None
+        if isinstance(sound, Stream) and stage.group_by_length:
+            raise UsageError(
+                f"Stage {stage.name!r}: the lengths of streamed rows are not known before.",
+                f"Set {stage.name}.group_by_length=false, or leave data.streaming out.",
+            )
         if not sound:
             raise UsageError(
                 f"Stage {stage.name!r}: none of its conversations can be used.", "Check data.path."
             )
-        if len(sound) < stage.batch_size:
+        if sound.epoch_size < stage.batch_size:
             raise UsageError(
-                f"Stage {stage.name!r}: the data holds {len(sound)} usable samples, fewer than one "
-                f"batch of {stage.batch_size}.",
+                f"Stage {stage.name!r}: the data holds {sound.epoch_size} usable samples, fewer "
+                f"than one batch of {stage.batch_size}.",
                 f"Lower {stage.name}.batch_size, or give more data.",
             )
 
@@ -371,15 +392,15 @@ def _dataset(run: TrainingState, stage: Stage, student: Any) -> ConversationData
 
     They are encoded for the teacher, too, where one batch cannot serve both.
     """
-    source = run.recipe.data_of(stage)
-    options: dict[str, Any] = {"max_pixels": source.max_image_pixels}
+    sources = run.recipe.data_of(stage)
+    options: dict[str, Any] = {"max_pixels": max(each.max_image_pixels for each in sources)}
     both = (run.processor, run.teacher_processor)
     if needs_teacher(stage.objective) and image_difference(student, run.teacher, *both):
         encoder: Encoder = PairEncoder(*both, stage.max_length, **options)
     else:
         encoder = Encoder(run.processor, stage.max_length, **options)
     conversations, broken = run.conversations(stage)
-    limit = source.unreadable_limit
+    limit = sum(each.unreadable_limit for each in sources)
     dataset = ConversationDataset(conversations, encoder, unreadable=broken, unreadable_limit=limit)
     if len(conversations) <= SMALL_DATA:
         dataset.prepare()

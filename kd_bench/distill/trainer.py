@@ -352,12 +352,9 @@ class DistillationTrainer(Trainer):
         return self._prepare_inputs(self.data_collator(samples))
 
     def pictured_batch(self) -> dict[str, Tensor] | None:
-        """One sample with a picture, on this process's device; None where there is none."""
-        for index, conversation in enumerate(self.dataset.conversations):
-            sample = self.dataset[index] if conversation.images else None
-            if isinstance(sample, dict):
-                return self._prepare_inputs(self.data_collator([sample]))
-        return None
+        """One sample with an image, on this process's device; None where there is none."""
+        sample = self.dataset.first_with_image()
+        return None if sample is None else self._prepare_inputs(self.data_collator([sample]))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

@@ -77,7 +77,7 @@ def test_pieces_make_up_the_same_batches_whatever_their_size(dataset):
 
 def test_text_only_samples_share_batches(dataset):
     batches = BatchOrder(dataset, 3, 3, seed=0).batches(0)
-    kinds = [{dataset.has_image(index) for index in batch} for batch in batches]
+    kinds = [{bool(dataset.conversations.images[index]) for index in batch} for batch in batches]
     assert kinds.count({False}) == 2  # six text-only samples
     assert kinds.count({True}) == 6
 

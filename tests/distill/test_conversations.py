@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 
 from kd_bench.distill import conversations as data
 from kd_bench.distill.conversations import data_digest, read_conversations
-from kd_bench.distill.recipe import DataSource
+from kd_bench.distill.data import Unreadable
+from kd_bench.distill.recipe import DataSource, load_recipe, recipe_yaml
 from kd_bench.errors import UsageError
 from tests.distill.test_data import TURNS, read, written
 from tests.support import tiny
@@ -173,3 +175,93 @@ def test_what_is_no_parquet_and_no_hub_dataset_is_one_line(tmp_path):
     with pytest.raises(UsageError, match="neither a file nor a dataset of the hub") as raised:
         read_conversations(DataSource(path="somebody/no-such-dataset"))
     assert "data.subset" in raised.value.hint
+
+
+# --- mixtures and streams --------------------------------------------------------------------
+
+
+def rows_file(folder, name, count):
+    rows = [{"id": f"{name}{i}", "conversations": SAID} for i in range(count)]
+    return written(folder, rows, f"{name}.json")
+
+
+def test_a_mixture_meets_each_source_as_often_as_it_weighs(tmp_path):
+    sources = [
+        DataSource(path=str(rows_file(tmp_path, "a", 10)), weight=0.5),
+        DataSource(path=str(rows_file(tmp_path, "b", 4)), weight=2.0),
+        DataSource(path=str(rows_file(tmp_path, "c", 7)), skip=1, limit=5),
+    ]
+    found, _ = read_conversations(*sources)
+    assert found.epoch_size == 5 + 8 + 5
+    first, second = (Counter(found[int(i)].id for i in found.epoch(n, seed=3)) for n in (0, 1))
+    for each in (first, second):
+        assert sum(each.values()) == 18
+        assert [each[f"b{i}"] for i in range(4)] == [2] * 4
+        assert [each[f"c{i}"] for i in range(7)] == [0, 1, 1, 1, 1, 1, 0]
+    assert [first[f"a{i}"] + second[f"a{i}"] for i in range(10)] == [1] * 10
+    assert found.epoch(0, seed=3).tolist() != found.epoch(0, seed=4).tolist()
+    half = found.select(range(2, len(found)))
+    assert half.epoch_size == 4 + 8 + 5
+
+
+def test_a_mixture_without_weights_is_all_rows(tmp_path):
+    paths = [str(rows_file(tmp_path, name, 3)) for name in "ab"]
+    mixed, _ = read_conversations(*[DataSource(path=path) for path in paths])
+    joined, _ = read_conversations(DataSource(path=paths))
+    assert list(mixed) == list(joined)
+    assert mixed.epoch(5, seed=0).tolist() == list(range(6))
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    rows = [{"id": f"r{i}", "conversations": SAID} for i in range(23)]
+    rows[4]["conversations"] = SAID[:1]
+    Dataset.from_list(rows[:9]).to_parquet(tmp_path / "part-0.parquet")
+    Dataset.from_list(rows[9:]).to_parquet(tmp_path / "part-1.parquet")
+    return DataSource(path=str(tmp_path / "part-*.parquet"), streaming=True)
+
+
+def test_a_stream_gives_any_row_by_its_number(parquet, monkeypatch):
+    monkeypatch.setattr(data, "WINDOW", 4)
+    found, broken = read_conversations(parquet)
+    assert len(found) == 23
+    assert not broken
+    for index in (0, 3, 5, 22, 9, 1):
+        assert found[index].id == f"r{index}"
+    with pytest.raises(Unreadable, match="no answer"):
+        found[4]
+    assert pickle.loads(pickle.dumps(found))[10].id == "r10"
+    part, _ = read_conversations(parquet.model_copy(update={"skip": 8, "limit": 5}))
+    assert [each.id for each in part] == [f"r{i}" for i in range(8, 13)]
+    assert data_digest(part)["sha256"] != data_digest(found)["sha256"]
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"path": "x.json"}, "cannot be streamed"),
+        ({"path": ["a.parquet", "b.parquet"]}, "one source"),
+        ({"path": "nowhere.parquet"}, "no training data at"),
+        ({"path": "somebody/no-such-dataset"}, "cannot be streamed from the hub"),
+        ({"skip": 23}, "holds no conversations"),
+    ],
+)
+def test_what_cannot_be_streamed_is_said(parquet, change, named):
+    with pytest.raises(UsageError, match=named):
+        read_conversations(parquet.model_copy(update=change))
+
+
+def test_a_recipe_takes_one_source_or_several(tmp_path):
+    one = load_recipe("mini", ["data.path=x.json"])
+    assert [source.path for source in one.data_of(one.stages[-1])] == ["x.json"]
+    several = load_recipe("mini", ["data=[{path: a.json, weight: 0.5}, {path: b.json}]"])
+    assert [source.weight for source in several.data_of(several.stages[-1])] == [0.5, None]
+    (tmp_path / "r.yaml").write_text(recipe_yaml(several))
+    assert load_recipe(tmp_path / "r.yaml") == several
+    for wrong, named in (
+        ("data=[{path: a.json, wieght: 1}]", "weight"),
+        ("data=[{path: a.json, weight: 0}]", r"data\.0\.weight"),
+        ("data=[]", "has no data"),
+    ):
+        with pytest.raises(UsageError, match=named):
+            load_recipe("mini", [wrong])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset, Features, Image, Value
 from safetensors.torch import load_file, save_file
 
 from kd_bench.distill import train as train_module
@@ -543,3 +544,39 @@ def test_every_other_method_trains(place, method):
     )
     lines = (final.parent / "train_log.jsonl").read_text().splitlines()
     assert all(value == value for value in json.loads(lines[-1])["terms"].values())
+
+
+@pytest.fixture(scope="module")
+def as_parquet(place):
+    """The place's conversations in two parquet files, images inside."""
+    rows = json.loads(Path(load_recipe(place / "recipe.yaml").data.path).read_text())
+    folder = Path(load_recipe(place / "recipe.yaml").data.path).parent
+    said = [{"from": Value("string"), "value": Value("string")}]
+    features = Features({"id": Value("string"), "image": Image(), "conversations": said})
+    for row in rows:
+        name = row.pop("image", None)
+        row["image"] = name and {"bytes": (folder / name).read_bytes(), "path": None}
+    whole = Dataset.from_list(rows, features=features)
+    whole.select(range(10)).to_parquet(place / "rows-0.parquet")
+    whole.select(range(10, len(whole))).to_parquet(place / "rows-1.parquet")
+    return str(place / "rows-*.parquet")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["parquet", "stream", "mixture"])
+def test_every_form_of_data_resumes_and_does_not_depend_on_processes_or_workers(
+    place, as_parquet, form
+):
+    data = {
+        "parquet": f"data={{path: '{as_parquet}'}}",
+        "stream": f"data={{path: '{as_parquet}', streaming: true}}",
+        "mixture": f"data=[{{path: '{as_parquet}', weight: 0.5, limit: 12}}, "
+        f"{{path: '{as_parquet}', weight: 2, skip: 12}}]",
+    }[form]
+    settings = (data, "steps=10", EVERYTHING)
+    one = train(recipe_in(place, f"{form}-one", *settings))
+    killed(place, f"{form}-killed", 6, *settings, "workers=2")
+    resumed = train(recipe_in(place, f"{form}-killed", *settings, "workers=2"))
+    assert_close_weights(one, resumed, atol=0, rtol=0)
+    two = in_two_processes(place, f"{form}-two", *settings, "workers=2")
+    assert_same_training(one, two)
