@@ -60,10 +60,14 @@ class TrainingLog:
 
 
 def logs_of(entry: Entry) -> list[TrainingLog]:
-    """The training logs in the checkpoints' folders or beside them, one a seed where there is."""
+    """The training logs in the checkpoints' folders or beside them, one a seed where there is.
+
+    A checkpoint's path is looked up below the store first: a store that travels has it there.
+    """
     logs = []
-    for model in (manifest.model for manifest in entry.manifests):
-        folders = (Path(model.path), Path(model.path).parent)
+    for run, model in zip(entry.runs, (each.model for each in entry.manifests), strict=True):
+        places = (run.path.parents[1] / model.path, Path(model.path))
+        folders = [folder for place in places for folder in (place, place.parent)]
         path = next((f / LOG_NAME for f in folders if (f / LOG_NAME).is_file()), None)
         logs.append(read_log(path, model.name) if path else None)
     return [log for log in logs if log is not None]

@@ -246,8 +246,14 @@ class Run:
             )
         buffer = io.BytesIO()
         further = [column for column in CONTENT_COLUMNS if column in samples.columns]
+        # Of a file of a few hundred rows, statistics and a second schema would be half.
         samples.loc[:, [*SAMPLE_COLUMNS, *further]].to_parquet(
-            buffer, index=False, write_page_checksum=True
+            buffer,
+            index=False,
+            write_page_checksum=True,
+            compression="zstd",
+            write_statistics=False,
+            store_schema=False,
         )
         self.discard(result.task)
         files = {
