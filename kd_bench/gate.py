@@ -24,17 +24,15 @@ from kd_bench.compare.align import (
     Difference,
     Resampled,
     align,
-    average_difference,
     common_tasks,
     evidence_of,
     label,
     numeric_notes,
+    paired_difference,
     resample,
-    seeds_difference,
-    task_difference,
     with_holm,
 )
-from kd_bench.compare.estimates import Estimate, Evidence
+from kd_bench.compare.estimates import Estimate
 from kd_bench.compare.methods import seeds_of_one_method, training_noise
 from kd_bench.errors import ExitCode, IncompleteRunError, NotComparableError, UsageError
 from kd_bench.policy import CostLimits, Margins, Policy, Retention
@@ -323,7 +321,7 @@ def judge(
     old, new = ([str(n) for n in part] for part in (range(split), range(split, runs)))
     evidence = evidence_of(sampled)
     found = [evidence.difference(key, old, new) for key in [*tasks, AVERAGE]]
-    differences = _differences(sampled, evidence, policy.seed, old, new)
+    differences = _differences(sampled, policy.seed, old, new)
     levels = holm_levels([each.p for each in differences], policy.alpha)
     allowed = [margins.tasks.get(task, margins.default) for task in tasks] + [margins.average]
     tests = _margin_tests(found, allowed, policy)
@@ -409,21 +407,14 @@ def _same_answers(sampled: Sequence[Resampled]) -> bool:
 
 
 def _differences(
-    sampled: Sequence[Resampled],
-    evidence: Evidence,
-    seed: int,
-    old: list[str],
-    new: list[str],
+    sampled: Sequence[Resampled], seed: int, old: list[str], new: list[str]
 ) -> list[Difference]:
     """Of every benchmark and, last, of the average; Holm over all of them."""
+    nulls = None
     if len(old) == len(new) == 1:
-        nulls = [each.null_draws(0, 1, seed) for each in sampled]
-        found = [
-            task_difference(each, 0, 1, null) for each, null in zip(sampled, nulls, strict=True)
-        ]
-        return with_holm([*found, average_difference(list(sampled), nulls, 0, 1)])
+        nulls = {each.aligned.task: each.null_draws(0, 1, seed) for each in sampled}
     keys = [*(each.aligned.task for each in sampled), AVERAGE]
-    return with_holm([seeds_difference(sampled, evidence, key, old, new) for key in keys])
+    return with_holm([paired_difference(sampled, key, old, new, nulls) for key in keys])
 
 
 def _resample(runs: Sequence[Run], task: str, policy: Policy) -> Resampled:

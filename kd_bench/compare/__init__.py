@@ -20,13 +20,12 @@ from kd_bench.compare.align import (
     Difference,
     Resampled,
     align,
-    average_difference,
     common_tasks,
     evidence_of,
     label,
     numeric_notes,
+    paired_difference,
     resample,
-    task_difference,
     with_holm,
 )
 from kd_bench.compare.estimates import Estimate, Evidence
@@ -274,19 +273,6 @@ def compare(
     )
 
 
-def list_flips(runs: Sequence[Run], task: str, *, allow_different: bool = False) -> list[Flip]:
-    """Documents whose score changed between the first run and the second, broken ones first."""
-    common = common_tasks(runs)
-    if task not in common:
-        raise UsageError(
-            f"Not every run has {task!r}.{closest(task, common)}",
-            f"In common: {', '.join(common)}.",
-        )
-    columns = [column for column in SAMPLE_COLUMNS if column != "answer_confidence"]
-    found = flips(align(runs, task, allow_different=allow_different, columns=columns), 0, 1)
-    return [replace(flip, picture=str(runs[0].picture(flip.image_digest) or "")) for flip in found]
-
-
 # --- parts -----------------------------------------------------------------------------------
 
 
@@ -294,12 +280,12 @@ def _against_first(
     sampled: list[Resampled], run: int, seed: int, level: float
 ) -> tuple[list[Difference], Difference]:
     """One run minus the first: by benchmark with Holm over them, and on average."""
-    nulls = [task.null_draws(0, run, seed) for task in sampled]
-    differences = [
-        task_difference(task, 0, run, null, level)
-        for task, null in zip(sampled, nulls, strict=True)
-    ]
-    return with_holm(differences), average_difference(sampled, nulls, 0, run, level)
+    nulls = {one.aligned.task: one.null_draws(0, run, seed) for one in sampled}
+    *tasks, average = (
+        paired_difference(sampled, key, ["0"], [str(run)], nulls, level)
+        for key in [*nulls, AVERAGE]
+    )
+    return with_holm(tasks), average
 
 
 def _facts(run: Run) -> RunFacts:
@@ -340,29 +326,29 @@ def _categories(aligned: AlignedTask, seed: int, level: float) -> list[CategoryC
     subsets = [name for name in sorted(set(names)) if name]
     if len(subsets) < 2:
         return []
+    runs, task = len(aligned.samples), aligned.task
     compared = []
     for name in subsets:
-        subset = _subset(aligned, (names == name).to_numpy())
-        one = resample(subset, CATEGORY_RESAMPLES, seed)
+        one = resample(_subset(aligned, (names == name).to_numpy()), CATEGORY_RESAMPLES, seed)
         if np.isnan(one.scores).any():
             continue
-        others = range(1, len(one.scores))
         compared.append(
             CategoryComparison(
                 category=name,
-                documents=len(subset.samples[0]),
-                scores=_measures(evidence_of([one]), subset.task, len(one.scores), level),
+                documents=len(one.aligned.samples[0]),
+                scores=_measures(evidence_of([one]), task, runs, level),
                 differences=[
-                    task_difference(one, 0, other, one.null_draws(0, other, seed), level)
-                    for other in others
+                    paired_difference(
+                        [one], task, ["0"], [str(run)], {task: one.null_draws(0, run, seed)}, level
+                    )
+                    for run in range(1, runs)
                 ],
             )
         )
-    runs = len(aligned.samples) - 1
-    corrected = [with_holm([each.differences[run] for each in compared]) for run in range(runs)]
+    columns = zip(*(each.differences for each in compared), strict=True)
+    corrected = zip(*(with_holm(list(column)) for column in columns), strict=True)
     return [
-        replace(each, differences=[differences[number] for differences in corrected])
-        for number, each in enumerate(compared)
+        replace(each, differences=list(row)) for each, row in zip(compared, corrected, strict=True)
     ]
 
 
@@ -508,23 +494,35 @@ def _chance(
     return float(meets.sum()) / pairs
 
 
-def flips(aligned: AlignedTask, reference: int = 0, other: int = 1) -> list[Flip]:
-    """Documents whose score changed, broken ones first; needs the texts in the samples."""
-    one, two = aligned.samples[reference], aligned.samples[other]
+def list_flips(runs: Sequence[Run], task: str, *, allow_different: bool = False) -> list[Flip]:
+    """Documents whose score changed between the first run and the second, broken ones first.
+
+    Raises:
+        UsageError: not every run has that benchmark; else as `compare`.
+    """
+    common = common_tasks(runs)
+    if task not in common:
+        raise UsageError(
+            f"Not every run has {task!r}.{closest(task, common)}",
+            f"In common: {', '.join(common)}.",
+        )
+    columns = [column for column in SAMPLE_COLUMNS if column != "answer_confidence"]
+    aligned = align(runs, task, allow_different=allow_different, columns=columns)
+    one, two = aligned.samples[:2]
     change = two["score"].to_numpy() - one["score"].to_numpy()
     rows = [int(row) for row in np.argsort(change, kind="stable") if abs(change[row]) > 1e-9]
     return [
         Flip(
-            document_id=str(one["document_id"].iloc[row]),
-            category=str(one["category"].iloc[row]),
+            **{
+                column: str(one[column].iloc[row])
+                for column in ("document_id", "category", "question", "target", "image_digest")
+            },
             change="fixed" if change[row] > 0 else "broken",
-            question=str(one["question"].iloc[row]),
-            target=str(one["target"].iloc[row]),
             reference_answer=str(one["answer"].iloc[row]),
             other_answer=str(two["answer"].iloc[row]),
             reference_score=float(one["score"].iloc[row]),
             other_score=float(two["score"].iloc[row]),
-            image_digest=str(one["image_digest"].iloc[row]),
+            picture=str(runs[0].picture(str(one["image_digest"].iloc[row])) or ""),
         )
         for row in rows
     ]

@@ -3,7 +3,7 @@
 A difference has an interval, a test, counts of what changed, and what could have been seen.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from kd_bench import registry
 from kd_bench.aggregators import get_aggregator, unit_statistics
-from kd_bench.compare.estimates import Estimate, Evidence, TaskEvidence
+from kd_bench.compare.estimates import Evidence, Group, TaskEvidence
 from kd_bench.errors import IncompleteRunError, NotComparableError, UsageError, closest
 from kd_bench.records import AVERAGE, SAMPLE_COLUMNS, Interval, TaskResult
 from kd_bench.stats import (
@@ -268,8 +268,6 @@ def _short(value: object) -> str:
 
 # --- differences ---------------------------------------------------------------------------------
 
-OVER_SEEDS = "Student's t over seeds and documents"
-
 
 @dataclass(frozen=True)
 class Difference:
@@ -348,74 +346,48 @@ def evidence_of(tasks: Sequence[Resampled]) -> Evidence:
     return Evidence({task.aligned.task: task.evidence for task in tasks})
 
 
-def task_difference(
-    task: Resampled, first: int, second: int, null: Array, level: float = 0.95
-) -> Difference:
-    """Second run minus first run on one benchmark; `null` from `Resampled.null_draws`."""
-    statistics = task.aligned.statistics
-    p, test = exact_or_swap(task.aligned.aggregator, statistics[first], statistics[second], null)
-    found = evidence_of([task]).difference(task.aligned.task, [str(first)], [str(second)], level)
-    return made_difference(found, p, test, task.aligned.changes(first, second), task.aligned.items)
-
-
-def average_difference(
-    tasks: Sequence[Resampled], nulls: list[Array], first: int, second: int, level: float = 0.95
-) -> Difference:
-    """Second run minus first run on the mean over benchmarks, resampled within each of them."""
-    found = evidence_of(tasks).difference(AVERAGE, [str(first)], [str(second)], level)
-    changes = [task.aligned.changes(first, second) for task in tasks]
-    return made_difference(
-        found,
-        two_sided(found.value, np.mean(nulls, axis=0)),
-        "sign-flip by unit",
-        (sum(fixed for fixed, _ in changes), sum(broken for _, broken in changes)),
-        sum(task.aligned.items for task in tasks),
-    )
-
-
-def seeds_difference(
+def paired_difference(
     tasks: Sequence[Resampled],
-    evidence: Evidence,
     key: str,
-    first: Sequence[str],
-    second: Sequence[str],
+    first: Group,
+    second: Group,
+    nulls: Mapping[str, Array] | None = None,
     level: float = 0.95,
 ) -> Difference:
-    """One method minus another over their training seeds, on a benchmark or the average.
+    """Second group of runs minus the first, on a benchmark or on the average over `tasks`.
 
-    Changed items are the mean over all pairs of seeds.
+    Args:
+        first, second: positions of runs, as `evidence_of` names them; several are seeds, and
+            what changed is then the mean over all pairs of them.
+        nulls: of two single runs, `Resampled.null_draws` by benchmark; None tests over seeds.
     """
     chosen = [task for task in tasks if key in (AVERAGE, task.aligned.task)]
+    found = evidence_of(chosen).difference(key, first, second, level)
     pairs = [(int(a), int(b)) for a in first for b in second]
     changes = np.mean(
         [np.sum([task.aligned.changes(*pair) for task in chosen], axis=0) for pair in pairs],
         axis=0,
     )
-    found = evidence.difference(key, first, second, level)
-    return made_difference(
-        found,
-        found.p,
-        OVER_SEEDS,
-        (round(float(changes[0])), round(float(changes[1]))),
-        sum(task.aligned.items for task in chosen),
-    )
-
-
-def made_difference(
-    found: Estimate, p: float, test: str, changes: tuple[int, int], items: int
-) -> Difference:
-    """A difference from what the estimator found, the test's p and (fixed, broken)."""
+    items = sum(task.aligned.items for task in chosen)
+    known = found.interval is not None and nulls is not None
+    if nulls is None:
+        p, test = found.p, "Student's t over seeds and documents"
+    elif key == AVERAGE:
+        drawn = np.mean([nulls[task.aligned.task] for task in chosen], axis=0)
+        p, test = two_sided(found.value, drawn), "sign-flip by unit"
+    else:
+        one = chosen[0].aligned
+        before, after = one.statistics[list(pairs[0])]
+        p, test = exact_or_swap(one.aggregator, before, after, nulls[key])
     return Difference(
         value=found.value,
         interval=found.interval,
         p=p,
         p_holm=p,
         test=test,
-        fixed=changes[0],
-        broken=changes[1],
-        detectable=None
-        if found.interval is None or test == OVER_SEEDS
-        else minimum_detectable_effect(found.error, items),
+        fixed=round(float(changes[0])),
+        broken=round(float(changes[1])),
+        detectable=minimum_detectable_effect(found.error, items) if known else None,
         standard_error=found.error,
         units=found.units,
         items=items,

@@ -267,19 +267,21 @@ class Evidence:
                 pure, raw = seed_variance(self.scores(key, group), self.draws(key, group))
                 net += slope**2 * pure
                 parts.append((slope**2 * raw, len(group) - 1))
-        if denominator is not None and _may_vanish(denominator(drawn_means), level):
-            return self._estimate(key, groups, value, np.zeros(0), math.nan, 1.0, level)
-        drawn = function(drawn_means)
+        drawn, own = function(drawn_means), self._freedom(key, groups, function)
+        if denominator is not None:
+            below = denominator(drawn_means)
+            below = below[~np.isnan(below)]
+            if below.size == 0 or np.mean(below <= 0) > (1 - level) / 20:
+                return self._estimate(key, groups, value, np.zeros(0), math.nan, 1.0, level)
         sampling = float(np.nanvar(drawn, ddof=1))
-        own = self._freedom(key, groups, function)
-        if not parts:
-            made = stretched(drawn, value, own)
-            return self._estimate(key, groups, value, made, math.sqrt(sampling), own, level)
         variance = sampling + net
-        freedom = pooled_freedom(variance, [(sampling, own), *parts])
-        error = math.sqrt(variance)
-        made = value + error * _grid(drawn.size, freedom)
-        return self._estimate(key, groups, value, made, error, freedom, level)
+        if parts:
+            own = pooled_freedom(variance, [(sampling, own), *parts])
+            q = (np.arange(drawn.size) + 0.5) / drawn.size
+            made = value + math.sqrt(variance) * distributions.t.ppf(q, own)
+        else:
+            made = stretched(drawn, value, own)
+        return self._estimate(key, groups, value, made, math.sqrt(variance), own, level)
 
     def _estimate(
         self,
@@ -344,18 +346,6 @@ def _slopes(function: Callable[[Array], Array], means: Array) -> Array:
     moved = means[:, None] + step * np.eye(len(means))
     back = means[:, None] - step * np.eye(len(means))
     return np.asarray((function(moved) - function(back)) / (2 * step))
-
-
-def _may_vanish(denominator: Array, level: float) -> bool:
-    """Whether a ratio over these draws has no finite interval."""
-    known = denominator[~np.isnan(denominator)]
-    return known.size == 0 or bool(np.mean(known <= 0) > (1 - level) / 20)
-
-
-def _grid(count: int, freedom: float) -> Array:
-    """Quantiles of Student's t at the middles of `count` equal shares."""
-    q = (np.arange(count) + 0.5) / count
-    return np.asarray(distributions.t.ppf(q, freedom))
 
 
 # --- the page's headline -----------------------------------------------------------------------
