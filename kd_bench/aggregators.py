@@ -9,6 +9,7 @@ All scores are on the paper's 0-100 scale. NaN means that there was nothing to s
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -152,13 +153,20 @@ def _circular(samples: "pd.DataFrame") -> UnitStatistics:
     return UnitStatistics(rows.units, np.stack([hits, np.ones_like(hits)], axis=1))
 
 
-def _mme_points(samples: "pd.DataFrame", categories: tuple[str, ...] | None) -> UnitStatistics:
+def _mme_points(samples: "pd.DataFrame", perception: bool | None = None) -> UnitStatistics:
     """[pairs, 2 x categories]: each pair's (acc + acc+) / 2 in its category, then its count.
 
     A pair that a document limit cut in half has no acc+ and is left out.
+
+    Args:
+        perception: only those categories, only the others, or all.
     """
     category = samples["category"].astype(str)
-    kept = category.isin(categories) if categories is not None else category.notna()
+    kept = (
+        category.isin(MME_PERCEPTION) == perception
+        if perception is not None
+        else (category.notna())
+    )
     right_rows = (_scores(samples)[kept.to_numpy()] >= 1.0).astype(np.float64)
     category = category[kept]
     pair = category + "\x1f" + samples.loc[kept, "unit_id"].astype(str)
@@ -173,19 +181,6 @@ def _mme_points(samples: "pd.DataFrame", categories: tuple[str, ...] | None) -> 
     return UnitStatistics(units, np.concatenate([points[:, None] * counts, counts], axis=1))
 
 
-def _mme_perception(samples: "pd.DataFrame") -> UnitStatistics:
-    return _mme_points(samples, MME_PERCEPTION)
-
-
-def _mme_cognition(samples: "pd.DataFrame") -> UnitStatistics:
-    others = set(samples["category"].astype(str)) - set(MME_PERCEPTION)
-    return _mme_points(samples, tuple(sorted(others)))
-
-
-def _mme_category(samples: "pd.DataFrame") -> UnitStatistics:
-    return _mme_points(samples, None)
-
-
 def _mean_of_ratios(sums: Array) -> Array:
     """[..., numerators then counts] -> 100 x the mean over groups that hold anything."""
     half = sums.shape[-1] // 2
@@ -195,15 +190,15 @@ def _mean_of_ratios(sums: Array) -> Array:
 
 
 def _f1_counts(samples: "pd.DataFrame") -> Array:
-    """[rows, (true positive, false positive, false negative, 1)], positive class `yes`.
+    """[rows, (tp, fp, fn, 1)], positive class `yes`.
 
     As in lmms_eval/tasks/pope/utils.py: an answer that is neither yes nor no counts nowhere.
     """
     said, truth = _lower(samples["parsed"]), _lower(samples["target"])
-    right = (said == "yes") & (truth == "yes")
-    alarm = (said == "yes") & (truth == "no")
-    missed = (said == "no") & (truth == "yes")
-    return np.stack([right, alarm, missed, np.ones_like(right)], axis=1).astype(np.float64)
+    tp = (said == "yes") & (truth == "yes")
+    fp = (said == "yes") & (truth == "no")
+    fn = (said == "no") & (truth == "yes")
+    return np.stack([tp, fp, fn, np.ones_like(tp)], axis=1).astype(np.float64)
 
 
 def _f1(samples: "pd.DataFrame") -> UnitStatistics:
@@ -211,7 +206,7 @@ def _f1(samples: "pd.DataFrame") -> UnitStatistics:
 
 
 def _f1_by_category(samples: "pd.DataFrame") -> UnitStatistics:
-    """[units, categories x 4]; pictures are shared by POPE's three subsets."""
+    """[units, categories x 4]; images are shared by POPE's three subsets."""
     counts = _f1_counts(samples)
     category = samples["category"].astype(str).to_numpy(dtype=object)
     blocks = [counts * (category == name)[:, None] for name in sorted(set(category))]
@@ -220,8 +215,8 @@ def _f1_by_category(samples: "pd.DataFrame") -> UnitStatistics:
 
 def _f1_of_counts(sums: Array) -> Array:
     """2 tp / (2 tp + fp + fn); zero without a true positive, as upstream has it."""
-    right, alarm, missed, rows = np.moveaxis(sums, -1, 0)
-    return np.where(rows > 0, 200 * right / np.maximum(2 * right + alarm + missed, 1), np.nan)
+    tp, fp, fn, rows = np.moveaxis(sums, -1, 0)
+    return np.where(rows > 0, 200 * tp / np.maximum(2 * tp + fp + fn, 1), np.nan)
 
 
 def _mean_f1(sums: Array) -> Array:
@@ -248,15 +243,15 @@ AGGREGATORS: dict[str, Aggregator] = {
         # ten categories of the real MME this is perception / 20, the paper's column.
         Aggregator(
             "mme", "MME perception: acc + acc+ over its maximum",
-            _mme_perception, _mean_of_ratios, "mme_category",
+            partial(_mme_points, perception=True), _mean_of_ratios, "mme_category",
         ),
         Aggregator(
             "mme_cognition", "MME cognition: acc + acc+ over its maximum",
-            _mme_cognition, _mean_of_ratios, "mme_category",
+            partial(_mme_points, perception=False), _mean_of_ratios, "mme_category",
         ),
         Aggregator(
             "mme_category", "acc + acc+ over its maximum, all categories alike",
-            _mme_category, _mean_of_ratios, "mme_category",
+            _mme_points, _mean_of_ratios, "mme_category",
         ),
         Aggregator("f1", "F1 of the answer yes", _f1, _f1_of_counts, "f1"),
         Aggregator(

@@ -3,6 +3,7 @@
 Everything here is read without importing a heavy package, so that a bare CI runner can do it.
 """
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -16,20 +17,9 @@ from typing import Any
 import kd_bench
 
 PACKAGES: tuple[str, ...] = (
-    "torch",
-    "torchvision",
-    "transformers",
-    "accelerate",
-    "peft",
-    "tokenizers",
-    "safetensors",
-    "datasets",
-    "lmms-eval",
-    "numpy",
-    "scipy",
-    "pandas",
-    "pillow",
-)
+    "torch", "torchvision", "transformers", "accelerate", "peft", "tokenizers", "safetensors",
+    "datasets", "lmms-eval", "numpy", "scipy", "pandas", "pillow",
+)  # fmt: skip
 
 
 def collect(*, seed: int | None = None, command: Sequence[str] | None = None) -> dict[str, Any]:
@@ -67,22 +57,26 @@ def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
     """Installed versions by package name; absent packages are left out."""
     found = {}
     for package in packages:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, usable cores, memory in bytes, thread setting, and accelerators in use."""
+    """CPU, usable cores, memory in bytes, thread setting, and accelerators in use.
+
+    Accelerators are those that torch sees, none where this process has not loaded it.
+    """
+    affinity = getattr(os, "sched_getaffinity", None)
+    torch = sys.modules.get("torch")
+    count = torch.cuda.device_count() if torch is not None and torch.cuda.is_available() else 0
     return {
-        "processor": _processor_name(),
+        "processor": _cpu_name(),
         "machine": platform.machine(),
-        "cores": _usable_cores(),
+        "cores": len(affinity(0)) if affinity else os.cpu_count() or 1,
         "memory_bytes": _memory_bytes(),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
-        "accelerators": _accelerators(),
+        "accelerators": [torch.cuda.get_device_name(n) for n in range(count)] if torch else [],
     }
 
 
@@ -97,20 +91,11 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _processor_name() -> str:
-    try:
-        with Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError), Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
 
 
@@ -119,13 +104,3 @@ def _memory_bytes() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):
         return None
-
-
-def _accelerators() -> list[str]:
-    """Names of the devices torch sees; empty when this process has not loaded torch."""
-    torch = sys.modules.get("torch")
-    if torch is None:
-        return []
-    if torch.cuda.is_available():
-        return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return []

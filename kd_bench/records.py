@@ -2,26 +2,28 @@
 
     RunManifest   manifest.json               which model, which protocol, where it came from
     TaskResult    tasks/<task>.json           one benchmark's score; its presence means done
-    Sample        tasks/<task>.samples.parquet, one row a sample
+    columns       tasks/<task>.samples.parquet, one row a sample: SAMPLE_, CONTENT_COLUMNS
 
 All are plain frozen dataclasses; `from_json` validates what was read from a file.
 """
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, TypeVar
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from typing import Any, Literal, TypeVar, get_args
+
+from kd_bench.errors import IncompleteRunError
 
 FORMAT = 2
 """Of a manifest. 1: no digests of files, nothing on the data; 2: both."""
 
 Role = Literal["teacher", "sft", "kd", "switch", "baseline", "student", "model"]
-ROLES: tuple[str, ...] = ("teacher", "sft", "kd", "switch", "baseline", "student", "model")
+ROLES: tuple[str, ...] = get_args(Role)
 
 RunStatus = Literal["running", "complete", "partial", "unhealthy"]
 
 Status = Literal["ok", "empty", "truncated", "error"]
-STATUSES: tuple[str, ...] = ("ok", "empty", "truncated", "error")
 
 AVERAGE = "average"
 """The mean over benchmarks, wherever it stands beside their ids."""
@@ -127,11 +129,8 @@ class Identity:
         Benchmarks that only one of the two has do not stand against it.
         """
         shared = self.data.keys() & other.data.keys()
-        return (self.weights, self.setup, self.conditions) == (
-            other.weights,
-            other.setup,
-            other.conditions,
-        ) and all(self.data[task] == other.data[task] for task in shared)
+        own, its = ((each.weights, each.setup, each.conditions) for each in (self, other))
+        return own == its and all(self.data[task] == other.data[task] for task in shared)
 
 
 def _digest(value: Any) -> str:
@@ -234,35 +233,22 @@ class TaskResult:
     total: int | None = None
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One document's answer and what it was worth.
+SAMPLE_COLUMNS: tuple[str, ...] = (
+    "document_id", "unit_id", "category", "question", "target", "answer", "parsed", "score",
+    "status", "image_digest", "answer_confidence",
+)  # fmt: skip
+"""One document's answer and what it was worth.
 
-    Attributes:
-        document_id: stable id of the row inside its benchmark.
-        unit_id: the resampling unit: picture pair (MME), circular group (MMBench),
-            picture (GQA, VQAv2, POPE), document elsewhere.
-        category: subset inside the benchmark; empty when it has none.
-        parsed: the answer as the scorer understood it; empty when it could not.
-        score: what upstream gave this row, in [0, 1].
-        image_digest: digest of the decoded pixels of the first picture.
-        answer_confidence: probability of the first answer token, NaN when not stored.
-    """
-
-    document_id: str
-    unit_id: str
-    category: str
-    question: str
-    target: str
-    answer: str
-    parsed: str
-    score: float
-    status: Status
-    image_digest: str
-    answer_confidence: float = float("nan")
-
-
-SAMPLE_COLUMNS: tuple[str, ...] = tuple(f.name for f in fields(Sample))
+document_id: stable id of the row inside its benchmark.
+unit_id: the resampling unit: pair of images' questions (MME), circular group (MMBench),
+    image (GQA, VQAv2, POPE), document elsewhere.
+category: subset inside the benchmark; empty when it has none.
+parsed: the answer as the scorer understood it; empty when it could not.
+score: what upstream gave this row, in [0, 1].
+status: of `Status`.
+image_digest: digest of the decoded pixels of the first image.
+answer_confidence: probability of the first answer token, NaN when not stored.
+"""
 
 CONTENT_COLUMNS: dict[str, Any] = {
     "content": "",
@@ -292,10 +278,8 @@ def from_json(kind: type[T], mapping: Any, where: str) -> T:
     """
     from pydantic import ValidationError
 
-    from kd_bench.errors import IncompleteRunError
-
     try:
-        validated: T = _validator(kind).validate_python(mapping)
+        validated: T = _validator(kind).validate_python(mapping)  # type: ignore[arg-type]
         return validated
     except ValidationError as error:
         first = error.errors()[0]
@@ -306,13 +290,8 @@ def from_json(kind: type[T], mapping: Any, where: str) -> T:
         ) from None
 
 
-# Building one costs milliseconds, and a store holds hundreds of records of few kinds.
-_VALIDATORS: dict[type, Any] = {}
-
-
-def _validator(kind: type[T]) -> Any:
+@cache  # building one costs milliseconds, and a store holds hundreds of records of few kinds
+def _validator(kind: type) -> Any:
     from pydantic import TypeAdapter
 
-    if kind not in _VALIDATORS:
-        _VALIDATORS[kind] = TypeAdapter(kind)
-    return _VALIDATORS[kind]
+    return TypeAdapter(kind)

@@ -6,7 +6,7 @@ One YAML a benchmark in `tasks/`, one a suite in `tasks/suites/`, and the publis
 
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -19,12 +19,11 @@ if TYPE_CHECKING:
 
 
 # In the order of the paper's columns (github.com/haoyi199815/Switch-KD, README): three benchmarks
-# of perception, four of cognition, then text in pictures, one domain's pictures, hallucination.
+# of perception, four of cognition, then text in images, one domain's images, hallucination.
 Skill = Literal["perception", "cognition", "ocr", "domain", "hallucination"]
-SKILLS: tuple[str, ...] = ("perception", "cognition", "ocr", "domain", "hallucination")
+SKILLS: tuple[str, ...] = get_args(Skill)
 
 ColumnKind = Literal["image", "text", "integer", "id", "texts", "answers"]
-COLUMN_KINDS: tuple[str, ...] = ("image", "text", "integer", "id", "texts", "answers")
 
 Unit = Literal["pair", "circular", "picture", "document"]
 
@@ -35,7 +34,7 @@ class Dataset(StrictModel):
     Attributes:
         repo, config, split: on the hub, in upstream's names.
         revision: pinned commit; None takes the newest once and writes it into the folder's lock.
-        images: second configuration that holds the pictures, joined by `key` (GQA).
+        images: second configuration that holds the images, joined by `key` (GQA).
     """
 
     repo: str
@@ -95,8 +94,8 @@ class TaskSpec(StrictModel):
         nullable: required columns whose values may be missing, as upstream's own data has them.
         id_columns: columns that name a document; repeated names are numbered.
         unit: what is resampled: a pair of questions (MME), the rotations of one question
-            (MMBench), all questions about a picture, or the single document.
-        unit_columns: columns that name the unit; empty for `picture` means the picture itself.
+            (MMBench), all questions about an image (`picture`), or the single document.
+        unit_columns: columns that name the unit; empty for `picture` means the image itself.
         category_column: subset inside the benchmark, when it has one.
         answer: form of an answer: yes_no, letter or text.
         metric, scale: upstream's headline metric and the factor to the papers' 0-100.
