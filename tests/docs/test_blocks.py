@@ -1,7 +1,6 @@
 """Every block of README and docs: run in a small prepared folder, or marked with what it needs."""
 
 import ast
-import json
 import re
 import shlex
 import shutil
@@ -85,36 +84,6 @@ def test_a_yaml_block_is_what_it_seems(block: Block, tmp_path: Path) -> None:
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "python"], ids=name_of)
 def test_a_python_block_compiles(block: Block) -> None:
     ast.parse(block.text)
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a user of the docs has: two checkpoints, a little data, the runs of a demo."""
-    import pyarrow.parquet as pq
-
-    from kd_bench.world.build import WEIGHTS, resolve
-    from tests.support.report_store import demo_models, make_store
-
-    folder = tmp_path_factory.mktemp("docs")
-    for name in ("teacher", "student"):
-        shutil.copytree(WEIGHTS / name, folder / "checkpoints" / name)
-    train = resolve("embedded:data/train")
-    rows = json.loads((train / "conversations.json").read_text(encoding="utf-8"))
-    rows = [row for row in rows if isinstance(row.get("image"), str)][:16]
-    rows = [{**row, "image": row["image"].removeprefix("images/")} for row in rows]
-    (folder / "data").mkdir()
-    (folder / "data" / "train.json").write_text(json.dumps(rows), encoding="utf-8")
-    (folder / "data" / "images").symlink_to(train / "images")
-    test = resolve("embedded:data/test")
-    for path in sorted(test.glob("*/*.parquet")):
-        target = folder / "data" / "benchmarks" / path.relative_to(test)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        table = pq.read_table(path)
-        pq.write_table(table if path.parent.name.endswith("_images") else table.slice(0, 8), target)
-    wanted = ("", "sft", "kl", "switch-kd")
-    models = [model for model in demo_models() if model.method in wanted]
-    make_store(folder / "results" / "demo", models, units=12)
-    return folder
 
 
 @pytest.fixture(scope="module")
