@@ -1,10 +1,12 @@
 """Load checkpoints whole, count their weights, and freeze what shall not learn."""
 
+import contextlib
 import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +79,8 @@ def load_model(
     if base is not None:
         model = _with_adapter(model, folder, allow_pickle)
     _check_finite(path, model)
-    _plain_arithmetic(model)
+    _settle_arithmetic(model)
     model.eval()
-    _spare_threads(model)
     placed = device is None or "device_map" in settings
     return model if placed else model.to(device)
 
@@ -182,23 +183,24 @@ def _read(
         UsageError: it cannot be loaded.
     """
     hint = "Give a folder written by save_pretrained with such a class, or a hub name."
-    with explained(f"{path} could not be loaded as a {what}", hint):
-        try:
-            model, told = kind.from_pretrained(
-                str(folder), output_loading_info=True, ignore_mismatched_sizes=True, **settings
-            )
-        except ImportError as error:
-            raise _package_missing(path, error) from error
+    settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    with explained(f"{path} could not be loaded as a {what}", hint), _packages(path):
+        model, told = kind.from_pretrained(str(folder), **settings)
     return model, told
 
 
-def _package_missing(path: str | Path, error: ImportError) -> UsageError:
-    if "bitsandbytes" in str(error):
-        return MissingExtraError("eval", "quantize", "bitsandbytes")
-    return UsageError(
-        f"{path} needs a package that is not installed: {one_line(error)[:300]}",
-        "Install it with pip.",
-    )
+@contextlib.contextmanager
+def _packages(path: str | Path) -> Iterator[None]:
+    """Say which package a checkpoint needs that is not installed."""
+    try:
+        yield
+    except ImportError as error:
+        if "bitsandbytes" in str(error):
+            raise MissingExtraError("eval", "quantize", "bitsandbytes") from error
+        raise UsageError(
+            f"{path} needs a package that is not installed: {one_line(error)[:300]}",
+            "Install it with pip.",
+        ) from error
 
 
 def _quantized(
@@ -230,27 +232,17 @@ def _quantized(
         return {}
     settings: dict[str, Any] = {"device_map": {"": str(device or "cpu")}}
     if quantize or already in ("int8", "nf4", "fp4"):
-        _need_bitsandbytes()
+        with _packages(path):
+            import_module("bitsandbytes")
     if quantize:
-        settings["quantization_config"] = _bitsandbytes_config(quantize, dtype)
+        from transformers import BitsAndBytesConfig
+
+        chosen: dict[str, Any] = {"load_in_8bit": True}
+        if quantize == "nf4":
+            chosen = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+            chosen["bnb_4bit_compute_dtype"] = dtype
+        settings["quantization_config"] = BitsAndBytesConfig(**chosen)
     return settings
-
-
-def _need_bitsandbytes() -> None:
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        raise MissingExtraError("eval", "quantize", "bitsandbytes") from None
-
-
-def _bitsandbytes_config(quantize: str, dtype: torch.dtype) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    if quantize == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-    )
 
 
 def _check_loaded(
@@ -297,9 +289,7 @@ def _named(names: Collection[str]) -> str:
 def _projector_names(model: Any) -> set[str]:
     """Names of the projector's weights; empty for families that are not known."""
     try:
-        inside = {
-            id(weight) for weight in part(VisionLanguageModel(model), "projector").parameters()
-        }
+        inside = {id(weight) for weight in VisionLanguageModel(model).projector.parameters()}
     except UsageError:
         return set()
     return {name for name, weight in model.named_parameters() if id(weight) in inside}
@@ -343,7 +333,7 @@ def _with_adapter(model: Any, folder: Path, allow_pickle: bool) -> Any:
         MissingExtraError: peft is not installed.
     """
     try:
-        from peft import PeftConfig, PeftModel
+        from peft import PeftConfig, PeftModel, PeftType
         from peft.utils import load_peft_weights, set_peft_model_state_dict
     except ImportError:
         raise MissingExtraError("eval", "train", "peft") from None
@@ -354,31 +344,6 @@ def _with_adapter(model: Any, folder: Path, allow_pickle: bool) -> Any:
             "Save the adapter again with safetensors, or allow pickles with allow_pickle=true.",
         )
     stored_weights(folder)  # says which file is damaged
-    config = _adapter_config(PeftConfig, folder)
-    hint = "Is base_model_name_or_path the model that it was trained on?"
-    with explained(f"{folder} could not be read as an adapter of its base", hint):
-        wrapped = PeftModel(model, config)
-        told = set_peft_model_state_dict(wrapped, load_peft_weights(str(folder), device="cpu"))
-        learned = {name for name, _ in wrapped.named_parameters() if wrapped.prefix in name}
-    kinds = {"missing": learned & set(told.missing_keys), "new to it": set(told.unexpected_keys)}
-    if problem := _listed(kinds):
-        raise UsageError(f"{folder} is no adapter of its base: {problem}.", hint)
-    if not hasattr(wrapped, "merge_and_unload"):
-        raise _not_merged(folder, config)
-    return wrapped.merge_and_unload()
-
-
-def _adapter_config(kind: Any, folder: Path) -> Any:
-    """The adapter's own settings.
-
-    Args:
-        kind: peft's `PeftConfig`.
-
-    Raises:
-        UsageError: they cannot be read, or are of a kind that cannot be merged.
-    """
-    from peft import PeftType
-
     file = folder / "adapter_config.json"
     with explained(f"{file} could not be read", "Restore the file."):
         named = json.loads(file.read_text(encoding="utf-8")).get("peft_type")
@@ -388,38 +353,40 @@ def _adapter_config(kind: Any, folder: Path) -> Any:
             )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # keys of another version or another peft_type
-            config = kind.from_pretrained(str(folder))
+            config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = True
-    if config.is_prompt_learning:
-        raise _not_merged(folder, config)
-    return config
-
-
-def _not_merged(folder: Path, config: Any) -> UsageError:
-    named = getattr(config.peft_type, "value", config.peft_type)
-    return UsageError(
-        f"{folder} is a {named} adapter, which cannot be merged into its base.",
+    cannot_be_merged = UsageError(
+        f"{folder} is a {getattr(config.peft_type, 'value', config.peft_type)} adapter, which "
+        "cannot be merged into its base.",
         "Use an adapter of low rank (LoRA and its kin).",
     )
+    if config.is_prompt_learning:
+        raise cannot_be_merged
+    hint = "Is base_model_name_or_path the model that it was trained on?"
+    with explained(f"{folder} could not be read as an adapter of its base", hint):
+        wrapped = PeftModel(model, config)
+        told = set_peft_model_state_dict(wrapped, load_peft_weights(str(folder), device="cpu"))
+        learned = {name for name, _ in wrapped.named_parameters() if wrapped.prefix in name}
+    kinds = {"missing": learned & set(told.missing_keys), "new to it": set(told.unexpected_keys)}
+    if problem := _listed(kinds):
+        raise UsageError(f"{folder} is no adapter of its base: {problem}.", hint)
+    if not hasattr(wrapped, "merge_and_unload"):
+        raise cannot_be_merged
+    return wrapped.merge_and_unload()
 
 
-def _plain_arithmetic(model: nn.Module) -> None:
-    """Keep bitsandbytes' quick 4-bit path for some CPUs off.
+def _settle_arithmetic(model: nn.Module) -> None:
+    """Keep what depends on the machine out of a model's arithmetic.
 
-    It rounds the scales to bfloat16 whatever type was asked for, and fails on layers whose width is
-    no multiple of 32, so answers would depend on the machine.
+    bitsandbytes' quick 4-bit path for some CPUs rounds the scales to bfloat16 whatever type was
+    asked for, and fails on layers whose width is no multiple of 32. And a tiny model gets one
+    thread, unless the user chose: waking more costs many times the work (measured on two cores
+    with half a million parameters: 30 times slower with two threads).
     """
-    layers: Iterable[Any] = model.modules()
-    for module in layers:
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-
-
-def _spare_threads(model: nn.Module) -> None:
-    """Give a tiny model one thread, unless the user chose: waking more costs many times the work.
-
-    Measured on two cores with half a million parameters: 30 times slower with two threads.
-    """
     tiny = sum(parameter.numel() for parameter in model.parameters()) < TINY
     if tiny and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
@@ -447,13 +414,8 @@ def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     own = locate(path, trust_remote_code=trust_remote_code)
     folder = processor_folder(own)
     hint = "Save it there with processor.save_pretrained."
-    with explained(f"{path} has no usable processor", hint):
-        try:
-            processor = AutoProcessor.from_pretrained(
-                str(folder), trust_remote_code=trust_remote_code
-            )
-        except ImportError as error:
-            raise _package_missing(path, error) from error
+    with explained(f"{path} has no usable processor", hint), _packages(path):
+        processor = AutoProcessor.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
         raise UsageError(
             f"{path} has a {type(processor).__name__}, not a processor for text and pictures.",
@@ -495,12 +457,6 @@ def _use_adapters_own(processor: Any, adapter: Path, trust_remote_code: bool) ->
             processor.chat_template = template.read_text(encoding="utf-8")
 
 
-def part(parts: VisionLanguageModel, name: str) -> nn.Module:
-    """The module behind one of `PARTS`."""
-    module: nn.Module = getattr(parts, name)
-    return module
-
-
 def set_trainable(model: nn.Module, names: Iterable[str]) -> None:
     """Let the named parts learn and freeze everything else.
 
@@ -511,12 +467,10 @@ def set_trainable(model: nn.Module, names: Iterable[str]) -> None:
     model.requires_grad_(False)
     for name in PARTS:
         if name in wanted:
-            part(parts, name).requires_grad_(True)
-    if "language_model" in wanted:
-        whole: Any = model
-        head = whole.get_output_embeddings()
-        if head is not None:
-            head.requires_grad_(True)
+            getattr(parts, name).requires_grad_(True)
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if "language_model" in wanted and head is not None:
+        head.requires_grad_(True)
 
 
 def restore_dtypes(model: nn.Module, folder: Path, dtype: str = "auto") -> None:
@@ -532,21 +486,21 @@ def restore_dtypes(model: nn.Module, folder: Path, dtype: str = "auto") -> None:
         stored, usual = stored_dtypes(folder), stored_dtype(folder)
     else:
         stored, usual = {}, dtype
+
+    def of_vision(name: str) -> bool:
+        """Whether a tensor belongs to the vision side, in old and new layouts alike."""
+        return "vision" in name or "visual" in name
+
     sides: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
     for name, kind in stored.items():
-        sides[_of_vision(name)][kind] += 1
+        sides[of_vision(name)][kind] += 1
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name not in stored and not isinstance(tensor, nn.Parameter):
             continue  # a buffer that is not saved, such as the frequencies of rotary positions
-        side = sides[_of_vision(name)].most_common(1)
+        side = sides[of_vision(name)].most_common(1)
         kind = stored.get(name) or (side[0][0] if side else usual)
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(getattr(torch, kind))
-
-
-def _of_vision(name: str) -> bool:
-    """Whether a tensor belongs to the vision side, in old and new layouts alike."""
-    return "vision" in name or "visual" in name
 
 
 def checkpoint_activations(model: Any, *, frozen: bool = False) -> None:
@@ -573,7 +527,7 @@ def checkpoint_activations(model: Any, *, frozen: bool = False) -> None:
 def parameter_counts(model: nn.Module) -> dict[str, int]:
     """Number of weights in all, by part, and of those that learn; tied weights count once."""
     parts = VisionLanguageModel(model)
-    counts = {name: _count(part(parts, name).parameters()) for name in PARTS}
+    counts = {name: _count(getattr(parts, name).parameters()) for name in PARTS}
     counts["total"] = _count(model.parameters())
     counts["trainable"] = _count(p for p in model.parameters() if p.requires_grad)
     return counts
