@@ -5,11 +5,15 @@ gradient, the switch with gradients to the student's vision tower only.
 """
 
 import contextlib
+import secrets
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,7 +35,6 @@ from kd_bench.distill.recipe import (
     needs_switch,
     needs_teacher,
 )
-from kd_bench.distill.teacher_cache import TeacherCache
 from kd_bench.distill.vision_language import (
     VisionLanguageModel,
     answer_positions,
@@ -41,6 +44,7 @@ from kd_bench.distill.vision_language import (
     teacher_inputs,
 )
 from kd_bench.errors import TrainingError, UsageError
+from kd_bench.files import digest_text, read_json, write_json
 
 LOGITS_AT_ONCE = 2**24
 
@@ -86,7 +90,7 @@ class Distiller(nn.Module):
         *,
         vocabulary: int | None = None,
         head_chunk: int | None = None,
-        cache: TeacherCache | None = None,
+        cache: "TeacherCache | None" = None,
     ) -> None:
         super().__init__()
         self.student = student
@@ -453,3 +457,123 @@ class FirstLayerProbe:
             allowed = attention_mask.bool()[:, None, None, :] & causal
         blocked = torch.zeros(allowed.shape, dtype=hidden.dtype, device=hidden.device)
         return blocked.masked_fill(~allowed, torch.finfo(hidden.dtype).min)
+
+
+# The teacher's states, kept
+
+RECORD = np.dtype(
+    [("sample", "<i8"), ("row", "<i8"), ("rows", "<i8"), ("values", "<u4"), ("check", "<u4")]
+)
+"""`values`: crc32 of the sample's values; `check`: crc32 of the four fields before it."""
+
+
+def cache_folder(root: Path, **identity: Any) -> Path:
+    """A folder below `root` for what all of `identity` decides, created with a note of it."""
+    key = digest_text(*(f"{name}={value}" for name, value in sorted(identity.items())))
+    folder = root.expanduser() / key[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "identity.json").exists():
+        write_json(folder / "identity.json", {name: str(value) for name, value in identity.items()})
+    return folder
+
+
+class TeacherCache:
+    """The teacher's last hidden states at answer positions, kept on disk between trainings.
+
+    Some 70 times smaller than its logits, and the same for every student of one teacher. A folder
+    belongs to one teacher on one set of samples; in it, states are known by sample and number of
+    answer positions. Nothing is believed because it is there: a record and the values that it
+    points to carry checksums, and what does not fit is asked of the teacher again and written anew.
+
+    Each process appends to two files that it creates itself under a name of its own, so that two
+    writers, or one whose process id was given away before, never write into the same file.
+
+    Args:
+        folder: of `cache_folder`.
+        width: hidden size of the teacher.
+        dtype: float32 or bfloat16, as the teacher computes.
+        rank: number of this process; part of the names of its files.
+    """
+
+    def __init__(self, folder: Path, width: int, dtype: torch.dtype, rank: int = 0) -> None:
+        self.width = width
+        self.dtype = dtype
+        self._bytes: np.dtype[Any] = np.dtype("<f4" if dtype == torch.float32 else "<i2")
+        note, layout = folder / "layout.json", {"width": width, "dtype": str(dtype)}
+        try:
+            known = read_json(note)
+        except (FileNotFoundError, ValueError):  # torn: checksums tell what else is wrong
+            write_json(note, layout)
+            known = layout
+        if known != layout:
+            raise UsageError(
+                f"{folder} holds hidden states of another form.", "Delete that folder."
+            )
+        # (sample, answer positions) -> places: values of a file, None for our own; first row;
+        # checksum. Two where two processes asked, or where one was damaged and written again.
+        self._where: dict[tuple[int, int], list[tuple[np.memmap | None, int, int]]] = {}
+        for records in sorted(folder.glob("samples-*.bin")):
+            self._read(records)
+        own = f"{rank}-{secrets.token_hex(8)}"
+        self._values = folder / f"values-{own}.bin"
+        self._records = folder / f"samples-{own}.bin"
+        self._rows = 0
+
+    def _read(self, records: Path) -> None:
+        """Take up another process's samples: whole records that point to whole values."""
+        values = records.with_name(records.name.replace("samples", "values"))
+        a_row = self._bytes.itemsize * self.width
+        size = values.stat().st_size // a_row if values.exists() else 0
+        if size == 0:
+            return
+        rows = np.memmap(values, self._bytes, "r", shape=(size, self.width))
+        entries = np.fromfile(records, RECORD, records.stat().st_size // RECORD.itemsize)
+        for entry in entries:
+            sample, row, count, checksum, check = entry.tolist()
+            sound = zlib.crc32(entry.tobytes()[:-4]) == check
+            if sound and count > 0 and 0 <= row <= size - count:
+                self._where.setdefault((sample, count), []).append((rows, row, checksum))
+
+    def get(self, samples: Sequence[int], counts: Sequence[int]) -> Tensor | None:
+        """Hidden states [sum of counts, width] of samples in order; None if any is missing."""
+        parts = [self._get(key) for key in zip(samples, counts, strict=True)]
+        found = [part for part in parts if part is not None]
+        if len(found) < len(parts):
+            return None
+        joined = torch.from_numpy(np.concatenate(found))
+        return joined if self.dtype == torch.float32 else joined.view(torch.bfloat16)
+
+    def _get(self, key: tuple[int, int]) -> Any:
+        """Verified values [count, width] of a sample; forgotten where they are not as written."""
+        if key[1] == 0:  # no answer to learn from: nothing was kept
+            return np.empty((0, self.width), self._bytes)
+        places = self._where.get(key, [])
+        while places:
+            source, row, checksum = places[-1]
+            if source is None:
+                source = np.memmap(self._values, self._bytes, "r", shape=(self._rows, self.width))
+            values = np.array(source[row : row + key[1]])
+            if zlib.crc32(values.tobytes()) == checksum:
+                return values
+            places.pop()
+        return None
+
+    def put(self, samples: Sequence[int], counts: Sequence[int], hidden: Tensor) -> None:
+        """Keep hidden states [sum of counts, width] of samples that are not kept yet."""
+        flat = hidden.detach().to("cpu", self.dtype)
+        raw = flat if self.dtype == torch.float32 else flat.view(torch.int16)
+        with self._values.open("ab") as values, self._records.open("ab") as records:
+            entries = []
+            for sample, count, part in zip(samples, counts, raw.split(list(counts)), strict=True):
+                if count == 0 or self._where.get((sample, count)):
+                    continue
+                data = part.contiguous().numpy().tobytes()
+                values.write(data)
+                entry = np.array((sample, self._rows, count, zlib.crc32(data), 0), RECORD)
+                entry["check"] = zlib.crc32(entry.tobytes()[:-4])
+                entries.append(entry.tobytes())
+                place = (None, self._rows, int(entry["values"]))
+                self._where.setdefault((sample, count), []).append(place)
+                self._rows += count
+            values.flush()
+            records.write(b"".join(entries))

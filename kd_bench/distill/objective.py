@@ -19,9 +19,7 @@ from torch import Tensor, nn
 
 from kd_bench.distill import losses
 from kd_bench.distill.knee import TopLogits, knee, top_logits
-from kd_bench.distill.recipe import Term
-
-KNEE_OPTIONS = ("curve", "candidates", "k_min", "k_max")
+from kd_bench.distill.recipe import KNEE_OPTIONS, Term
 
 
 def count_items(batch: Mapping[str, Tensor], image_token_id: int) -> dict[str, Tensor]:

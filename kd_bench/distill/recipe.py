@@ -13,7 +13,7 @@ All of it is plain data: nothing here needs torch.
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 from rich.console import Console
@@ -21,43 +21,25 @@ from rich.console import Console
 from kd_bench.config import StrictModel, apply_overrides, dump_yaml, read_yaml, validate
 from kd_bench.errors import TrainingError, UsageError, closest
 
-Loss = Literal[
-    "ce",
-    "kl",
-    "rkl",
-    "jsd",
-    "bild",
-    "dbild",
-    "image_kl",
-    "image_correlation",
-    "image_mse",
-    "attention_mse",
-]
+VocabularyLoss = Literal["kl", "rkl", "jsd", "bild", "dbild"]
+ImageLoss = Literal["image_kl", "image_correlation", "image_mse", "attention_mse"]
+Loss = Literal["ce", VocabularyLoss, ImageLoss]
+VOCABULARY_LOSSES: tuple[str, ...] = get_args(VocabularyLoss)
 
 # Options that a loss reads; any other option on it is a mistake worth a message.
+KNEE_OPTIONS = ("curve", "candidates", "k_min", "k_max")
 OPTIONS: dict[str, tuple[str, ...]] = {
     "ce": (),
     "kl": ("temperature",),
     "rkl": ("temperature",),
     "jsd": ("temperature", "beta"),
     "bild": ("temperature", "top_k", "direction"),
-    "dbild": (
-        "temperature",
-        "direction",
-        "curve",
-        "candidates",
-        "k_min",
-        "k_max",
-        "pairs",
-        "ids",
-        "weight_by",
-    ),
+    "dbild": ("temperature", "direction", *KNEE_OPTIONS, "pairs", "ids", "weight_by"),
     "image_kl": ("temperature",),
     "image_correlation": (),
     "image_mse": (),
     "attention_mse": (),
 }
-VOCABULARY_LOSSES = ("kl", "rkl", "jsd", "bild", "dbild")
 
 
 class Term(StrictModel):
@@ -452,8 +434,15 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Reci
     names = [_stage_name(stage) for stage in mapping["stages"]]
     given: dict[str, str] = {}
     overrides = list(overrides)
+    set_here = {each.partition("=")[0] for each in overrides}
     for override in overrides:
-        _check_student_is_built(override, overrides, mapping.get("student"))
+        student = mapping.get("student")
+        built = {"student.vision_tower", "student.language_model"} <= set_here
+        if override.startswith("student.") and isinstance(student, str) and not built:
+            raise UsageError(
+                f"{override!r}: student is a checkpoint path ({student}), not built of parts.",
+                "Set student.vision_tower= and student.language_model= both, or student= alone.",
+            )
         addressed = _address(override, names)
         key, _, value = addressed.partition("=")
         where, *rest = key.split(".")[1:] if key.startswith("stages.") else [""]
@@ -464,18 +453,6 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Reci
         if where and len(rest) == 1 and rest[0] in _INSTEAD_OF:
             mapping["stages"][int(where)].pop(_INSTEAD_OF[rest[0]], None)
     return validate(Recipe, *_without_needless_stages(mapping, str(path), given))
-
-
-def _check_student_is_built(override: str, overrides: list[str], student: Any) -> None:
-    """A part of the student can be set where the student is made of parts, or becomes so."""
-    if not override.startswith("student.") or not isinstance(student, str):
-        return
-    set_here = {each.partition("=")[0] for each in overrides}
-    if not {"student.vision_tower", "student.language_model"} <= set_here:
-        raise UsageError(
-            f"{override!r}: student is a checkpoint path ({student}), not built of parts.",
-            "Set student.vision_tower= and student.language_model= both, or student= alone.",
-        )
 
 
 # Of two settings that exclude each other, the one that is given on the command line counts.
@@ -566,8 +543,15 @@ def find_recipe(name_or_path: str | Path) -> Path:
     known = list_recipes()
     if str(name_or_path) in known:
         return known[str(name_or_path)]
+    if any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise UsageError(
+            f"{path} is a checkpoint, not a recipe.",
+            f"Name a recipe and set it in there: kd-bench train RECIPE student={path}",
+        )
     if path.is_dir():
-        raise _no_recipe_but_folder(path)
+        inside = path / "recipe.yaml"
+        hint = f"Give {inside}." if inside.is_file() else "Give a YAML file or a shipped recipe."
+        raise UsageError(f"{path} is a folder, not a recipe.", hint)
     if path.suffix in {".yaml", ".yml"} or path.exists():
         return path
     hint = closest(str(name_or_path), list(known))
@@ -577,21 +561,9 @@ def find_recipe(name_or_path: str | Path) -> Path:
     )
 
 
-def _no_recipe_but_folder(path: Path) -> UsageError:
-    if any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
-        return UsageError(
-            f"{path} is a checkpoint, not a recipe.",
-            f"Name a recipe and set it in there: kd-bench train RECIPE student={path}",
-        )
-    inside = path / "recipe.yaml"
-    hint = f"Give {inside}." if inside.is_file() else "Give a YAML file or a shipped recipe."
-    return UsageError(f"{path} is a folder, not a recipe.", hint)
-
-
 def recipe_yaml(recipe: Recipe) -> str:
     """The resolved recipe as YAML that `load_recipe` reads back to an equal recipe."""
-    mapping = recipe.model_dump(mode="json", exclude_none=True)
-    return dump_yaml(mapping)
+    return dump_yaml(recipe.model_dump(mode="json", exclude_none=True))
 
 
 def plan(

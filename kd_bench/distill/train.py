@@ -23,9 +23,20 @@ from kd_bench import provenance
 from kd_bench.distill import processes
 from kd_bench.distill.build import add_lora, build_start, lora_layers, merge_lora
 from kd_bench.distill.chat import read_template, use_template
-from kd_bench.distill.checkpoints import locate, weights_digest
+from kd_bench.distill.checkpoints import (
+    begun_stages,
+    claim,
+    done_stages,
+    is_done,
+    locate,
+    read_lineage,
+    save_whole,
+    stage_folder,
+    training_lock,
+    weights_digest,
+)
 from kd_bench.distill.conversations import Conversations, Stream, data_digest, read_conversations
-from kd_bench.distill.distiller import Distiller
+from kd_bench.distill.distiller import Distiller, TeacherCache, cache_folder
 from kd_bench.distill.encoding import (
     BatchOrder,
     Collator,
@@ -43,18 +54,7 @@ from kd_bench.distill.models import (
     restore_dtypes,
     set_trainable,
 )
-from kd_bench.distill.outputs import (
-    begun_stages,
-    claim,
-    done_stages,
-    is_done,
-    read_lineage,
-    save_whole,
-    stage_folder,
-    training_lock,
-)
 from kd_bench.distill.recipe import NEW, DataSource, Recipe, Stage, needs_teacher, recipe_yaml
-from kd_bench.distill.teacher_cache import TeacherCache, cache_folder
 from kd_bench.distill.trainer import (
     DistillationTrainer,
     ProgressReport,

@@ -104,9 +104,6 @@ def trainer_arguments(
     )
 
 
-TERM = "term_"
-
-
 class ProgressReport(TrainerCallback):
     """What a training says while it runs: a live bar on a terminal, plain lines elsewhere, a log.
 

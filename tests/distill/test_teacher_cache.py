@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from kd_bench.distill.teacher_cache import TeacherCache, cache_folder
+from kd_bench.distill.distiller import TeacherCache, cache_folder
 from kd_bench.errors import UsageError
 
 WIDTH = 8
