@@ -35,7 +35,7 @@ from kd_bench.compare.align import (
 from kd_bench.compare.estimates import Estimate
 from kd_bench.compare.methods import seeds_of_one_method, training_noise
 from kd_bench.errors import ExitCode, IncompleteRunError, NotComparableError, UsageError
-from kd_bench.policy import CostLimits, Margins, Policy, Retention
+from kd_bench.policy import Margins, Policy, RuleOutcome, judge_rules, require_teacher
 from kd_bench.records import AVERAGE, Interval
 from kd_bench.stats import (
     NonInferiority,
@@ -44,14 +44,13 @@ from kd_bench.stats import (
     percentile_interval,
     unchanged_draws,
 )
-from kd_bench.store import Run, cautions, find_run, suite_tasks
+from kd_bench.store import Run, cautions, suite_tasks
 
 # Stored samples must give the stored score back, up to upstream's rounding (points).
 ROUNDING = 0.05
 
 NOT_WORSE = "not worse than the margin"
 VerdictName = Literal["improved", "not worse than the margin", "regressed", "inconclusive"]
-RuleState = Literal["passed", "failed", "inconclusive", "not checked"]
 
 
 @dataclass(frozen=True)
@@ -130,15 +129,6 @@ def _percent(level: float) -> str:
 
 def _probability(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"= {p:.3f}"
-
-
-@dataclass(frozen=True)
-class RuleOutcome:
-    """A further rule of the policy and how it came out."""
-
-    name: str
-    state: RuleState
-    sentence: str
 
 
 @dataclass(frozen=True)
@@ -253,7 +243,7 @@ def check(
     for side in (new, old):
         seeds_of_one_method(side)
     suite = new[0].manifest.protocol.suite
-    _require_rules(new, policy)
+    require_teacher(new, policy)
     margins = policy.margins_for(suite)
     notes = require_sound(new, old, policy)
     tasks, whole = counted(new, old, policy)
@@ -278,7 +268,7 @@ def check(
         suite=suite,
         alpha=policy.alpha,
         verdicts=verdicts,
-        rules=_rules(new, old, policy, tasks, sampled),
+        rules=judge_rules(new, old, policy, tasks, sampled),
         notes=notes,
         every=policy.every,
         about="this recipe" if over_seeds else "these weights",
@@ -438,23 +428,6 @@ def _resample(runs: Sequence[Run], task: str, policy: Policy) -> Resampled:
 # --- before and beside the verdicts ------------------------------------------------------------
 
 
-def _require_rules(new: Sequence[Run], policy: Policy) -> None:
-    """Refuse a retention rule that measures the candidate against itself.
-
-    Raises:
-        UsageError: it does.
-    """
-    if policy.retention is None:
-        return
-    teacher = find_run(new[0].path.parents[1], policy.retention.teacher)
-    if teacher.path.resolve() in [run.path.resolve() for run in new]:
-        raise UsageError(
-            f"retention: teacher {policy.retention.teacher!r} of the policy is the candidate "
-            "itself.",
-            "Name the candidate's teacher in `retention`, or drop the rule.",
-        )
-
-
 def require_sound(new: Sequence[Run], old: Sequence[Run], policy: Policy) -> list[str]:
     """Refuse partial and unhealthy runs; what remains worth a note comes back."""
     for run in (*new, *old):
@@ -519,112 +492,3 @@ def counted(new: Sequence[Run], old: Sequence[Run], policy: Policy) -> tuple[lis
             f"benchmarks: [{', '.join(common)}].",
         )
     return common, True
-
-
-def _rules(
-    new: Sequence[Run],
-    old: Sequence[Run],
-    policy: Policy,
-    tasks: list[str],
-    sampled: Sequence[Resampled],
-) -> list[RuleOutcome]:
-    """The policy's further rules, in the order of the policy file."""
-    rules = []
-    if policy.retention is not None:
-        rules.append(_retention_rule(new, policy, policy.retention, tasks))
-    if policy.broken_per_thousand is not None:
-        rules.append(_broken_rule(sampled, len(old), policy.broken_per_thousand, policy.alpha))
-    return rules + _cost_rules(new[0], old[0], policy.cost)
-
-
-def _broken_rule(
-    sampled: Sequence[Resampled], split: int, budget: float, alpha: float
-) -> RuleOutcome:
-    """Documents that broke minus those that were mended, in a thousand, with an interval.
-
-    Equal models break as many as they mend: only the net number says that something is lost. The
-    rule fails when even the interval's lower end is above the budget.
-    """
-    from scipy.stats import t
-
-    broken, fixed, documents, variance, units = 0.0, 0.0, 0, 0.0, 0
-    for one in sampled:
-        frames = one.aligned.samples
-        scores = np.stack([frame["score"].to_numpy(dtype=np.float64) for frame in frames])
-        changes = [after - before for before in scores[:split] for after in scores[split:]]
-        lost = np.mean([change < -1e-9 for change in changes], axis=0)
-        won = np.mean([change > 1e-9 for change in changes], axis=0)
-        _, unit = np.unique(frames[0]["unit_id"].to_numpy().astype(str), return_inverse=True)
-        by_unit = np.bincount(unit, weights=lost - won)
-        broken, fixed = broken + float(lost.sum()), fixed + float(won.sum())
-        documents, units = documents + len(lost), units + len(by_unit)
-        variance += float(len(by_unit) * by_unit.var(ddof=1)) if len(by_unit) > 1 else 1.0
-    net = 1000 * (broken - fixed) / documents
-    level = 1 - 2 * alpha
-    reach = 1000 * float(t.ppf(1 - alpha, max(units - 1, 1))) * variance**0.5 / documents
-    return RuleOutcome(
-        "broken answers",
-        "failed" if net - reach > budget else "passed",
-        f"{broken:.0f} of {documents:,} documents broke ({1000 * broken / documents:.1f} in a "
-        f"thousand) and {fixed:.0f} were mended: net {net:+.1f} in a thousand ({_percent(level)} "
-        f"interval {net - reach:+.1f} to {net + reach:+.1f}), budget {budget:g} net.",
-    )
-
-
-def _retention_rule(
-    new: Sequence[Run], policy: Policy, rule: Retention, tasks: list[str]
-) -> RuleOutcome:
-    teacher = find_run(new[0].path.parents[1], rule.teacher)
-    shared = common_tasks([teacher, *new])
-    missing = [task for task in tasks if task not in shared]
-    if missing:
-        raise IncompleteRunError(
-            f"The teacher {label(teacher)} lacks {', '.join(missing)}.",
-            "Evaluate it on the same benchmarks, or drop `retention` from the policy.",
-        )
-    evidence = evidence_of(
-        [resample(align([teacher, *new], task), policy.resamples, policy.seed) for task in tasks]
-    )
-    students = [str(number) for number in range(1, len(new) + 1)]
-    level = 1 - 2 * policy.alpha
-    found = evidence.retention(AVERAGE, students, ["0"], level)
-    name = teacher.manifest.model.name
-    if found is None or found.interval is None:
-        return RuleOutcome(
-            "retention", "inconclusive", f"There is no interval of the share of {name}'s average."
-        )
-    low, high = found.interval.low / 100, found.interval.high / 100
-    state: RuleState = "inconclusive"
-    if low >= rule.floor:
-        state = "passed"
-    elif high < rule.floor:
-        state = "failed"
-    return RuleOutcome(
-        "retention",
-        state,
-        f"{found.value:.1f} % of {name}'s average ({_percent(level)} interval {100 * low:.1f} to "
-        f"{100 * high:.1f} %), floor {100 * rule.floor:.4g} %.",
-    )
-
-
-def _cost_rules(candidate: Run, baseline: Run, limits: CostLimits) -> list[RuleOutcome]:
-    new, old = candidate.manifest, baseline.manifest
-    same_hardware = new.provenance.get("hardware") == old.provenance.get("hardware") is not None
-    rules = []
-    for name, limit in limits:
-        if limit is None:
-            continue
-        title = name.removesuffix("_ms").removesuffix("_bytes").replace("_", " ")
-        a, b = getattr(old.cost, name), getattr(new.cost, name)
-        timed = name in ("latency_ms", "peak_memory_bytes")
-        if not a or b is None:
-            rules.append(RuleOutcome(title, "not checked", f"{title} was not measured in both."))
-        elif timed and not same_hardware:
-            rules.append(
-                RuleOutcome(title, "not checked", f"{title}: the runs are of other hardware.")
-            )
-        else:
-            state: RuleState = "failed" if b / a > limit else "passed"
-            sentence = f"{title} is {b / a:.2f} x the baseline's, limit {limit:g} x."
-            rules.append(RuleOutcome(title, state, sentence))
-    return rules

@@ -2,15 +2,20 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
+import numpy as np
 from pydantic import Field, PrivateAttr, field_validator
 
 from kd_bench import config, registry
+from kd_bench.compare.align import Resampled, align, common_tasks, evidence_of, label, resample
 from kd_bench.config import StrictModel
-from kd_bench.errors import UsageError, closest
+from kd_bench.errors import IncompleteRunError, UsageError, closest
 from kd_bench.files import digest_text
+from kd_bench.records import AVERAGE
+from kd_bench.store import Run, find_run
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Points = Annotated[float, Field(ge=0, le=100)]
@@ -147,3 +152,142 @@ def load_policy(path: Path | None = None, suites: Sequence[str] = ()) -> Policy:
                 f"Known: {', '.join(known)}.",
             )
     return policy
+
+
+# --- the further rules -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RuleOutcome:
+    """A further rule of the policy and how it came out."""
+
+    name: str
+    state: Literal["passed", "failed", "inconclusive", "not checked"]
+    sentence: str
+
+
+def judge_rules(
+    new: Sequence[Run],
+    old: Sequence[Run],
+    policy: Policy,
+    tasks: list[str],
+    sampled: Sequence[Resampled],
+) -> list[RuleOutcome]:
+    """The policy's further rules, in the order of the policy file.
+
+    Args:
+        sampled: the benchmarks that count, the baseline's runs first.
+
+    Raises:
+        IncompleteRunError: the teacher of `retention` lacks a benchmark.
+    """
+    rules = []
+    if policy.retention is not None:
+        rules.append(_retention_rule(new, policy, policy.retention, tasks))
+    if policy.broken_per_thousand is not None:
+        rules.append(_broken_rule(sampled, len(old), policy.broken_per_thousand, policy.alpha))
+    return rules + _cost_rules(new[0], old[0], policy.cost)
+
+
+def require_teacher(new: Sequence[Run], policy: Policy) -> None:
+    """Refuse a retention rule that measures the candidate against itself.
+
+    Raises:
+        UsageError: it does.
+    """
+    if policy.retention is None:
+        return
+    teacher = find_run(new[0].path.parents[1], policy.retention.teacher)
+    if teacher.path.resolve() in [run.path.resolve() for run in new]:
+        raise UsageError(
+            f"retention: teacher {policy.retention.teacher!r} of the policy is the candidate "
+            "itself.",
+            "Name the candidate's teacher in `retention`, or drop the rule.",
+        )
+
+
+def _retention_rule(
+    new: Sequence[Run], policy: Policy, rule: Retention, tasks: list[str]
+) -> RuleOutcome:
+    teacher = find_run(new[0].path.parents[1], rule.teacher)
+    shared = common_tasks([teacher, *new])
+    missing = [task for task in tasks if task not in shared]
+    if missing:
+        raise IncompleteRunError(
+            f"The teacher {label(teacher)} lacks {', '.join(missing)}.",
+            "Evaluate it on the same benchmarks, or drop `retention` from the policy.",
+        )
+    evidence = evidence_of(
+        [resample(align([teacher, *new], task), policy.resamples, policy.seed) for task in tasks]
+    )
+    students = [str(number) for number in range(1, len(new) + 1)]
+    level = 1 - 2 * policy.alpha
+    found = evidence.retention(AVERAGE, students, ["0"], level)
+    name = teacher.manifest.model.name
+    if found is None or found.interval is None:
+        return RuleOutcome(
+            "retention", "inconclusive", f"There is no interval of the share of {name}'s average."
+        )
+    low, high, floor = found.interval.low, found.interval.high, 100 * rule.floor
+    return RuleOutcome(
+        "retention",
+        "passed" if low / 100 >= rule.floor else "failed" if high / 100 < rule.floor
+        else "inconclusive",
+        f"{found.value:.1f} % of {name}'s average ({100 * level:.3g} % interval {low:.1f} to "
+        f"{high:.1f} %), floor {floor:.4g} %.",
+    )  # fmt: skip
+
+
+def _broken_rule(
+    sampled: Sequence[Resampled], split: int, budget: float, alpha: float
+) -> RuleOutcome:
+    """Documents that broke minus those that were mended, in a thousand, with an interval.
+
+    Equal models break as many as they mend: only the net number says that something is lost. The
+    rule fails when even the interval's lower end is above the budget.
+    """
+    from scipy.stats import t
+
+    broken, fixed, documents, variance, units = 0.0, 0.0, 0, 0.0, 0
+    for one in sampled:
+        frames = one.aligned.samples
+        scores = np.stack([frame["score"].to_numpy(dtype=np.float64) for frame in frames])
+        changes = [after - before for before in scores[:split] for after in scores[split:]]
+        lost = np.mean([change < -1e-9 for change in changes], axis=0)
+        won = np.mean([change > 1e-9 for change in changes], axis=0)
+        _, unit = np.unique(frames[0]["unit_id"].to_numpy().astype(str), return_inverse=True)
+        by_unit = np.bincount(unit, weights=lost - won)
+        broken, fixed = broken + float(lost.sum()), fixed + float(won.sum())
+        documents, units = documents + len(lost), units + len(by_unit)
+        variance += float(len(by_unit) * by_unit.var(ddof=1)) if len(by_unit) > 1 else 1.0
+    net = 1000 * (broken - fixed) / documents
+    reach = 1000 * float(t.ppf(1 - alpha, max(units - 1, 1))) * variance**0.5 / documents
+    return RuleOutcome(
+        "broken answers",
+        "failed" if net - reach > budget else "passed",
+        f"{broken:.0f} of {documents:,} documents broke ({1000 * broken / documents:.1f} in a "
+        f"thousand) and {fixed:.0f} were mended: net {net:+.1f} in a thousand "
+        f"({100 * (1 - 2 * alpha):.3g} % interval {net - reach:+.1f} to {net + reach:+.1f}), "
+        f"budget {budget:g} net.",
+    )
+
+
+def _cost_rules(candidate: Run, baseline: Run, limits: CostLimits) -> list[RuleOutcome]:
+    new, old = candidate.manifest, baseline.manifest
+    same_hardware = new.provenance.get("hardware") == old.provenance.get("hardware") is not None
+    rules = []
+    for name, limit in limits:
+        if limit is None:
+            continue
+        title = name.removesuffix("_ms").removesuffix("_bytes").replace("_", " ")
+        a, b = getattr(old.cost, name), getattr(new.cost, name)
+        timed = name in ("latency_ms", "peak_memory_bytes")
+        if not a or b is None:
+            made = RuleOutcome(title, "not checked", f"{title} was not measured in both.")
+        elif timed and not same_hardware:
+            made = RuleOutcome(title, "not checked", f"{title}: the runs are of other hardware.")
+        else:
+            sentence = f"{title} is {b / a:.2f} x the baseline's, limit {limit:g} x."
+            made = RuleOutcome(title, "failed" if b / a > limit else "passed", sentence)
+        rules.append(made)
+    return rules

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from kd_bench.compare.align import Difference
 from kd_bench.errors import ExitCode, IncompleteRunError, NotComparableError, UsageError
-from kd_bench.gate import GateReport, RuleOutcome, Verdict, check
-from kd_bench.policy import Policy, load_policy
+from kd_bench.gate import GateReport, Verdict, check
+from kd_bench.policy import Policy, RuleOutcome, load_policy
 from kd_bench.records import Cost, Interval
 from kd_bench.report.tables import to_markdown
 from kd_bench.report.verdicts import (
