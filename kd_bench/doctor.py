@@ -104,6 +104,7 @@ def _show_packages(console: "Console", installed: "list[Package]") -> None:
     from rich.table import Table
 
     table = Table("Package", "Version", "Needed", "Extra", box=None)
+    table.title, table.title_justify = "Packages", "left"
     for package in installed:
         found = package.version or f"[yellow]missing[/]: {_inert(package.install)}"
         style = "bold red" if package.problem else ""

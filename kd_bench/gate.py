@@ -413,7 +413,8 @@ def _resample(runs: Sequence[Run], task: str, policy: Policy) -> Resampled:
     for run, score in zip(runs, sampled.scores, strict=True):
         if np.isnan(score):
             raise IncompleteRunError(
-                f"{task} of {label(run)} has too few documents to score.", "Raise --limit."
+                f"{task} of {label(run)} has too few documents to score.",
+                "Evaluate it with a larger `eval --limit`.",
             )
         stored = run.result(task).score
         if not abs(stored - score) <= ROUNDING:

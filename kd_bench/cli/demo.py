@@ -33,7 +33,7 @@ SWITCHED = "switch-kd"
 """The method whose students' vision is tried before the teacher's language model, too."""
 PAIRS = (("kl", "sft"), ("switch-kd", "kl"), ("switch-kd", "sft"))
 """Who is compared with whom, the question that the demo is about last."""
-TRAINING = {"sft": 40.0, "kl": 55.0, "switch-kd": 75.0}
+TRAINING = {"sft": 30.0, "kl": 40.0, "switch-kd": 60.0}
 EVALUATION = 25.0
 """Seconds of one core, of a training by method and of a checkpoint's ten benchmarks: a first guess
 for the time left, which the commands that have ended correct."""
@@ -58,14 +58,14 @@ def demo(
         draw_map(names, numbers, workers)
         return
     students = [Student(method, seed) for method in names for seed in numbers]
-    groups = _commands(students, workers)
-    _tell_plan(names, numbers, groups, workers)
+    groups = commands_of(students, workers)
+    tell_plan(names, numbers, groups, workers)
     run_jobs(groups, workers, CHECKPOINTS / "logs", seconds_of)
     _report(names, time.monotonic() - start)
-    _tell_next(names)
+    tell_next(names)
 
 
-def _commands(students: Sequence["Student"], workers: int) -> dict[str, list[list[str]]]:
+def commands_of(students: Sequence["Student"], workers: int) -> dict[str, list[list[str]]]:
     """Every command of the demo: slow ones first, so that no core is idle at the end."""
     checkpoints = [student.checkpoint for student in students]
     parts = range(min(workers, len(students)))
@@ -86,7 +86,7 @@ def seconds_of(command: Sequence[str]) -> float:
     return EVALUATION * max(1, sum(word.endswith("/final") for word in command[:-2]))
 
 
-def _tell_plan(
+def tell_plan(
     methods: Sequence[str],
     seeds: Sequence[int],
     groups: dict[str, list[list[str]]],
@@ -109,7 +109,7 @@ def _tell_plan(
     typer.echo(_introduction())
 
 
-def _tell_next(methods: Sequence[str]) -> None:
+def tell_next(methods: Sequence[str]) -> None:
     """What to type next, each line as it stands."""
     store, program = f"--results {RESULTS}", this_program()
     typer.echo("\nNext:")

@@ -17,11 +17,13 @@ app.add_typer(baseline, name="baseline")
 def list_runs(results: Results = RESULTS) -> None:
     """All runs, oldest first, and why one does not count; exit code 5 when one is damaged."""
     from kd_bench.report.leaderboard import run_table
-    from kd_bench.store import catalogue
+    from kd_bench.store import catalogue, runs_elsewhere
 
     there = catalogue(results)
     if not there.runs and not there.damaged:
-        typer.echo(f"No runs below {results} yet: `kd-bench eval CHECKPOINT` makes one.")
+        other = runs_elsewhere(results)
+        hint = f". {other}" if other else " yet: `kd-bench eval CHECKPOINT` makes one."
+        typer.echo(f"No runs below {results}{hint}")
         return
     table, damaged = run_table(there)
     show_tables([table])

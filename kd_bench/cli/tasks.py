@@ -25,6 +25,7 @@ def list_tasks() -> None:
     from kd_bench.registry import load_tasks
 
     table = Table("Benchmark", "Skill", "Unit", "Title", box=None)
+    table.title, table.title_justify = "Benchmarks", "left"
     for task in load_tasks():
         # What follows the colon explains; `tasks show` has room for it.
         table.add_row(task.id, task.skill, task.unit, task.title.partition(":")[0])

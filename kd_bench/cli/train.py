@@ -81,8 +81,8 @@ def train(
 ) -> None:
     """Train a student; without arguments, the embedded mini recipe.
 
-    Settings are written KEY=VALUE behind the recipe: method=sft steps=1000 learning_rate=1e-4
-    seed=1 data.path=FILE output=FOLDER ...; all of them stand below.
+    Settings are written KEY=VALUE behind the recipe, as in method=sft seed=1;
+    all of them are listed below.
 
     The same command continues a stopped training.
     """
@@ -133,14 +133,15 @@ def list_recipes() -> None:
 
     from kd_bench.distill import recipe as shipped
 
-    table = Table("Recipe", "Stages", box=None, title="Recipes", title_justify="left")
-    table.add_column("Student", overflow="fold")
-    table.add_column("Teacher", overflow="fold")
+    table = Table("Recipe", "Student, then teacher", "Stages", box=None)
+    table.title, table.title_justify = "Recipes", "left"
+    table.columns[0].no_wrap = table.columns[1].no_wrap = True
     for name in shipped.list_recipes():
         recipe = shipped.load_recipe(name)
         stages = ", ".join(f"{stage.name} ({stage.method_name})" for stage in recipe.stages)
-        built = recipe.student if isinstance(recipe.student, str) else recipe.student.language_model
-        table.add_row(name, stages, built, recipe.teacher or "")
+        student = recipe.student
+        built = student if isinstance(student, str) else student.language_model
+        table.add_row(name, "\n".join(filter(None, (built, recipe.teacher))), stages)
     Console().print(table)
 
 
@@ -178,6 +179,7 @@ def _settings() -> "Iterator[Table | str]":
     ]
     for title, model, prefix in sections:
         table = Table("Setting", "Default", "Meaning", box=None, title=title, title_justify="left")
+        table.columns[0].no_wrap = True
         meanings = attribute_lines(model)
         for name, field in model.model_fields.items():
             default = "required" if field.is_required() else _default(field)

@@ -240,7 +240,10 @@ def compare(
         else:
             sampled.append(one)
     if not sampled:
-        raise NotComparableError("No benchmark has enough documents to score.", "Raise --limit.")
+        raise NotComparableError(
+            "No benchmark has enough documents to score.",
+            "Evaluate with a larger `eval --limit`.",
+        )
     columns = [_against_first(sampled, run, seed, level) for run in range(1, len(runs))]
     evidence = evidence_of(sampled)
     relations = [

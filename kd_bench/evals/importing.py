@@ -102,6 +102,11 @@ def _check(
     _check_labels(labels)
     logs = _sample_logs(file)
     specs = [spec for spec in load_tasks() if spec.upstream in logs or _cn(spec) in logs]
+    if not specs and (unknown := _unknown(logs)):
+        raise UsageError(
+            f"{file}: kd-bench knows no benchmark {', '.join(unknown)}.",
+            "`kd-bench tasks list` names those it knows.",
+        )
     if not specs:
         raise UsageError(
             f"{file} has no sample log of a known benchmark beside it.",
@@ -137,8 +142,8 @@ def _check_labels(labels: dict[str, Any]) -> None:
 
 
 def _unmatched(outcome: Entry, logs: dict[str, Path]) -> list[str]:
-    """Known benchmarks that have a score without a log, or a log without a score."""
-    notes = []
+    """Benchmarks that are not known, or have a score without a log, or a log without a score."""
+    notes = [f"{name} is no benchmark that kd-bench knows: not imported" for name in _unknown(logs)]
     for spec in load_tasks():
         names = {spec.upstream, _cn(spec)}
         scored = names & {k for k, v in outcome["results"].items() if _metrics_of(v)}
@@ -213,6 +218,11 @@ def _own_name(results: Path, model: ModelRef, tasks: list[str], asked: bool) -> 
             "Give this one another --name.",
         )
     return replace(model, name=f"{model.name}-{model.weights_digest[:6]}")
+
+
+def _unknown(logs: dict[str, Path]) -> list[str]:
+    known = {name for spec in load_tasks() for name in (spec.upstream, _cn(spec))}
+    return sorted(logs.keys() - known)
 
 
 def _cn(spec: TaskSpec) -> str:

@@ -64,19 +64,13 @@ def render_report(
 
 def _nothing_to_show(results: Path, left_out: Sequence[str]) -> UsageError:
     """Why there is no page: no such folder, no run in it, or none that can be read."""
+    from kd_bench.store import runs_elsewhere
+
     if left_out:
         more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
         problem = f"No run below {results} can be shown: {left_out[0]}{more}."
         return UsageError(problem, "`kd-bench runs fsck` explains.")
-    other = {
-        manifest.parents[2]
-        for start in {results, Path()}
-        for pattern in ("runs/*", "*/runs/*", "*/*/runs/*")
-        for manifest in start.glob(f"{pattern}/manifest.json")
-    } - {results}
-    hint = "`kd-bench eval CHECKPOINT` makes one; --results names the folder."
-    if other:
-        names = (f"{path} (--results {path})" for path in sorted(other)[:3])
-        hint = f"There are runs in {', '.join(names)}."
     state = "holds no runs" if results.is_dir() else "is not a folder"
+    other = runs_elsewhere(results)
+    hint = other or "`kd-bench eval CHECKPOINT` makes one; --results names the folder."
     return UsageError(f"{results} {state}.", hint)

@@ -130,7 +130,8 @@ class Catalogue:
         names = [manifest.model.name for _, manifest in self.runs]
         raise UsageError(
             f"No run named {name!r} below {self.results}.{closest(name, names)}",
-            "`kd-bench runs list` shows what is there.",
+            (not names and runs_elsewhere(self.results))
+            or "`kd-bench runs list` shows what is there.",
         )
 
     def _best(
@@ -163,6 +164,18 @@ def catalogue(results: Path) -> Catalogue:
                 damaged.append((run, error))
     runs.sort(key=lambda each: (each[1].created, each[0].path.name))
     return Catalogue(results, tuple(runs), tuple(damaged))
+
+
+def runs_elsewhere(results: Path) -> str:
+    """What to type for other stores around a store without runs; empty where there are none."""
+    found = {
+        manifest.parents[2]
+        for start in (results, Path())
+        for pattern in ("runs/*", "*/runs/*", "*/*/runs/*")
+        for manifest in start.glob(f"{pattern}/manifest.json")
+    }
+    other = [f"{path} (--results {path})" for path in sorted(found - {results})[:3]]
+    return f"There are runs in {', '.join(other)}." if other else ""
 
 
 def _is_of(run: Run, name: str) -> bool:

@@ -5,47 +5,17 @@ import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
-from kd_bench import cli
 from kd_bench.errors import ExitCode
 from kd_bench.store import list_runs, set_baseline
+from tests.cli.conftest import Call
 from tests.compare.test_compare import samples
 from tests.evals.test_data import hub  # noqa: F401  # a fixture
 from tests.statistics.simulate import write_run
 from tests.support.golden_rows import ROWS, write_rows
-
-
-class Told(NamedTuple):
-    """What a command left on the terminal."""
-
-    code: int
-    out: str
-    err: str
-
-
-Call = Callable[..., Told]
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Run a command line; GitHub's variables are those of the test."""
-    for name in ("GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY", "KD_BENCH_RESULTS"):
-        monkeypatch.delenv(name, raising=False)
-
-    def run(*arguments: object) -> Told:
-        monkeypatch.setattr(sys, "argv", ["kd-bench", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        printed = capsys.readouterr()
-        return Told(int(stop.value.code or 0), printed.out, printed.err)
-
-    return run
-
 
 # --- the command line itself ---------------------------------------------------------------------
 
