@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 UNITS = {
     "Recipe": {"seed": "draws"},
     "DataSource": {
+        "weight": "times an epoch",
         "limit": "conversations",
         "skip": "conversations",
         "unreadable_limit": "samples",
