@@ -1,6 +1,6 @@
 # make demo   installs once, then trains, evaluates, reports: the whole product on the embedded world
 # make test   the same set-up, then ruff, mypy and all tests
-# make quick  the tests that take less than a second or two each: under two minutes on two cores
+# make quick  the tests of less than about a second each: under two minutes on two cores
 # make docs   the site, in build/docs; a warning is an error
 # make newest the newest versions that pyproject allows, in an environment of their own: self-test
 

@@ -145,6 +145,7 @@ VALUES = st.sampled_from(["1", "x", "[1, 2]", "{a: 1}", "null", "1e-3", "{", "'"
 
 @settings(max_examples=150, deadline=None)
 @given(overrides=st.lists(st.tuples(st.lists(KEYS, min_size=1, max_size=3), VALUES), max_size=3))
+@pytest.mark.slow
 def test_any_override_is_applied_or_refused_and_the_file_is_not_changed(
     overrides: list[tuple[list[str], str]],
 ) -> None:

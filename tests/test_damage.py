@@ -135,6 +135,7 @@ def test_samples_cut_short(run: Run, cut: int) -> None:
     assert only(run).path == samples_path(run)
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_of_the_samples_is_found_or_changes_nothing(run: Run) -> None:
     sound = samples_path(run).read_bytes()
     frame = run.samples("mmmu")

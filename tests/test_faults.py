@@ -17,6 +17,7 @@ def cases() -> list[object]:
 
 
 @pytest.mark.parametrize("each", cases())
+@pytest.mark.slow
 def test_a_fault_is_survived(each: Fault) -> None:
     sampled = SAMPLED_OF_SLOW if each.slow else SAMPLED
     step = max(1, each.tries // sampled)

@@ -104,6 +104,7 @@ def test_check_over_seeds_is_about_the_recipe(store: Path) -> None:
     assert average["difference"]["value"] == pytest.approx(100 * (means[1] - means[0]))
 
 
+@pytest.mark.slow
 def test_one_seed_is_about_these_weights_and_says_so_loudly(store: Path) -> None:
     words = ("check", "switch-kd-seed0", "--against", "sft-seed0", "--results", store)
     value = json.loads(command(*words, "--json"))

@@ -54,6 +54,7 @@ from tests.support.golden_rows import ROWS, write_rows
         (["runs", "fsck", "--results", "nowhere"], "There is no folder nowhere"),
     ],
 )
+@pytest.mark.slow
 def test_bad_input_is_one_line_and_exit_2(
     call: Call,
     arguments: list[str],
@@ -142,6 +143,7 @@ def test_tasks_show_on_the_light_install_shows_the_entry(tmp_path: Path) -> None
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_verify_and_fsck_need_no_extra(tmp_path: Path) -> None:
     write_rows(tmp_path, "pope", ROWS["pope"])
     done = light("tasks", "verify", ".", "--tasks", "pope", "--subset", folder=tmp_path)
@@ -196,6 +198,7 @@ def test_validate_names_what_does_not_fit(call: Call, tmp_path: Path) -> None:
     assert "Did you mean 'pope_f1_score'?" in told.out
 
 
+@pytest.mark.slow
 def test_fetch_then_verify(hub: str, tmp_path: Path) -> None:  # noqa: F811
     clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     environment = {

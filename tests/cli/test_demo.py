@@ -41,6 +41,7 @@ def test_the_first_lines_say_what_is_learnt_from() -> None:
     assert "test sets are right" in told
 
 
+@pytest.mark.slow
 def test_the_last_lines_are_the_table_and_the_verdicts_and_the_page_agrees(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -87,6 +88,7 @@ def test_every_cell_finds_its_labels(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [turn.pieces for one in demos for turn in one.turns] in labels
 
 
+@pytest.mark.slow
 def test_the_map_is_of_the_cells_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "STUDY_RESULTS", tmp_path / "results")
     monkeypatch.setattr(demo, "MAP", tmp_path / "map")

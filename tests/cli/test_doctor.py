@@ -86,6 +86,7 @@ def test_folders_name_the_caches_and_whether_they_can_be_written(tmp_path: Path)
     assert hub.free_bytes > 0
 
 
+@pytest.mark.slow
 def test_what_cannot_run_is_skipped_and_named(tmp_path: Path) -> None:
     bare = [Package("torch", "", ">=2.6", "train"), Package("lmms-eval", "", "==0.7.3", "eval")]
     steps = list(self_test(bare, tmp_path))

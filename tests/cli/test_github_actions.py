@@ -79,6 +79,7 @@ def test_the_install_step_needs_no_extra() -> None:
 @pytest.mark.parametrize(
     "candidate, code, level", [("same", 0, None), ("worse", 1, "error"), ("unsure", 3, "warning")]
 )
+@pytest.mark.slow
 def test_the_check_step(repository: Path, candidate: str, code: int, level: str | None) -> None:
     process, summary = run_step("Check", repository, CANDIDATE=candidate, BASELINE="")
     assert process.returncode == code, process.stderr
@@ -93,6 +94,7 @@ def test_the_check_step(repository: Path, candidate: str, code: int, level: str 
     (repository / "summary.md").unlink()
 
 
+@pytest.mark.slow
 def test_an_undecided_check_may_pass(repository: Path) -> None:
     process, _ = run_step(
         "Check", repository, CANDIDATE="unsure", BASELINE="baseline", ON_INCONCLUSIVE="pass"
@@ -104,6 +106,7 @@ def test_an_undecided_check_may_pass(repository: Path) -> None:
     assert process.returncode == 1
 
 
+@pytest.mark.slow
 def test_a_name_cannot_become_a_command(repository: Path) -> None:
     process, _ = run_step("Check", repository, CANDIDATE="$(touch owned); touch owned", BASELINE="")
     assert process.returncode == 2
@@ -111,6 +114,7 @@ def test_a_name_cannot_become_a_command(repository: Path) -> None:
     assert not (repository / "owned").exists()
 
 
+@pytest.mark.slow
 def test_a_whole_suite(tmp_path: Path) -> None:
     one, other = small_frames(seed=4, rho=0.999, shrink=10)
     write_run(tmp_path / "results", "old", one)

@@ -46,6 +46,7 @@ def kd_bench(*arguments: str, folder: Path | None = None) -> subprocess.Complete
 
 
 @pytest.mark.parametrize("command", HELPS, ids=" ".join)
+@pytest.mark.slow
 def test_help_imports_nothing_heavy(command: list[str]) -> None:
     script = (
         "import sys; from kd_bench.cli import app\n"
@@ -73,6 +74,7 @@ def test_help_imports_nothing_heavy(command: list[str]) -> None:
         (["eval", "nosuchfolder", "--tasks", "gqq"], "gqq"),
     ],
 )
+@pytest.mark.slow
 def test_bad_input_is_one_line_and_exit_2(
     arguments: list[str], expected: str, tmp_path: Path
 ) -> None:

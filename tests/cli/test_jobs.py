@@ -29,6 +29,7 @@ def children() -> set[psutil.Process]:
     return set(psutil.Process().children(recursive=True))
 
 
+@pytest.mark.slow
 def test_one_that_fails_ends_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     long = ["train", "mini", "steps=100000", f"output={tmp_path / 'out'}"]
     before = children()  # another test's resource tracker may live on

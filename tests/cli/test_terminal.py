@@ -50,6 +50,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "nonsensé",
     ],
 )
+@pytest.mark.slow
 def test_a_stream_without_unicode_gets_plain_forms(
     results: Path, tmp_path: Path, command: str, environment: dict[str, str]
 ) -> None:
@@ -70,6 +71,7 @@ def piped(command: str, folder: Path) -> list[int]:
     return int(shell.stdout)
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_costs_nothing(results: Path, tmp_path: Path) -> None:
     assert piped(f"report --results {results}", tmp_path) == 0
     assert (tmp_path / "reports" / "latest" / "index.html").is_file()
@@ -79,6 +81,7 @@ def test_a_reader_that_leaves_costs_nothing(results: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("command, code", [("check lost --against one", 1), ("runs list", 5)])
+@pytest.mark.slow
 def test_a_full_output_costs_no_verdict(
     results: Path, tmp_path: Path, command: str, code: int
 ) -> None:
@@ -105,6 +108,7 @@ def started(words: list[str], folder: Path) -> subprocess.Popen:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, *SLOW_SIGNALS])
+@pytest.mark.slow
 def test_a_signal_is_one_line_and_the_training_can_go_on(
     tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -137,6 +141,7 @@ def test_a_signal_is_one_line_and_the_training_can_go_on(
         ("tasks fetch --to file", "file"),
     ],
 )
+@pytest.mark.slow
 def test_a_path_that_cannot_be_is_named(
     results: Path, tmp_path: Path, command: str, path: str
 ) -> None:
@@ -150,6 +155,7 @@ def test_a_path_that_cannot_be_is_named(
     assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_exit_5_with_the_path(results: Path, tmp_path: Path) -> None:
     limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000));"
     run = f"sys.argv = ['kd-bench', 'report', '--results', {str(results)!r}]"
@@ -164,6 +170,7 @@ def test_a_full_disk_is_exit_5_with_the_path(results: Path, tmp_path: Path) -> N
 # --- the report on odd folders -------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_store_without_runs_is_refused_and_the_last_page_stays(
     results: Path, tmp_path: Path
 ) -> None:
@@ -178,6 +185,7 @@ def test_a_store_without_runs_is_refused_and_the_last_page_stays(
     assert page.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_runs_that_lie_elsewhere_are_named(results: Path, tmp_path: Path) -> None:
     for folder, hint in ((results.parents[1], "results/demo"), (results.parent, "demo")):
         done = kd_bench("report", "--to", tmp_path, folder=folder)
@@ -185,6 +193,7 @@ def test_runs_that_lie_elsewhere_are_named(results: Path, tmp_path: Path) -> Non
         assert f"--results {hint}" in done.stderr.decode()
 
 
+@pytest.mark.slow
 def test_a_page_of_damaged_runs_only_is_refused(tmp_path: Path) -> None:
     run = add_run(tmp_path / "results", Model("half", "kd", "kl", 0.3, 0), tasks=("gqa",))
     (run.path / "manifest.json").write_text("{", encoding="utf-8")
@@ -194,6 +203,7 @@ def test_a_page_of_damaged_runs_only_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "reports").exists()
 
 
+@pytest.mark.slow
 def test_the_report_works_from_inside_the_store(results: Path, tmp_path: Path) -> None:
     run = next((results / "runs").glob("*-one-*"))
     for folder, words in (
@@ -221,6 +231,7 @@ def test_no_page_lies_among_the_runs(results: Path, tmp_path: Path) -> None:
 # --- only what kd-bench made is replaced ---------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_somebodys_own_page_stays(results: Path, tmp_path: Path) -> None:
     for name in ("index.html", "leaderboard.csv", "plots/radar.svg"):
         mine = tmp_path / name.replace("/", "-") / name
@@ -233,6 +244,7 @@ def test_somebodys_own_page_stays(results: Path, tmp_path: Path) -> None:
         assert mine.read_text(encoding="utf-8") == "mine"
 
 
+@pytest.mark.slow
 def test_a_page_from_before_folders_were_marked_is_ours(results: Path, tmp_path: Path) -> None:
     words = ("report", "--results", results, "--to", "page")
     assert kd_bench(*words, folder=tmp_path).returncode == 0
@@ -248,6 +260,7 @@ def test_a_page_from_before_folders_were_marked_is_ours(results: Path, tmp_path:
     "against, code, tag",
     [("one", 1, "failure"), ("nobody", 2, "error"), ("other", 4, "error"), ("half", 5, "error")],
 )
+@pytest.mark.slow
 def test_every_ending_of_the_gate_is_written(
     tmp_path: Path, against: str, code: int, tag: str
 ) -> None:
@@ -271,6 +284,7 @@ def test_every_ending_of_the_gate_is_written(
     assert b"::error " in done.stderr
 
 
+@pytest.mark.slow
 def test_a_verdict_outlives_a_summary_that_cannot_be_written(results: Path, tmp_path: Path) -> None:
     words = ("check", "--results", results, "--summary", "/dev/null/summary.md", "--against")
     done = kd_bench(*words[:1], "lost", *words[1:], "one", folder=tmp_path)

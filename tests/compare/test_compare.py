@@ -66,6 +66,7 @@ def comparison(suite: list[Run]) -> Comparison:
 # --- what is computed --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_differences_are_against_the_first_run(comparison: Comparison, suite: list[Run]) -> None:
     for task in comparison.tasks:
         assert len(task.scores) == 4
@@ -135,6 +136,7 @@ def test_groups_are_counted_as_wholes(tmp_path: Path) -> None:
     assert task.differences[0].value == pytest.approx(-20)
 
 
+@pytest.mark.slow
 def test_row_order_on_disk_is_nothing(tmp_path: Path) -> None:
     one, other = small_frames(seed=1, shrink=12)
     shuffled = {task: frame.sample(frac=1, random_state=3) for task, frame in other.items()}
@@ -414,6 +416,7 @@ def test_agreement_needs_only_the_statistics_columns(suite: list[Run]) -> None:
     assert 0 <= agreement(aligned, 2, 1).same_answer <= 1
 
 
+@pytest.mark.slow
 def test_methods_over_seeds(tmp_path: Path) -> None:
     weak = small_frames(seed=7, mu=0.0, rho=0.4, models=3, shrink=12)
     strong = small_frames(seed=7, mu=0.5, rho=0.4, models=3, shrink=12)

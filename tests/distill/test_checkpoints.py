@@ -309,6 +309,7 @@ def rows(checkpoint: Path, tmp_path: Path) -> Path:
     return data
 
 
+@pytest.mark.slow
 def test_an_adapter_is_a_student_and_a_teacher(
     checkpoint: Path, rows: Path, tmp_path: Path
 ) -> None:

@@ -85,6 +85,7 @@ def test_a_stage_is_dropped_by_null():
         ("distil.method=switch-kd distil.trainable=[projector]", r"'distil'.*freezes"),
     ],
 )
+@pytest.mark.slow
 def test_every_stage_is_checked_before_the_first_step(place, wrong, message, monkeypatch):
     def no_step(*_):
         raise AssertionError("a stage was trained")
@@ -98,6 +99,7 @@ def test_every_stage_is_checked_before_the_first_step(place, wrong, message, mon
     assert (train(two_stages(place, folder.name, "seed=4")) / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_what_no_stage_has_begun_may_still_change(place, monkeypatch):
     before = train_module._run_stage
 

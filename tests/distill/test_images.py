@@ -92,6 +92,7 @@ def test_training_and_evaluation_see_the_same(mode: str) -> None:
     assert open_picture(data).tobytes() == found.tobytes()
 
 
+@pytest.mark.slow
 def test_the_bound_of_pixels(tmp_path: Path) -> None:
     data = encoded(Image.new("L", (400, 300)), "png")
     assert open_image(data, max_pixels=120_000).size == (400, 300)

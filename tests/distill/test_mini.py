@@ -72,6 +72,7 @@ def test_the_same_seed_gives_the_same_weights(folders: dict[str, Path], tmp_path
     assert (tmp_path / "model.safetensors").read_bytes() == first
 
 
+@pytest.mark.slow
 def test_every_word_of_the_world_is_a_token(processor: Any) -> None:
     tokenizer = processor.tokenizer
     used = set()

@@ -83,6 +83,7 @@ def test_code_in_a_checkpoint_needs_consent(copy):
         load_model(copy)
 
 
+@pytest.mark.slow
 def test_a_language_model_is_no_vision_language_model(tmp_path):
     model = tiny.model()
     model.model.language_model.save_pretrained(tmp_path)

@@ -105,6 +105,7 @@ def test_an_unsound_checkpoint_is_named_and_the_one_before_it_used(
     assert all(torch.equal(whole[key], found[key]) for key in whole)
 
 
+@pytest.mark.slow
 def test_without_any_sound_checkpoint_the_stage_begins_again(place, stopped, whole, capsys):
     folder = copied(stopped, "none")
     for step in (4, 8):
@@ -114,6 +115,7 @@ def test_without_any_sound_checkpoint_the_stage_begins_again(place, stopped, who
     assert all(torch.equal(whole[key], found[key]) for key in whole)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_from_before_there_were_digests_is_still_used(place, stopped, whole, capsys):
     folder = copied(stopped, "old")
     for step in (4, 8):

@@ -13,6 +13,7 @@ def recipe(tmp_path_factory):
     return tiny.write_recipe(tmp_path_factory.mktemp("sweep"))
 
 
+@pytest.mark.slow
 def test_a_stopped_training_costs_no_other_and_is_continued(recipe, monkeypatch):
     before = train_module.train
 

@@ -82,6 +82,7 @@ def whole(place):
     return train(recipe_in(place, "whole"))
 
 
+@pytest.mark.slow
 def test_a_training_leaves_a_checkpoint_log_recipe_and_lineage(place, whole):
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
@@ -156,6 +157,7 @@ def test_killed_and_resumed_gives_the_very_same_weights(place, whole, step):
         assert [line[key] for line in logs[0]] == [line[key] for line in logs[1]]
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_and_names_step_and_samples(place, monkeypatch):
     before = DistillationTrainer.compute_loss
 
@@ -174,6 +176,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_step_and_samples(place, monke
     train(recipe_in(place, "broken"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_old_checkpoint_whole(place, whole, monkeypatch):
     before = DistillationTrainer._save_optimizer_and_scheduler
 
@@ -192,6 +195,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(place, whole, monkeypatch):
     assert weights_digest(final) == weights_digest(whole)
 
 
+@pytest.mark.slow
 def test_stages_run_in_order_and_are_not_repeated(place, monkeypatch):
     stage = {"steps": 4, "batch_size": 4, "learning_rate": 1e-3, "log_every": 2, "method": "sft"}
     path = tiny.write_recipe(
@@ -225,6 +229,7 @@ def test_stages_run_in_order_and_are_not_repeated(place, monkeypatch):
     assert ran == ["distil"]
 
 
+@pytest.mark.slow
 def test_frozen_weights_do_not_move(place):
     final = train(recipe_in(place, "frozen", "method=dbild", "trainable=[language_model]"))
     start = load_file(place / "student" / "model.safetensors")
@@ -240,16 +245,19 @@ def test_a_switch_term_with_frozen_eyes_is_refused_before_training(place):
     assert not (place / "eyes" / "stages").exists()
 
 
+@pytest.mark.slow
 def test_accumulation_gives_the_same_weights_to_rounding(place, whole):
     final = train(recipe_in(place, "pieces", "gradient_accumulation=2"))
     assert_close_weights(whole, final, atol=2e-4, rtol=2e-3)
 
 
+@pytest.mark.slow
 def test_recomputation_and_small_chunks_give_the_same_weights_to_rounding(place, whole):
     final = train(recipe_in(place, "recomputed", "gradient_checkpointing=true", "head_chunk=5"))
     assert_close_weights(whole, final, atol=2e-4, rtol=2e-3)
 
 
+@pytest.mark.slow
 def test_adapters_are_merged_into_an_ordinary_checkpoint(place):
     final = train(recipe_in(place, "adapted", "lora={r: 2, alpha: 4}", "steps=6"))
     start = load_file(place / "student" / "model.safetensors")
@@ -264,6 +272,7 @@ def test_adapters_are_merged_into_an_ordinary_checkpoint(place):
     assert counts["trainable"] < counts["total"]
 
 
+@pytest.mark.slow
 def test_adapters_resume_to_the_very_same_weights(place):
     settings = ("lora={r: 2, alpha: 4}", "steps=6")
     whole = train(recipe_in(place, "adapted", *settings))
@@ -272,6 +281,7 @@ def test_adapters_resume_to_the_very_same_weights(place):
     assert weights_digest(again) == weights_digest(whole)
 
 
+@pytest.mark.slow
 def test_a_cached_teacher_gives_the_same_losses(place, whole):
     cached = [f"teacher_cache={place / 'cache'}", "log_every=1", "steps=12"]
     folders = [train(recipe_in(place, name, *cached)).parent for name in ("first", "second")]
@@ -286,6 +296,7 @@ def test_a_cached_teacher_gives_the_same_losses(place, whole):
                 assert entry["terms"][name] == pytest.approx(value, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_the_caches_answers_spare_the_teachers_forward(place, monkeypatch):
     from kd_bench.distill.distiller import Distiller
 
@@ -307,6 +318,7 @@ def test_image_terms_and_a_cache_do_not_go_together(place):
         train(recipe_in(place, "both", f"teacher_cache={place / 'c'}", "method=llava-kd"))
 
 
+@pytest.mark.slow
 def test_samples_are_also_read_on_the_way(place, tmp_path, monkeypatch):
     from kd_bench.distill import encoding
 
@@ -321,6 +333,7 @@ def test_samples_are_also_read_on_the_way(place, tmp_path, monkeypatch):
     ) == weights_digest(whole)
 
 
+@pytest.mark.slow
 def test_a_picture_that_vanishes_on_the_way_is_skipped_and_counted(place, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train_module, "SMALL_DATA", 0)
@@ -443,6 +456,7 @@ def test_the_first_version_of_fsdp_is_refused(place, monkeypatch):
     assert not (place / "flattened").exists()
 
 
+@pytest.mark.slow
 def test_mixed_precision_trains_float32_weights_and_logs_to_tensorboard(place):
     settings = ("precision=bfloat16", "steps=4", "report_to=[tensorboard]")
     final = train(recipe_in(place, "mixed", *settings))
@@ -476,6 +490,7 @@ def stored_in(place, name, tower, rest):
     return place / name
 
 
+@pytest.mark.slow
 def test_the_finished_student_has_the_float_types_that_it_came_with(place):
     half = stored_in(place, "half", torch.bfloat16, torch.bfloat16)
     mixed = stored_in(place, "towered", torch.float32, torch.bfloat16)
@@ -506,6 +521,7 @@ def test_the_finished_student_has_the_float_types_that_it_came_with(place):
     ],
 )
 @pytest.mark.parametrize("lora", [(), ("lora={r: 2}",)])
+@pytest.mark.slow
 def test_what_trainable_does_not_name_does_not_train(place, trainable, learns, lora):
     """With `lora` the language model's adapters once trained whether named or not."""
     name = f"only-{trainable}-{len(lora)}"
@@ -524,6 +540,7 @@ def test_what_trainable_does_not_name_does_not_train(place, trainable, learns, l
 
 
 @pytest.mark.parametrize("method", ["llava-kd", "align-kd"])
+@pytest.mark.slow
 def test_image_terms_are_the_same_with_any_accumulation(place, method):
     """They were once weighed by the answer tokens of each micro-batch."""
     logs = []
@@ -538,6 +555,7 @@ def test_image_terms_are_the_same_with_any_accumulation(place, method):
 
 
 @pytest.mark.parametrize("method", ["llava-kd", "align-kd", "jsd", "bild", "vsd"])
+@pytest.mark.slow
 def test_every_other_method_trains(place, method):
     final = train(
         recipe_in(place, f"method-{method}", f"method={method}", "steps=2", "log_every=1")

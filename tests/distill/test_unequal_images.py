@@ -134,6 +134,7 @@ def test_what_is_off_or_not_of_pixels_does_not_count():
     assert image_difference(tiny.model(), tiny.model(), ours, theirs) == ""
 
 
+@pytest.mark.slow
 def test_a_pair_with_unequal_processors_trains_by_kl_and_is_refused_by_switch_kd(tmp_path):
     recipe = tiny.write_recipe(tmp_path)
     tiny.model(width=48, layers=2, seed=1, side=SIDE).save_pretrained(tmp_path / "teacher")

@@ -58,6 +58,7 @@ def picky(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("small", [0, 50_000])
 @pytest.mark.usefixtures("picky")
+@pytest.mark.slow
 def test_bad_samples_are_counted_with_their_reason(
     place: Path, small: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

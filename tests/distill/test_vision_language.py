@@ -187,6 +187,7 @@ def test_the_probe_sees_the_attention_that_the_eager_model_reports(case: Case) -
 
 
 @pytest.mark.parametrize("method", ["switch-kd", "llava-kd", "align-kd"])
+@pytest.mark.slow
 def test_every_method_runs_on_every_family_and_recomputes_to_the_same(
     case: Case, method: str
 ) -> None:

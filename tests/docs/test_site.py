@@ -32,6 +32,7 @@ def troubles() -> str:
     return (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     """Also that no link is dead and every page stands in the menu."""
     pytest.importorskip("material")

@@ -47,6 +47,7 @@ def answered(task, folder, wrapping, limit=24, tags=REASONING_TAGS):
 
 @pytest.mark.parametrize("form", WRAPPINGS)
 @pytest.mark.parametrize("task", TEN)
+@pytest.mark.slow
 def test_what_a_right_answer_says_is_right_in_every_form(task, form, replicas):
     score, content, _ = answered(task, replicas, WRAPPINGS[form])
     best, _, _ = answered(task, replicas, "{}")

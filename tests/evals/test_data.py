@@ -156,6 +156,7 @@ def fetched(
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_fetched_files_are_locked_and_verified(hub: str, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     told = fetched(hub, folder, "pope", "gqa")
@@ -185,6 +186,7 @@ def test_fetched_files_are_locked_and_verified(hub: str, tmp_path: Path) -> None
     assert verify(load_task("pope"), folder, complete=False).problems == []
 
 
+@pytest.mark.slow
 def test_without_a_pin_the_newest_is_taken_and_kept(hub: str, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     told = fetched(hub, folder, "pope", revision="")
@@ -207,6 +209,7 @@ def test_without_a_pin_the_newest_is_taken_and_kept(hub: str, tmp_path: Path) ->
     assert problem == f"pope: {folder / 'pope'} is of revision {newest}, pinned is {pinned}"
 
 
+@pytest.mark.slow
 def test_another_revision_replaces_files_of_other_names(hub: str, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     assert fetched(hub, folder, "pope", revision="").returncode == 0
@@ -241,6 +244,7 @@ def test_a_download_that_broke_off_goes_on(hub: str, tmp_path: Path) -> None:
     assert file.read_bytes() == expected
 
 
+@pytest.mark.slow
 def test_a_hub_that_is_away_or_has_moved_is_one_line(hub: str, tmp_path: Path) -> None:
     told = fetched(hub, tmp_path / "data", "mme")
     assert told.returncode == 5
@@ -385,6 +389,7 @@ def test_an_added_benchmark_is_scored_as_upstream_does(
     assert headline(prepared, asked.samples) == 50 == 100 * asked.metrics[spec.metric]
 
 
+@pytest.mark.slow
 def test_evaluating_local_data_uses_no_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

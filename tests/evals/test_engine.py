@@ -59,6 +59,7 @@ def one_by_one(model: Any) -> dict[int, Answer]:
     return ask(Engine(model, processor(), batch_size=1, share=False), questions())
 
 
+@pytest.mark.slow
 def test_reference_is_worth_comparing_with(one_by_one: dict[int, Answer]) -> None:
     assert len({answer.text for answer in one_by_one.values()}) > 20
     assert {answer.status for answer in one_by_one.values()} >= {"ok", "truncated"}
@@ -66,6 +67,7 @@ def test_reference_is_worth_comparing_with(one_by_one: dict[int, Answer]) -> Non
 
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("batch_size", [1, 8, 16, 64])
+@pytest.mark.slow
 def test_answers_equal_batch_one(
     model: Any, one_by_one: dict[int, Answer], batch_size: int, share: bool
 ) -> None:

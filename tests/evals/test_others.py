@@ -37,6 +37,7 @@ def go(model: Model, data: Path, results: Path, **options: Any) -> Any:
     return evaluate(model, settings)
 
 
+@pytest.mark.slow
 def test_a_stock_model_runs_through_our_store(data: Path, tmp_path: Path) -> None:
     tasks = ["mmbench_en", "scienceqa_img", "mmmu", "gqa"]
     run = go(StockModel("dummy", "response=A"), data, tmp_path, tasks=tasks)
@@ -91,6 +92,7 @@ def test_the_hybrid_of_equal_eyes_is_the_teacher(
         pd.testing.assert_frame_equal(switch.samples(task), plain.samples(task))
 
 
+@pytest.mark.slow
 def test_the_hybrid_sees_with_the_students_eyes(
     data: Path, checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -89,6 +89,7 @@ def test_the_profiles_are_those_that_are_promised() -> None:
 
 
 @pytest.mark.parametrize("task,profile", VARIANTS)
+@pytest.mark.slow
 def test_each_is_reached_by_name(
     task: str, profile: str, run_of: dict[tuple[str, str], Run]
 ) -> None:

@@ -65,6 +65,7 @@ def whole(checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
     return go(checkpoint, data, tmp_path_factory.mktemp("whole"))
 
 
+@pytest.mark.slow
 def test_a_run_holds_what_was_asked(whole: Run, checkpoint: Path) -> None:
     manifest = whole.manifest
     assert manifest.status == "complete", manifest.notes
@@ -116,6 +117,7 @@ def test_a_finished_run_is_returned_without_loading_the_model(
 
 
 @pytest.mark.parametrize("batch_size", [1, 8, 16])
+@pytest.mark.slow
 def test_batch_size_changes_nothing(
     batch_size: int, whole: Run, checkpoint: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -264,6 +266,7 @@ def test_another_chat_template_is_answered_anew(
     assert not before["answer"].equals(second.samples("gqa")["answer"])
 
 
+@pytest.mark.slow
 def test_a_prompt_template_stands_in_and_is_recorded(
     checkpoint: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -285,6 +288,7 @@ def test_a_prompt_template_stands_in_and_is_recorded(
     assert other.path != given.path
 
 
+@pytest.mark.slow
 def test_lineage_names_method_seed_and_role(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     run_folder = tmp_path / "switch-s1"
     folder = Path(shutil.copytree(checkpoint, run_folder / "final"))
@@ -301,6 +305,7 @@ def test_lineage_names_method_seed_and_role(checkpoint: Path, data: Path, tmp_pa
     assert (told.manifest.model.role, told.manifest.model.name) == ("baseline", "x y/z")
 
 
+@pytest.mark.slow
 def test_unreadable_pictures_make_a_run_unhealthy_and_are_tried_again(
     checkpoint: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -359,6 +364,7 @@ def test_scores_that_are_not_finite_are_failed_answers_with_their_reason(
     ]
 
 
+@pytest.mark.slow
 def test_the_quantized_model_is_a_run_beside_the_float_one(
     checkpoint: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -377,6 +383,7 @@ def test_the_quantized_model_is_a_run_beside_the_float_one(
         assert note.endswith(f"differ in quantization: none, {kind}.")
 
 
+@pytest.mark.slow
 def test_one_task_that_cannot_be_asked_does_not_cost_the_others(
     checkpoint: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -441,6 +448,7 @@ def flipped(data: Path, folder: Path) -> Path:
     return changed
 
 
+@pytest.mark.slow
 def test_changed_data_is_asked_again_as_a_new_run(
     checkpoint: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -88,6 +88,7 @@ def check(page: str) -> Checker:
     return checker
 
 
+@pytest.mark.slow
 def test_the_page_is_whole_and_loads_nothing(report: Path) -> None:
     page = text_of(report)
     checker = check(page)
@@ -229,6 +230,7 @@ def test_missing_benchmarks_and_nan(tmp_path: Path) -> None:
     json.loads((tmp_path / "out" / "leaderboard.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_names_in_every_script(tmp_path: Path) -> None:
     names = ["תלמיד מזוקק", "نموذج طالب", "蒸馏学生 0.5B", "étudiant", "学生", "e\u202evil"]
     for number, name in enumerate(names):
@@ -242,6 +244,7 @@ def test_names_in_every_script(tmp_path: Path) -> None:
     assert max(map(len, printed(tmp_path).splitlines())) <= 100
 
 
+@pytest.mark.slow
 def test_a_run_that_is_not_sound_is_marked_on_its_row(tmp_path: Path) -> None:
     add_run(tmp_path, Model("whole", "sft", "sft", 0.0, 0), tasks=("gqa",), units=5)
     run = add_run(tmp_path, Model("half", "kd", "kl", 0.0, 0), tasks=("gqa",), planned=TASKS)
@@ -273,6 +276,7 @@ def test_published_rows_stand_apart(report: Path) -> None:
     assert "Beside the paper" not in page
 
 
+@pytest.mark.slow
 def test_console_and_text_agree(demo: Path, tmp_path: Path) -> None:
     import io
 

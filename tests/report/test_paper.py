@@ -57,6 +57,7 @@ def numbers(text: str) -> dict[str, list[str]]:
     return rows
 
 
+@pytest.mark.slow
 def test_models_beside_each_other_where_benchmarks_are_many(results: Path) -> None:
     text = paper(results)
     rows = numbers(text)
@@ -84,6 +85,7 @@ def test_chosen_benchmarks_and_rows(results: Path) -> None:
     assert r"\mathbf" in text
 
 
+@pytest.mark.slow
 def test_the_caption_says_what_a_reviewer_asks(results: Path, wide: Path) -> None:
     caption = next(x for x in paper(results).splitlines() if "\\caption" in x)
     for word in ("Embedded mini world: not the real benchmarks", "MME 48", "GQA 192", "lmms-eval",
@@ -123,6 +125,7 @@ def test_it_compiles_and_fits_the_line(
     assert "Overfull \\hbox" not in done.stdout, done.stdout[-3000:]
 
 
+@pytest.mark.slow
 def test_a_name_that_is_not_there_is_refused(results: Path, tmp_path: Path) -> None:
     base = ["report", "--results", str(results), "--to", str(tmp_path / "out")]
     for words, said in (
@@ -140,6 +143,7 @@ def test_a_name_that_is_not_there_is_refused(results: Path, tmp_path: Path) -> N
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_full_table_says_what_bold_means_and_what_world_it_is(
     results: Path, tmp_path: Path
 ) -> None:

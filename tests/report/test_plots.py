@@ -25,6 +25,7 @@ def plots(tmp_path_factory: pytest.TempPathFactory) -> list[Plot]:
     return board_plots(relate(board, evidence), evidence, logs)
 
 
+@pytest.mark.slow
 def test_svg_parses_and_ids_do_not_meet_on_one_page(plots: list[Plot]) -> None:
     ids: list[str] = []
     for plot in plots:
@@ -54,6 +55,7 @@ def test_plots_are_small_enough_to_inline(plots: list[Plot]) -> None:
     assert sum(len(plot.svg) for plot in plots) < 600_000
 
 
+@pytest.mark.slow
 def test_a_board_without_relations_evidence_what_it_can(tmp_path: Path) -> None:
     add_run(tmp_path, Model("alone", "student", "", 0.4), tasks=("gqa", "mme"), units=4)
     board = load_board(tmp_path)
@@ -113,6 +115,7 @@ def drawn(board: Board, folder: Path) -> dict[str, Plot]:
     return found
 
 
+@pytest.mark.slow
 def test_every_method_is_in_the_forest_or_counted(tmp_path: Path) -> None:
     board = many(tmp_path / "results", 12)
     plots = drawn(board, tmp_path)

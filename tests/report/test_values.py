@@ -160,6 +160,7 @@ def markdown_rows(text: str) -> list[dict[str, str]]:
     return [dict(zip(cells[0], row, strict=True)) for row in cells[2:] if any(row[1:])]
 
 
+@pytest.mark.slow
 def test_markdown(results: Path, report: Path) -> None:
     truth = expected(results)
     rows = markdown_rows((report / "leaderboard.md").read_text(encoding="utf-8"))
@@ -215,6 +216,7 @@ def same(text: str | float | None, true: float | None, where: str) -> None:
         assert float(text) == pytest.approx(true, rel=1e-5), where  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_json(results: Path, report: Path) -> None:
     tables = json.loads((report / "leaderboard.json").read_text(encoding="utf-8"))["tables"]
     for table, mode in zip(tables[:3], ("scores", "differences", "retention"), strict=True):
@@ -261,6 +263,7 @@ def terminal_rows(text: str, heading: str) -> list[dict[str, str]]:
     return [dict(zip(heads, row, strict=True)) for row in rows if len(row) == len(heads) > 1]
 
 
+@pytest.mark.slow
 def test_terminal(results: Path) -> None:
     truth = expected(results)
     text = printed(results)
@@ -602,6 +605,7 @@ def command(*words: str, code: int | None = 0) -> str:
     return done.output
 
 
+@pytest.mark.slow
 def test_compare_on_the_terminal(results: Path) -> None:
     text = command("compare", BASELINE, CANDIDATE, "--results", str(results))
     rows = terminal_rows(text, "Benchmark")
@@ -689,6 +693,7 @@ def sides(results: Path, way: str) -> dict[str, tuple[float, float]]:
 
 
 @pytest.mark.parametrize("way", ["up", "down"])
+@pytest.mark.slow
 def test_check_on_the_terminal(results: Path, checked: dict[str, str], way: str) -> None:
     true = sides(results, way)
     rows = terminal_rows(checked[f"{way} terminal"], "Benchmark")

@@ -70,6 +70,7 @@ def test_another_seed_is_another_world() -> None:
     assert fingerprint("validation", 1) != fingerprint("validation", 0)
 
 
+@pytest.mark.slow
 def test_splits_share_no_scene() -> None:
     seen: dict[str, set[str]] = defaultdict(set)
     for kind in MAKERS:
@@ -156,6 +157,7 @@ def test_mmmu_has_one_to_three_pictures() -> None:
     assert {row["question_type"] for row in table} == {"multiple-choice", "open"}
 
 
+@pytest.mark.slow
 def test_parquet_files_decode_as_pictures(world: Path) -> None:
     for benchmark in (*BENCHMARKS, "gqa_images"):
         table = load(world, benchmark)
@@ -185,6 +187,7 @@ def _build(folder: str) -> None:
     build_world(Path(folder))
 
 
+@pytest.mark.slow
 def test_two_processes_and_a_second_call_leave_one_world(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     pair = [context.Process(target=_build, args=(str(tmp_path),)) for _ in range(2)]
