@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 # Tiny models are many times slower with several threads a process.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test quick docs newest lint format constraints clean
+.PHONY: demo test quick docs newest lint format example constraints clean
 
 demo: $(INSTALLED)
 	$(BIN)/kd-bench demo
@@ -52,6 +52,10 @@ newest:
 	build/newest/bin/pip install --quiet ".[all]"
 	build/newest/bin/kd-bench doctor --self-test
 
+# The page in the tree, rendered again from the store in the tree; a test compares the bytes.
+example: $(INSTALLED)
+	$(BIN)/kd-bench report --results results/example --to reports/example
+
 # Renew the pins from a fresh environment.
 constraints:
 	rm -rf build/constraints && $(PYTHON) -m venv build/constraints
@@ -60,4 +64,5 @@ constraints:
 	build/constraints/bin/pip freeze --exclude kd-bench > constraints.txt
 
 clean:
-	rm -rf $(VENV) build dist results checkpoints .pytest_cache .mypy_cache .ruff_cache
+	find results -mindepth 1 -maxdepth 1 ! -name README.md ! -name example -exec rm -rf {} +
+	rm -rf $(VENV) build dist checkpoints .pytest_cache .mypy_cache .ruff_cache
