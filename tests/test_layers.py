@@ -19,7 +19,6 @@ ORDER = [
     {"provenance"},
     {"world"},
     {"distill", "store"},
-    {"damage"},
     {"evals", "compare"},
     {"policy"},
     {"gate"},

@@ -105,8 +105,8 @@ def fsck(
     from rich.console import Console
     from rich.text import Text
 
-    from kd_bench.damage import examine
     from kd_bench.report.tables import clean
+    from kd_bench.store.damage import examine
 
     styles = {"damaged": "bold red", "unfinished": "yellow", "repaired": "green"}
     found = examine(results, repair=repair)

@@ -17,7 +17,7 @@ from kd_bench.store.catalogue import (
     shortcomings,
     suite_tasks,
 )
-from kd_bench.store.run import TOLERANCE, Run, held_run, open_run, wanted_run
+from kd_bench.store.run import TOLERANCE, Run, held_run, wanted_run
 
 __all__ = [
     "TOLERANCE",
@@ -34,7 +34,6 @@ __all__ = [
     "held_run",
     "list_runs",
     "missing_tasks",
-    "open_run",
     "runs_elsewhere",
     "set_baseline",
     "shortcomings",

@@ -410,7 +410,7 @@ def baseline_run(results: Path, name: str) -> Run:
             f"`kd-bench runs baseline set {name} RUN` sets it anew.",
         )
     run = Run(results / "runs" / entry.run)
-    if not _exists(run.path):
+    if not exists(run.path):
         raise UsageError(
             f"The baseline {name!r} stands for {entry.run}, which is not there.",
             f"Restore the run, or `kd-bench runs baseline set {name} RUN`.",
@@ -451,7 +451,8 @@ def _read_baselines(results: Path) -> dict[str, object]:
     return {str(key): value for key, value in read_yaml(path).items()} if path.exists() else {}
 
 
-def _exists(path: Path) -> bool:
+def exists(path: Path) -> bool:
+    """Whether something is there; no name that cannot be one is an error."""
     try:
         return path.exists()
     except OSError:  # a name too long for a file

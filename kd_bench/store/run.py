@@ -412,14 +412,6 @@ def held_run(results: Path, wanted: RunManifest) -> Iterator[Run]:
                 return
 
 
-def open_run(results: Path, model: ModelRef, protocol: Protocol, tasks: list[str]) -> Run:
-    """The run of this model under this protocol, begun; further tasks are added to a known one."""
-    wanted = wanted_run(model, protocol, tasks)
-    with held_run(results, wanted) as run:
-        run.begin(wanted)
-    return run
-
-
 def _place(results: Path, wanted: RunManifest) -> Run:
     """The folder that holds, or will hold, the results of this identity under this name."""
     tail = _tail_of(wanted)

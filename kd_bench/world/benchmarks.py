@@ -7,6 +7,7 @@ them; evaluation uses upstream's own code, and a test compares both.
 """
 
 import ast
+import re
 from collections import Counter
 from collections.abc import Callable
 from random import Random
@@ -56,15 +57,6 @@ def _position(scene: Scene, rng: Random) -> Pair:
     return (text, turned) if question.answer == "yes" else (turned, text)
 
 
-def _colour(scene: Scene, rng: Random) -> Pair:
-    question = ask(scene, rng, ("colour_of",))
-    if question is None:
-        return None
-    thing = question.english.removeprefix("What color is the ").removesuffix("?")
-    wrong = rng.choice(question.wrong[:3])
-    return f"Is the {thing} {question.answer}?", f"Is the {thing} {wrong}?"
-
-
 def _claimed(kinds: tuple[str, ...], text: str, offered: int | None = None) -> PairMaker:
     """The answer of a question, and one of its first `offered` wrong ones (0: the first)."""
 
@@ -73,8 +65,11 @@ def _claimed(kinds: tuple[str, ...], text: str, offered: int | None = None) -> P
         if question is None:
             return None
         wrong = question.wrong[0] if offered == 0 else rng.choice(question.wrong[:offered])
-        known = {"kind": question.kind, "asked": question.english.replace("What is", "Is")[:-1]}
-        return text.format(question.answer, **known), text.format(wrong, **known)
+        asked = re.sub("What( color)? is", "Is", question.english)[:-1]
+        yes, no = (
+            text.format(word, kind=question.kind, asked=asked) for word in (question.answer, wrong)
+        )
+        return yes, no
 
     return make
 
@@ -100,7 +95,7 @@ CATEGORIES: dict[str, PairMaker] = {
     "existence": _existence,
     "count": _count,
     "position": _position,
-    "color": _colour,
+    "color": _claimed(("colour_of",), "{asked} {}?", 3),
     "posters": _claimed(("word",), "Is this a poster of a {}?", 0),
     "celebrity": _claimed(("name_of",), "{asked} {}?"),
     "scene": _scene,

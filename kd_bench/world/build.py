@@ -36,53 +36,19 @@ TEACHER_FILES: Files = {
     "teacher/letters": {"letters": 10000},
     "teacher/captions": {"captions": 8000, "letters": 2000},
     "teacher/lists": {"shuffled": 11000, "shuffled_cn": 5500, "letters": 3000, "captions": 2000},
-    "teacher/glances": {
-        "glances": 8000,
-        "glances_cn": 3000,
-        "shuffled": 1500,
-        "shuffled_cn": 500,
-        "letters": 2000,
-    },
-    "teacher/claims": {
-        "claims": 6000,
-        "relations": 2500,
-        "glances": 2000,
-        "glances_cn": 500,
-        "shuffled": 500,
-        "letters": 1500,
-    },
-    "teacher/choices": {
-        "choices": 14000,
-        "claims": 1500,
-        "relations": 1500,
-        "glances": 1500,
-        "glances_cn": 500,
-        "letters": 2000,
-    },
-    "teacher/mixture": {
-        "pictures": 18500,
-        "several": 3000,
-        "hard_several": 6000,
-        "choices": 2000,
-        "hard_choices": 6500,
-        "rare": 5000,
-        "blurred": 3500,
-        "relations": 1500,
-        "shuffled": 1000,
-        "letters": 1000,
-    },
+    "teacher/glances": {"glances": 8000, "glances_cn": 3000, "shuffled": 1500, "shuffled_cn": 500,
+                        "letters": 2000},
+    "teacher/claims": {"claims": 6000, "relations": 2500, "glances": 2000, "glances_cn": 500,
+                       "shuffled": 500, "letters": 1500},
+    "teacher/choices": {"choices": 14000, "claims": 1500, "relations": 1500, "glances": 1500,
+                        "glances_cn": 500, "letters": 2000},
+    "teacher/mixture": {"pictures": 18500, "several": 3000, "hard_several": 6000, "choices": 2000,
+                        "hard_choices": 6500, "rare": 5000, "blurred": 3500, "relations": 1500,
+                        "shuffled": 1000, "letters": 1000},
     # More of what the mixture has not taught yet, by its validation scores.
-    "teacher/last": {
-        "pictures": 10000,
-        "rare": 8000,
-        "hard_several": 5000,
-        "hard_choices": 3500,
-        "blurred": 2000,
-        "relations": 500,
-        "shuffled": 500,
-        "letters": 500,
-    },
-}
+    "teacher/last": {"pictures": 10000, "rare": 8000, "hard_several": 5000, "hard_choices": 3500,
+                     "blurred": 2000, "relations": 500, "shuffled": 500, "letters": 500},
+}  # fmt: skip
 
 
 def build_world(folder: Path, seed: int = 0, *, teacher: bool = False, study: bool = False) -> None:
@@ -232,31 +198,25 @@ def _others(benchmark: str, rng: Random, split: str) -> list[Row]:
 
 def _number(benchmark: str, rows: list[Row], picture: int, question: int) -> list[Row]:
     """Give the rows of one question their ids, as upstream forms them."""
-    given: list[dict[str, Any]]
-    if benchmark in ("mmbench_en", "mmbench_cn"):
-        given = [{"index": row["index"] + question} for row in rows]
-    elif benchmark == "vqav2":
-        given = [{"image_id": picture, "question_id": picture * 1000 + question % 1000}]
-    elif benchmark == "gqa":
-        given = [{"id": f"{question:08d}"}]
-    elif benchmark == "mmmu":
-        given = [{"id": f"validation_{row['id']}_{question + 1}"} for row in rows]
-    elif benchmark == "textvqa":
-        given = [{"image_id": f"{picture:016x}", "question_id": question}]
-    elif benchmark == "vizwiz_vqa":
-        given = [{"question_id": f"VizWiz_val_{question:08d}"}]
-    elif benchmark == "pope":
-        given = [
-            {
+    numbered = []
+    for k, row in enumerate(rows):
+        ids: dict[str, dict[str, Any]] = {
+            "mmbench_en": {"index": row.get("index", 0) + question},
+            "mmbench_cn": {"index": row.get("index", 0) + question},
+            "vqav2": {"image_id": picture, "question_id": picture * 1000 + question % 1000},
+            "gqa": {"id": f"{question:08d}"},
+            "scienceqa_img": {},
+            "mmmu": {"id": f"validation_{row.get('id')}_{question + 1}"},
+            "textvqa": {"image_id": f"{picture:016x}", "question_id": question},
+            "vizwiz_vqa": {"question_id": f"VizWiz_val_{question:08d}"},
+            "pope": {
                 "id": str(picture * 6 + k),
                 "question_id": str(picture * 6 + k + 1),
                 "image_source": f"world_{picture:06d}",
-            }
-            for k in range(len(rows))
-        ]
-    else:
-        given = [{} for _ in rows]
-    return [row | ids for row, ids in zip(rows, given, strict=True)]
+            },
+        }
+        numbered.append(row | ids[benchmark])
+    return numbered
 
 
 def rows(benchmark: str, split: str, seed: int = 0) -> list[Row]:
@@ -278,27 +238,26 @@ def _features(benchmark: str, row: Row) -> Any:
     """Return the columns' types, as the upstream data set declares them."""
     from datasets import Features, Image, List, Value
 
-    special = {
+    text = Value("string")
+    known = {
         "index": Value("int64"),
-        "answers": List(Value("string")),
-        "choices": List(Value("string")),
-        "ocr_tokens": List(Value("string")),
+        "answers": List(text),
+        "choices": List(text),
+        "ocr_tokens": List(text),
         "isBalanced": Value("bool"),
+        **{f"image_{number}": Image() for number in range(1, 8)},
+        "image": Image(),
     }
-    types = {}
-    for key, value in row.items():
-        if key == "image" or (key.startswith("image_") and key[6:].isdigit()):
-            types[key] = Image()
-        elif key in special:
-            types[key] = special[key]
-        else:
-            types[key] = Value("int64" if isinstance(value, int) else "string")
     if benchmark == "vqav2":
-        answer = {"answer": Value("string"), "answer_confidence": Value("string")}
-        types["answers"] = [answer | {"answer_id": Value("int64")}]
+        known["answers"] = [
+            {"answer": text, "answer_confidence": text, "answer_id": Value("int64")}
+        ]
     if benchmark == "scienceqa_img":
-        types["answer"] = Value("int8")
-    return Features(types)
+        known["answer"] = Value("int8")
+    whole = Value("int64")
+    return Features(
+        {k: known.get(k) or (whole if isinstance(v, int) else text) for k, v in row.items()}
+    )
 
 
 def _write(path: Path, benchmark: str, table: list[Row]) -> None:

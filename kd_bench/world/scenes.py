@@ -61,7 +61,6 @@ ENGLISH = tuple(_ENGLISH.split())
 # --- scenes ---------------------------------------------------------------------------------------
 
 GRID = 2
-SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from kd_bench.evals.run import EvalSettings, evaluate
 from kd_bench.files import Journal, read_json, write_json
 from kd_bench.records import ModelRef, Protocol
 from kd_bench.stats import FEWEST_UNITS
-from kd_bench.store import Run, list_runs, open_run
+from kd_bench.store import Run, list_runs
 from tests.support.eval_world import TEN, save_talker, write_replicas
-from tests.support.report_store import written_elsewhere
+from tests.support.report_store import open_run, written_elsewhere
 from tests.support.torchrun import torchrun
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from kd_bench.damage import examine
 from kd_bench.errors import ExitCode, IncompleteRunError, UsageError
 from kd_bench.records import (
     SAMPLE_COLUMNS,
@@ -30,10 +29,10 @@ from kd_bench.store import (
     cautions,
     find_run,
     list_runs,
-    open_run,
     set_baseline,
 )
-from tests.support.report_store import written_elsewhere
+from kd_bench.store.damage import examine
+from tests.support.report_store import open_run, written_elsewhere
 
 MODEL = ModelRef("student", "kd", "checkpoints/student", "a" * 64, "switch-kd", 1)
 PROTOCOL = Protocol("mini", batch_size=8)

@@ -26,7 +26,7 @@ from kd_bench.records import (
     TaskResult,
 )
 from kd_bench.registry import load_task
-from kd_bench.store import Run
+from kd_bench.store import Run, held_run, wanted_run
 
 TASKS = (
     "mme",
@@ -277,6 +277,14 @@ def add_pictures(run: Run, tasks: Sequence[str] = TASKS, size: int = 32) -> None
 def with_status(run: Run, status: RunStatus) -> None:
     """Change a stored run's status."""
     run.write_manifest(replace(run.manifest, status=status))
+
+
+def open_run(results: Path, model: ModelRef, protocol: Protocol, tasks: list[str]) -> Run:
+    """The run of this model under this protocol, begun; further tasks are added to a known one."""
+    wanted = wanted_run(model, protocol, tasks)
+    with held_run(results, wanted) as run:
+        run.begin(wanted)
+    return run
 
 
 @contextmanager

@@ -11,12 +11,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from kd_bench.damage import Finding, examine
 from kd_bench.errors import IncompleteRunError, UsageError
 from kd_bench.records import Interval, ModelRef, Protocol, TaskResult, to_json
-from kd_bench.store import Run, open_run, set_baseline
+from kd_bench.store import Run, set_baseline
+from kd_bench.store.damage import Finding, examine
 from tests.compare.test_compare import samples
-from tests.support.report_store import written_elsewhere
+from tests.support.report_store import open_run, written_elsewhere
 
 SCORES = [1.0, 0.0, 1.0, 1.0]
 
