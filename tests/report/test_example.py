@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import kd_bench
-from kd_bench.damage import examine
 from kd_bench.report import render_report
+from kd_bench.store.damage import examine
 
 ROOT = Path(__file__).parents[2]
 STORE, PAGE = ROOT / "results" / "example", ROOT / "reports" / "example"
