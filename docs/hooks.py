@@ -314,6 +314,15 @@ def messages_of(title: str, page: str) -> list[Message]:
     raise KeyError(title)
 
 
+def _with_messages(part: str, page: str) -> str:
+    """An entry with the list of its messages behind its explanation; other parts as they are."""
+    if "<!-- messages: " not in part:
+        return part
+    title = part.split("\n", 1)[0].removeprefix("### ").strip()
+    text = re.sub(r"^<!-- messages: .+ -->\n", "", part, flags=re.M)
+    return f"{text.rstrip()}\n\n{_messages_list(title, page)}\n\n"
+
+
 def _messages_list(title: str, page: str) -> str:
     from kd_bench import errors
 
@@ -416,15 +425,9 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     def fill(match: re.Match[str]) -> str:
         return TABLES[match["table"]](*filter(None, [match["of"]]))
 
-    title = ""
-    lines = []
-    for line in markdown.split("\n"):
-        if line.startswith("### "):
-            title = line.removeprefix("### ").strip()
-        if line.startswith("<!-- messages: "):
-            line = _messages_list(title, markdown)
-        lines.append(line)
-    text = re.sub(r"<!-- needs: (.+?) -->", r"*Needs \1.*", "\n".join(lines))
+    parts = re.split(r"^(?=##)", markdown, flags=re.M)
+    markdown = "".join(_with_messages(part, markdown) for part in parts)
+    text = re.sub(r"<!-- needs: (.+?) -->", r"*Needs \1.*", markdown)
     text = re.sub(
         r"<!-- (?P<table>settings|methods|terms|layers)(?:: (?P<of>\w+))? -->", fill, text
     )
