@@ -360,7 +360,7 @@ def _map_plot(found: "pd.DataFrame") -> "Plot":
                 )  # fmt: skip
         grid[0][0].set_ylabel("Points above SFT")
         figure.supxlabel("Labelled conversations", fontsize=8.5)
-        legend(figure, grid[0][0])
+        legend(figure, *grid[0][0].get_legend_handles_labels())
         summary = (
             f"Points above SFT on the mean of ten, with 95 % intervals, in "
             f"{len(found.drop_duplicates(list(COLUMNS[:2])))} of {len(cells())} cells."

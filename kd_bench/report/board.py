@@ -7,7 +7,7 @@ here knows about tables, plots or HTML.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,8 @@ from kd_bench.registry import SKILLS, TaskSpec, load_tasks
 from kd_bench.store import Run, catalogue, cautions
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from kd_bench.compare.estimates import Claim
 
 
@@ -50,15 +52,6 @@ class TaskInfo:
     short: str
     group: str
     spec: TaskSpec | None = None
-
-    def aggregator(self, profile: str) -> str:
-        """Name of the aggregator that the score comes from under a protocol profile."""
-        if self.spec is None:
-            return "mean"
-        try:
-            return self.spec.profile(profile).aggregator or self.spec.aggregator
-        except UsageError:
-            return self.spec.aggregator
 
 
 @dataclass(frozen=True)
@@ -141,11 +134,6 @@ class Entry:
         return sum(totals) / len(totals) if totals else None
 
     @property
-    def seeds(self) -> tuple[int, ...]:
-        """Training seeds that are known."""
-        return tuple(m.model.seed for m in self.manifests if m.model.seed is not None)
-
-    @property
     def label(self) -> str:
         """The name with the number of seeds where there are several."""
         return f"{self.name} ({len(self.runs)} seeds)" if len(self.runs) > 1 else self.name
@@ -153,6 +141,18 @@ class Entry:
     def score(self, task: str) -> Score:
         """The score of a benchmark, or a missing one."""
         return self.scores.get(task, MISSING)
+
+    def samples(
+        self, task: str, columns: Sequence[str]
+    ) -> "Iterator[tuple[Run, TaskResult, pd.DataFrame]]":
+        """A benchmark's samples of every run; a damaged file costs its run, not the report."""
+        for run, results in zip(self.runs, self.results, strict=True):
+            if task in results:
+                try:
+                    frame = run.samples(task, columns)
+                except KdBenchError:
+                    continue
+                yield run, results[task], frame
 
 
 def _stages(manifest: RunManifest) -> list[dict[str, Any]]:
@@ -187,18 +187,12 @@ class Board:
 
         Models of one size cost the same: what differs among them is the noise of measuring.
         """
-
-        def size(cost: Cost) -> tuple[int | None, int | None]:
-            return cost.parameters, cost.weight_bytes
-
-        known = entry.cost.parameters is not None
-        runs = [
-            manifest.cost
-            for other in self.entries
-            for manifest in other.manifests
-            if (size(manifest.cost) == size(entry.cost) if known else other is entry)
-        ]
-        return sorted(float(v) for each in runs if (v := getattr(each, cost)) is not None)
+        like = entry.manifests
+        if (mine := entry.cost).parameters is not None:
+            every = (manifest for other in self.entries for manifest in other.manifests)
+            size = mine.parameters, mine.weight_bytes
+            like = tuple(m for m in every if (m.cost.parameters, m.cost.weight_bytes) == size)
+        return sorted(float(v) for m in like if (v := getattr(m.cost, cost)) is not None)
 
     @cached_property
     def colours(self) -> dict[str, int]:

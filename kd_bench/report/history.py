@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from kd_bench.compare.estimates import Evidence
+from kd_bench.compare.estimates import Estimate, Evidence
 from kd_bench.errors import UsageError
 from kd_bench.files import read_json
 from kd_bench.records import AVERAGE, Interval
@@ -197,7 +197,7 @@ class Step:
         line: what it is a point of: its method, or its name.
         average: mean of all benchmarks; None where it lacks one or had another protocol.
         baseline: folder name of the run that the baseline was then; empty for none.
-        change, change_interval: points beside that baseline, paired by sample.
+        change: points beside that baseline, paired by sample; None where it was another's.
     """
 
     when: datetime
@@ -207,8 +207,7 @@ class Step:
     average: float | None
     interval: Interval | None
     baseline: str
-    change: float | None
-    change_interval: Interval | None
+    change: Estimate | None
 
 
 def render_trend(
@@ -295,8 +294,7 @@ def _step(board: Board, evidence: Evidence, entry: Entry, baseline: str) -> Step
         average=score.value if score.known and score.comparable else None,
         interval=evidence.score(AVERAGE, mine).interval if known else None,
         baseline=baseline,
-        change=change.value if change else None,
-        change_interval=change.interval if change else None,
+        change=change,
     )
 
 
@@ -330,7 +328,7 @@ def _table(steps: Sequence[Step], board: Board) -> Table:
             step.name,
             name,
             Cell(step.average, None, step.interval),
-            Cell(step.change, None, step.change_interval),
+            Cell(step.change.value, None, step.change.interval) if step.change else None,
             "itself" if step.baseline == name else step.baseline or "none",
         )
         for step in steps

@@ -5,12 +5,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
-from kd_bench.aggregators import get_aggregator, unit_statistics
+from kd_bench.aggregators import unit_statistics
 from kd_bench.compare.estimates import Evidence, TaskEvidence
 from kd_bench.errors import KdBenchError
 from kd_bench.records import AVERAGE, Interval, RunManifest
 from kd_bench.report.board import ROLE_TITLES, Board, Entry, Score, TaskInfo
-from kd_bench.report.relations import SCORED, profile_of
+from kd_bench.report.relations import SCORED, aggregator_of
 from kd_bench.report.tables import (
     Cell,
     Column,
@@ -310,7 +310,7 @@ def _categories(board: Board, task: TaskInfo) -> Table | None:
     names = sorted(name for name in counts if name)
     if len(names) < 2:
         return None
-    aggregator = get_aggregator(task.aggregator(profile_of(board, task.id))).category
+    aggregator = aggregator_of(board, task).category
     evidence = Evidence(
         {name: subset for name in names if (subset := _subset(aggregator, frames, name))}
     )
@@ -337,15 +337,9 @@ def _frames(board: Board, task: str) -> "Iterator[tuple[str, pd.DataFrame]]":
     """Samples by run folder name, of the runs with the first one's documents."""
     documents: list[str] | None = None
     for entry in board.entries:
-        for run, results in zip(entry.runs, entry.results, strict=True):
-            if task not in results:
-                continue
-            try:
-                frame = run.samples(task, SCORED).sort_values("document_id", ignore_index=True)
-            except (KdBenchError, ValueError, KeyError, TypeError):
-                continue  # a damaged file costs its column, not the report
-            if documents is None:
-                documents = frame["document_id"].tolist()
+        for run, _, samples in entry.samples(task, SCORED):
+            frame = samples.sort_values("document_id", ignore_index=True)
+            documents = documents or frame["document_id"].tolist()
             if frame["document_id"].tolist() == documents:
                 yield run.path.name, frame
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from kd_bench.compare.estimates import Evidence
-from kd_bench.errors import KdBenchError
 from kd_bench.records import AVERAGE, Interval
 from kd_bench.report.board import Board, Entry, Score
 from kd_bench.report.relations import hybrid_gaps
@@ -92,9 +91,8 @@ def radar(board: Board) -> Plot | None:
     if len(groups) < 3 or not whole:
         return None
     figure, axes = canvas(WIDTH, 3.7)
-    axes.set_aspect("equal")
+    axes.set(aspect="equal", xlim=(-1.6, 1.6))  # room for the names beside the outer ring
     axes.axis("off")
-    axes.set_xlim(-1.6, 1.6)  # room for the names beside the outer ring
     low = max(0, 20 * math.floor((min(min(values) for _, values in whole) - 6) / 20))
     spokes = [2 * math.pi * place / len(groups) for place in range(len(groups))]
 
@@ -121,7 +119,8 @@ def radar(board: Board) -> Plot | None:
             linestyle=(0, (4, 2)) if entry.role in ("teacher", "switch") else "-",
             label=short(entry.name),
         )  # fmt: skip
-    legend(figure, axes, reverse=True)
+    handles, labels = axes.get_legend_handles_labels()
+    legend(figure, handles[::-1], labels[::-1])
     names = ", ".join(clean(entry.name) for entry, _ in whole)
     summary = f"Mean score in {len(groups)} skill groups of {names}."
     return to_plot(figure, "radar", "Skill groups", summary)
@@ -145,9 +144,7 @@ def bars(board: Board) -> Plot | None:
         for row, entry in enumerate(board.entries):
             _bar(axes, row, entry.score(task.id), series(board.colours[entry.key]))
         axes.set_yticks(range(count), names if place % columns == 0 else [""] * count, fontsize=8)
-        axes.set_ylim(count - 0.4, -0.6)
-        axes.set_xlim(0, 114)
-        axes.set_xticks([])
+        axes.set(xlim=(0, 114), ylim=(count - 0.4, -0.6), xticks=[])
         axes.spines["bottom"].set_visible(False)
         axes.axvline(0, color=GRID, linewidth=1)
         axes.grid(visible=False)
@@ -232,7 +229,7 @@ def _side_by_side(
     _benchmark_axis(axes, keys)
     axes.axvline(reference[0], color=INK, linewidth=0.9)
     axes.set_xlabel(reference[1])
-    legend(figure, axes)
+    legend(figure, *axes.get_legend_handles_labels())
     levels = {
         f"{100 * score.interval.level:g} %"
         for _, scores in every
@@ -289,7 +286,7 @@ def gaps(board: Board, evidence: Evidence) -> Plot | None:
     axes.axvline(0, color=INK, linewidth=0.9)
     axes.set_xlabel("Points")
     axes.spines["bottom"].set_color(GRID)
-    legend(figure, axes, columns=2)
+    legend(figure, *axes.get_legend_handles_labels(), columns=2)
     student, hybrid = clean(gap.student.name), clean(gap.hybrid.name)
     summary = (
         f"{hybrid} has the vision of {student} and the teacher's language model. "
@@ -388,8 +385,7 @@ def _pareto_panel(axes: Any, board: Board, points: Sequence[Point], title: str, 
             arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.5, "shrinkA": 1,
                         "shrinkB": 4} if far else None,
         )  # fmt: skip
-    axes.set_xlabel(title)
-    axes.set_ylabel(board.average_title)
+    axes.set(xlabel=title, ylabel=board.average_title)
     axes.xaxis.set_major_formatter(lambda value, _: format_number(value, kind))
     axes.xaxis.set_minor_formatter("")
     axes.tick_params(axis="y", labelcolor=MUTED)
@@ -448,12 +444,10 @@ def reliability(board: Board) -> Plot | None:
             color=series(number), marker=marker(number), markersize=3.8, linewidth=1.2,
             label=f"{short(entry.name)} ({bins.error:.1f})",
         )  # fmt: skip
-    axes.set_xlim(0, 101)
-    axes.set_ylim(0, 101)
-    axes.set_xlabel("Confidence of the first answer token, %")
-    axes.set_ylabel("Right answers, %")
+    axes.set(xlim=(0, 101), ylim=(0, 101))
+    axes.set(xlabel="Confidence of the first answer token, %", ylabel="Right answers, %")
     axes.tick_params(axis="y", labelcolor=MUTED)
-    legend(figure, axes)
+    legend(figure, *axes.get_legend_handles_labels())
     summary = (
         "A calibrated model lies on the dotted line; below it, it is too sure. "
         "In brackets: expected calibration error in points."
@@ -462,19 +456,12 @@ def reliability(board: Board) -> Plot | None:
 
 
 def _pooled(board: Board, entry: Entry) -> Reliability | None:
-    confidence, scores = [], []
-    for run, results in zip(entry.runs, entry.results, strict=True):
-        for task in board.tasks:
-            if task.id not in results:
-                continue
-            try:
-                frame = run.samples(task.id, ("answer_confidence", "score"))
-            except KdBenchError:
-                continue
-            stored = frame[frame["answer_confidence"].notna()]
-            confidence.append(stored["answer_confidence"].to_numpy(dtype=np.float64))
-            scores.append(stored["score"].to_numpy(dtype=np.float64))
-    return measure(np.concatenate(confidence), np.concatenate(scores)) if confidence else None
+    columns = ("answer_confidence", "score")
+    frames = [frame for task in board.tasks for *_, frame in entry.samples(task.id, columns)]
+    confidence, scores = (
+        [frame[column].to_numpy(dtype=np.float64) for frame in frames] for column in columns
+    )
+    return measure(np.concatenate(confidence), np.concatenate(scores)) if frames else None
 
 
 # --- curves of training --------------------------------------------------------------------------
@@ -553,10 +540,8 @@ def knees(curves: Sequence[Curve]) -> Plot | None:
             _, high = thin(log.steps, log.knees.get(f"knee_{side}_p90", ()))
             if low and len(low) == len(high):
                 axes.fill_between(low_x, low, high, color=series(number), alpha=0.1, linewidth=0)
-        axes.set_xlim(left=0)
-        axes.set_ylim(bottom=0)
+        axes.set(xlim=(0, None), ylim=(0, None), ylabel="logits above")
         axes.tick_params(axis="y", labelcolor=MUTED)
-        axes.set_ylabel("logits above")
     grid.flat[-1].set_xlabel("Step")
     _curve_legend(figure, curves)
     summary = (
@@ -570,7 +555,7 @@ def _curve_legend(figure: Any, curves: Sequence[Curve]) -> None:
     from matplotlib.lines import Line2D
 
     handles = {name: Line2D([], [], color=series(number)) for number, name, _ in curves}
-    legend(figure, None, handles=list(handles.values()), labels=list(handles))
+    legend(figure, list(handles.values()), list(handles))
 
 
 def thin(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
@@ -614,7 +599,7 @@ def trend(steps: "Sequence[Step]", moves: Sequence[tuple[datetime, str]]) -> Plo
     axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
     axes.tick_params(axis="y", labelcolor=MUTED)
     axes.set_ylabel("Average")
-    legend(figure, axes)
+    legend(figure, *axes.get_legend_handles_labels())
     summary = (
         f"Average of {len(shown)} runs by date, with 95 % intervals over samples. "
         f"Broken upright lines: the baseline moved ({len(moves)})."

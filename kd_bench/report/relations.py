@@ -11,13 +11,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kd_bench.aggregators import UnitStatistics, get_aggregator, unit_statistics
+from kd_bench.aggregators import Aggregator, get_aggregator, unit_statistics
 from kd_bench.compare.estimates import Estimate, Evidence, TaskEvidence, headline
-from kd_bench.errors import KdBenchError, UsageError, closest
+from kd_bench.errors import UsageError, closest
 from kd_bench.records import AVERAGE
 from kd_bench.report.board import MISSING, Board, Entry, Score, TaskInfo, load_board
 from kd_bench.stats import RESAMPLES
-from kd_bench.store import Run
 
 SCORED = ("document_id", "unit_id", "category", "target", "parsed", "score")
 # Stored samples that miss the stored score by more than this (points) are not resampled.
@@ -49,18 +48,19 @@ def read_evidence(board: Board, resamples: int = RESAMPLES) -> Evidence:
 def _task_evidence(board: Board, info: TaskInfo, resamples: int) -> TaskEvidence | None:
     """Evidence by run folder name; runs over other units than the first one's are left out."""
     task = info.id
-    aggregator = get_aggregator(info.aggregator(profile_of(board, task)))
+    aggregator = aggregator_of(board, info)
     by_run: dict[str, NDArray[np.float64]] = {}
     units: NDArray[np.object_] | None = None
     for entry in sorted(board.entries, key=_limited):  # a limited one sets no units for the others
         if not entry.score(task).comparable:
             continue
-        for run, results in zip(entry.runs, entry.results, strict=True):
-            statistics = _statistics(run, task, aggregator.name) if task in results else None
-            if statistics is None:
-                continue
+        for run, result, frame in entry.samples(task, SCORED):
+            try:
+                statistics = unit_statistics(aggregator.name, frame)
+            except (ValueError, KeyError, TypeError):
+                continue  # what cannot be scored costs the interval, not the report
             observed = float(aggregator.combine(statistics.values.sum(axis=0)))
-            if not abs(observed - results[task].score) <= AGREES:
+            if not abs(observed - result.score) <= AGREES:
                 continue
             if units is None:
                 units = statistics.units
@@ -72,20 +72,16 @@ def _task_evidence(board: Board, info: TaskInfo, resamples: int) -> TaskEvidence
     return TaskEvidence.of(aggregator.name, units, by_run, resamples)
 
 
-def _statistics(run: Run, task: str, aggregator: str) -> UnitStatistics | None:
+def aggregator_of(board: Board, task: TaskInfo) -> Aggregator:
+    """The rule that a benchmark's scores come from, in the profile of the first run that has it."""
+    if task.spec is None:
+        return get_aggregator("mean")
+    found = (r[task.id].profile for e in board.entries for r in e.results if task.id in r)
     try:
-        return unit_statistics(aggregator, run.samples(task, SCORED))
-    except (KdBenchError, ValueError, KeyError, TypeError):
-        return None  # a damaged file costs the interval, not the report
-
-
-def profile_of(board: Board, task: str) -> str:
-    """The protocol profile that the first run with this benchmark has."""
-    for entry in board.entries:
-        for results in entry.results:
-            if task in results:
-                return results[task].profile
-    return "default"
+        variant = task.spec.profile(next(found, None))
+    except UsageError:  # a profile that the benchmark had once
+        return get_aggregator(task.spec.aggregator)
+    return get_aggregator(variant.aggregator or task.spec.aggregator)
 
 
 # --- relations ---------------------------------------------------------------------------------

@@ -86,24 +86,11 @@ def canvas(width: float, height: float, rows: int = 0, columns: int = 0) -> tupl
     engine = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.03, wspace=0.03, hspace=0.03)
     figure = Figure(figsize=(width, height), layout=engine)
     FigureCanvasSVG(figure)
-    if rows:
-        return figure, figure.subplots(rows, columns, squeeze=False)
-    return figure, figure.subplots()
+    return figure, figure.subplots(rows or 1, columns or 1, squeeze=not rows)
 
 
-def legend(
-    figure: Any,
-    axes: Any,
-    columns: int = 3,
-    reverse: bool = False,
-    handles: list[Any] | None = None,
-    labels: list[str] | None = None,
-) -> None:
+def legend(figure: Any, handles: list[Any], labels: list[str], *, columns: int = 3) -> None:
     """Names above the plot, left-aligned; the figure grows by their lines."""
-    if handles is None or labels is None:
-        handles, labels = axes.get_legend_handles_labels()
-    if reverse:
-        handles, labels = handles[::-1], labels[::-1]
     figure.set_figheight(figure.get_figheight() + 0.18 * -(-len(labels) // columns) + 0.1)
     figure.legend(
         handles, labels, loc="outside upper left", ncols=columns, borderpad=0.1, borderaxespad=0.2,
@@ -173,7 +160,6 @@ def plotting() -> Iterator[None]:
         "axes.spines.left": False,
         "axes.grid": True,
         "axes.axisbelow": True,
-        "axes.unicode_minus": True,
         "figure.facecolor": "none",
         "grid.color": GRID,
         "grid.linewidth": 0.7,
@@ -187,10 +173,7 @@ def plotting() -> Iterator[None]:
         "ytick.major.size": 0,
         "legend.frameon": False,
         "legend.fontsize": 8.5,
-        "lines.linewidth": 1.5,
-        "text.usetex": False,
         "text.parse_math": False,
-        "path.simplify": True,
     }
     with mpl.rc_context():
         mpl.rcdefaults()

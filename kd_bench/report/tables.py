@@ -132,10 +132,6 @@ class Table:
     warning: str = ""
     legend: str = ""
 
-    def column(self, key: str) -> int:
-        """The place of a column."""
-        return next(i for i, column in enumerate(self.columns) if column.key == key)
-
 
 def note_numbers(notes: tuple[int, ...]) -> str:
     """` (1) (2)` for notes 0 and 1."""

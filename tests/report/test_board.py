@@ -26,7 +26,8 @@ def test_seeds_of_a_method_fold_into_mean_and_spread(tmp_path: Path) -> None:
     spread = math.sqrt(sum((s - mean) ** 2 for s in scores) / 2)
     assert entry.score("gqa").spread == pytest.approx(spread)
     assert entry.score("gqa").seeds == tuple(scores)
-    assert (entry.seeds, entry.label) == ((0, 1, 2), "SFT (3 seeds)")
+    assert [manifest.model.seed for manifest in entry.manifests] == [0, 1, 2]
+    assert entry.label == "SFT (3 seeds)"
 
 
 def test_one_run_has_no_spread(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def test_equal_models_stand_at_one_latency_with_its_range(tmp_path: Path) -> Non
         ((start, end),) = panel.lines(point.color)
         assert (panel.x(start[0]), panel.x(end[0])) == pytest.approx((8.7, 13.7), abs=0.05)
     table = leaderboard(board)
-    latency = table.column("latency_ms")
+    latency = [column.key for column in table.columns].index("latency_ms")
     assert {row.cells[latency].interval.low for row in table.rows} == {8.7}  # type: ignore[union-attr]
 
 
