@@ -138,6 +138,13 @@ class Entry:
         """The name with the number of seeds where there are several."""
         return f"{self.name} ({len(self.runs)} seeds)" if len(self.runs) > 1 else self.name
 
+    @property
+    def status(self) -> str:
+        """The worst status among the runs, `check` where only answers failed."""
+        found = {manifest.status for manifest in self.manifests}
+        order = ("unhealthy", "partial", "running")
+        return next((status for status in order if status in found), "check")
+
     def score(self, task: str) -> Score:
         """The score of a benchmark, or a missing one."""
         return self.scores.get(task, MISSING)
@@ -427,16 +434,12 @@ def _fold_scores(
             marks.append(f"{rate:.1%} {kind}")
     return Score(
         value=sum(values) / len(values),
-        spread=_spread(values),
+        spread=stdev(values) if len(values) > 1 else None,
         interval=found[0].interval if len(results) == 1 else None,
         documents=found[0].documents,
         marks=tuple(marks),
         seeds=tuple(r.score if r else float("nan") for r in results),
     )
-
-
-def _spread(values: Sequence[float]) -> float | None:
-    return stdev(values) if len(values) > 1 else None
 
 
 def average(scores: list[Score]) -> Score:
@@ -452,7 +455,7 @@ def average(scores: list[Score]) -> Score:
     whole = [value for value in seeds if math.isfinite(value)]
     return Score(
         value=sum(score.value for score in scores) / len(scores),
-        spread=_spread(whole),
+        spread=stdev(whole) if len(whole) > 1 else None,
         documents=sum(score.documents for score in scores),
         seeds=seeds,
     )

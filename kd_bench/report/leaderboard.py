@@ -175,16 +175,9 @@ def _rows(board: Board, columns: Sequence[Column], mode: Mode, notes: Notes) -> 
         if role == "sft" and board.floor is not None and entry.key != board.floor.key:
             section, role = "SFT, not the floor", "sft-other"  # the page filters them apart
         cells = tuple(_cell(board, entry, column, mode, notes) for column in columns)
-        flag = status_of(entry) if entry.health else ""
+        flag = entry.status if entry.health else ""
         rows.append(Row(entry.key, cells, section, role, board.colours[entry.key], flag))
     return tuple(rows)
-
-
-def status_of(entry: Entry) -> str:
-    """The worst status among an entry's runs, `check` where only answers failed."""
-    order = ("unhealthy", "partial", "running")
-    found = [s for s in order if any(m.status == s for m in entry.manifests)]
-    return found[0] if found else "check"
 
 
 def _cell(board: Board, entry: Entry, column: Column, mode: Mode, notes: Notes) -> Cell:

@@ -22,7 +22,6 @@ from kd_bench.report.leaderboard import (
     category_tables,
     interval_text,
     leaderboard,
-    status_of,
 )
 from kd_bench.report.papers import paper_table, published_tables, to_whole
 from kd_bench.report.plots import Logs, board_plots
@@ -57,9 +56,9 @@ CHROME_DARK = {
     "right": "#2fc59a", "wrong": "#f0803c",
 }  # fmt: skip
 EMPTY: dict[str, Any] = {
-    "mini": False, "title": "", "eyebrow": "", "lead": [], "figures": [], "warnings": [],
+    "mini": False, "title": "", "eyebrow": "", "lead": [], "figures": [], "unhealthy": [],
     "rows": False, "categories": [], "samples_json": None,
-    "published": None, "runs": [], "trend": None, "left_out": [], "downloads": [],
+    "published": [], "runs": [], "trend": None, "left_out": [], "downloads": [],
 }  # fmt: skip
 
 PlotSection = tuple[str, str, str, tuple[str, ...]]
@@ -124,6 +123,7 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
     )
     environment.filters["clean"] = clean
+    environment.filters["series"] = css_series
     environment.filters["html"] = lambda table: Markup(to_html(table))
     environment.filters["clean_lines"] = lambda text: "\n".join(map(clean, text.splitlines()))
     return environment
@@ -180,6 +180,7 @@ def render(
     chosen = choose_samples(board)
     tables = {mode: leaderboard(board, mode) for mode, _ in MODES}
     table, categories = tables["scores"], category_tables(board)
+    first, related = published_tables()
     files = dict(zip(TABLES, (to_markdown(table), to_csv(table), to_whole(board, table),
                               to_json_text(list(tables.values()))), strict=True))  # fmt: skip
     downloads = list(TABLES.items())
@@ -196,18 +197,23 @@ def render(
         downloads.append(("samples.parquet", f"all {rows:,} samples of every model"))
     context = {
         **head(board),
-        "caption": _caption(board),
-        "legend": _legend(board, table),
+        "board": board,
+        "seeds": {len(entry.runs) for entry in board.entries},
         "modes": MODES if board.floor and board.teacher else MODES[:1],
         "roles": list(dict.fromkeys((row.role, clean(row.section)) for row in table.rows)),
         "table": table,
         "column_groups": column_groups(table),
-        "row_sections": _row_sections(tables),
+        "row_sections": list(sections(table)),
+        "faces": {
+            stack[0].key: [_faces(tables, stack, place) for place in range(1, len(table.columns))]
+            for stack in zip(*(each.rows for each in tables.values()), strict=True)
+        },
         "rows": bool(table.rows),
         "categories": categories,
         "samples_json": Markup(embed_json(chosen)) if chosen else None,
         "sample_count": len(chosen["samples"]) if chosen else 0,
-        "published": _published(board),
+        "published": [each for each in (paper_table(board), first) if each] if first else [],
+        "related": related,
         "runs": [run for entry in board.entries for run in _runs(board, entry)],
         "left_out": [clean(line) for line in board.left_out],
         "downloads": downloads,
@@ -216,28 +222,6 @@ def render(
 
 
 # --- the leaderboard ---------------------------------------------------------------------------
-
-
-def _row_sections(tables: dict[Mode, Table]) -> list[dict[str, Any]]:
-    """The rows of the tables over each other, under their headings."""
-    table, places = tables["scores"], range(1, len(tables["scores"].columns))
-    stacks = zip(*(each.rows for each in tables.values()), strict=True)
-    by_key = {stack[0].key: stack for stack in stacks}
-    return [
-        {
-            "title": clean(title),
-            "rows": [
-                {
-                    "row": row,
-                    "name": row.cells[0],
-                    "color": css_series(row.series or 0),
-                    "cells": [_faces(tables, by_key[row.key], place) for place in places],
-                }
-                for row in rows
-            ],
-        }
-        for title, rows in sections(table)
-    ]
 
 
 def _faces(tables: dict[Mode, Table], stack: tuple[Row, ...], place: int) -> list[dict[str, Any]]:
@@ -301,14 +285,7 @@ def head(board: Board) -> dict[str, Any]:
         "eyebrow": eyebrow,
         "lead": lead,
         "figures": _figures(board, subject),
-        "warnings": [
-            {
-                "head": f"{clean(entry.name)}: {status_of(entry)}.",
-                "text": "; ".join(map(clean, entry.health)),
-            }
-            for entry in board.entries
-            if entry.health
-        ],
+        "unhealthy": [entry for entry in board.entries if entry.health],
     }
 
 
@@ -389,48 +366,7 @@ def _figures(board: Board, subject: Entry | None) -> list[dict[str, str]]:
     ]
 
 
-def _caption(board: Board) -> str:
-    lines = [f"All scores on a 0 to 100 scale; {board.average_title} is their mean."]
-    if board.floor is not None:
-        lines.append("Δ SFT: points above plain fine-tuning.")
-    if board.teacher is not None:
-        lines.append(
-            "Retention: share of the teacher's score. "
-            "Gap closed: share of the way from SFT to the teacher."
-        )
-    return " ".join(lines)
-
-
-def _legend(board: Board, table: Table) -> str:
-    lines = [table.legend.format(second="underlined")]
-    lines.append("Point at a number for its interval, sample count and protocol.")
-    if any(len(entry.runs) > 1 for entry in board.entries):
-        lines.append("± is the spread over training seeds, apart from the sampling interval.")
-    if any(len(entry.runs) == 1 for entry in board.entries):
-        lines.append(
-            "A row of one seed has the interval of its samples in that place; training noise is "
-            "unknown."
-        )
-    return " ".join(line for line in lines if line)
-
-
-# --- published numbers and runs ------------------------------------------------------------------
-
-
-def _published(board: Board) -> dict[str, Any] | None:
-    main, rest = published_tables()
-    if main is None:
-        return None
-    intro = (
-        "From the papers and their repositories, as they stand there; "
-        "never mixed with the rows above."
-    )
-    if board.mini:
-        intro += (
-            " The scores above are of the embedded mini world and cannot be compared with these."
-        )
-    tables = [table for table in (paper_table(board), main) if table]
-    return {"intro": intro, "tables": tables, "folded": [rest] if rest else []}
+# --- runs ----------------------------------------------------------------------------------------
 
 
 def _runs(board: Board, entry: Entry) -> list[dict[str, Any]]:

@@ -211,12 +211,12 @@ def test_an_unsound_seed_stands_beside_the_mean(tmp_path: Path, status: str) -> 
     with_status(runs[2], status)  # type: ignore[arg-type]
     board = load_board(tmp_path)
     mean, beside = sorted(board.entries, key=lambda entry: -len(entry.runs))
-    assert mean.seeds == (0, 1)
+    assert [manifest.model.seed for manifest in mean.manifests] == [0, 1]
     assert mean.score("gqa").value == sum(r.result("gqa").score for r in runs[:2]) / 2
     assert (beside.name, bool(beside.health)) == ("sft-2", True)
     related = relate(board, read_evidence(board, 50))
     assert related.floor is not None
-    assert related.floor.seeds == (0, 1)
+    assert [manifest.model.seed for manifest in related.floor.manifests] == [0, 1]
     headings = {row.key: row.section for row in leaderboard(related).rows}
     assert headings == {mean.key: "SFT (floor)", beside.key: "SFT, not the floor"}
 
