@@ -1,7 +1,7 @@
 """One look for every plot: colours by meaning, resolved by the page's light or dark theme.
 
 Plots are drawn in the colours of the light theme, no two of which are equal; in the SVG these
-become CSS variables, so that one picture serves light, dark and print. The first series colours are
+become CSS variables, so that one file serves light, dark and print. The first series colours are
 those of Okabe and Ito (2008), which people with the common forms of colour blindness can tell
 apart, the further ones Tol's (2021); markers differ as well, and no two of a hundred series share
 both.
@@ -47,7 +47,7 @@ _MARKERS = ("s", "X", "o", "^", "D", "v", "P", "<", ">", "p", "d")
 
 @dataclass(frozen=True)
 class Plot:
-    """An SVG picture with the words that stand for it.
+    """A drawing with the words that stand for it.
 
     Attributes:
         name: file name and id prefix.

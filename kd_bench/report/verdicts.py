@@ -76,7 +76,7 @@ def _against_first(comparison: Comparison, number: int) -> Table:
         (*(row(*each) for each in found), row(AVERAGE, comparison.average, average, "all")),
         caption="Points on the 0-100 scale, 95 % intervals of each paired difference alone; p "
         "after Holm over the benchmarks; detectable: the smallest true difference that this test "
-        "finds four times in five after Holm; units: pictures, pairs, groups or documents.",
+        "finds four times in five after Holm; units: images, pairs, groups or documents.",
         notes=(*comparison.warnings, *comparison.notes, *few),
     )
 
@@ -111,7 +111,7 @@ def _measured(relation: Relation) -> str:
 
 def flip_table(flips: Sequence[Flip], task: str, names: tuple[str, str]) -> Table:
     """Documents whose score changed, broken ones first."""
-    columns = ("Change", "Question", "Target", *names, "Picture")
+    columns = ("Change", "Question", "Target", *names, "Image")
     return Table(
         f"{task}: {len(flips)} samples changed",
         tuple(Column(str(number), title, "text") for number, title in enumerate(columns)),
@@ -238,7 +238,7 @@ def verdict_table(report: GateReport) -> Table:
         columns,
         rows,
         caption="Points on the 0-100 scale. Decided by: the interval of the paired difference, or "
-        "its lower bound, at the level that Holm gave this test. Units: pictures, pairs, groups or "
+        "its lower bound, at the level that Holm gave this test. Units: images, pairs, groups or "
         "documents.",
         notes=(report.statement, *report.warnings, *explained, *rules, *report.notes,
                report.policy_line),

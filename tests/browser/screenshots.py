@@ -1,4 +1,4 @@
-"""Pictures of a report for the README: `python -m tests.browser.screenshots PAGE FOLDER`.
+"""Screenshots of a report for the README: `python -m tests.browser.screenshots PAGE FOLDER`.
 
 Writes the head of the page at 1400 and 390 pixels, light and dark, and each section at 1400.
 """
@@ -13,7 +13,7 @@ VIEWS = {"light-1400": (1400, "light"), "dark-1400": (1400, "dark"), "light-390"
 
 
 def take(page_path: Path, folder: Path) -> list[Path]:
-    """Take all pictures; returns their paths."""
+    """Take all of them; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     taken = []
     with sync_playwright() as driver:

@@ -237,7 +237,7 @@ def test_what_a_model_says_stays_text(opened: Opened) -> None:
     assert page.title() != "owned"
 
 
-def test_pictures_are_shown(opened: Opened) -> None:
+def test_images_are_shown(opened: Opened) -> None:
     page = opened.page
     image = page.locator("#card img")
     image.wait_for()

@@ -1,4 +1,4 @@
-"""Which samples a page keeps, and that pictures come only from the run's own folder."""
+"""Which samples a page keeps, and that images come only from the run's own folder."""
 
 import json
 from pathlib import Path
@@ -87,7 +87,7 @@ def test_embedded_json_cannot_leave_its_element(text: str) -> None:
     assert json.loads(encoded) == {"t": text + "</script><!--"}
 
 
-def test_pictures_are_found_by_digest(tmp_path: Path) -> None:
+def test_images_are_found_by_digest(tmp_path: Path) -> None:
     run = add_run(tmp_path, Model("a", "sft", "sft", 0.0, 0), tasks=("gqa",), units=4)
     add_pictures(run, ("gqa",), size=32)
     found = choose_samples(load_board(tmp_path))
@@ -110,7 +110,7 @@ def test_a_digest_that_is_none_names_no_file(tmp_path: Path, digest: str) -> Non
     assert found["images"] == {}
 
 
-def test_broken_and_huge_pictures_are_left_out(tmp_path: Path) -> None:
+def test_broken_and_huge_images_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n torn")
     assert thumbnail(tmp_path / "torn.png", 64, 80) == ""
     Image.new("1", (9_000, 9_000)).save(tmp_path / "huge.png")
@@ -119,7 +119,7 @@ def test_broken_and_huge_pictures_are_left_out(tmp_path: Path) -> None:
     assert thumbnail(tmp_path / "disguised.png", 64, 80) == ""
 
 
-def test_large_pictures_become_small_jpegs(tmp_path: Path) -> None:
+def test_large_images_become_small_jpegs(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (400, 600, 3)).astype(np.uint8)
     Image.fromarray(noise).save(tmp_path / "photo.png")
     uri = thumbnail(tmp_path / "photo.png", 192, 82)

@@ -660,7 +660,7 @@ def test_flips_stand_in_their_columns(results: Path) -> None:
         assert flip["other_answer"] == other["answer"][question]
         better = other["score"][question] > one["score"][question]
         assert flip["change"] == ("fixed" if better else "broken")
-    text = command(*words).replace("Picture", "")  # nothing is stored there
+    text = command(*words).replace("Image", "")  # nothing is stored there
     rows = terminal_rows(text, BASELINE)
     assert len(rows) == len(flips)
     for row in rows:

@@ -185,11 +185,11 @@
     $("#counts").textContent = `Of ${total.toLocaleString("en")} samples in ${where}, ${data.models[b].name} does better on ${fixed.toLocaleString("en")} and worse on ${broken.toLocaleString("en")}. Stored here and fitting: ${chosen.length}.`;
   };
   const word = (score) => score === null ? ["", "not measured"] : score >= 1 ? ["right", "right"] : score > 0 ? ["partly", `${Math.round(score * 100)} %`] : ["wrong", "wrong"];
-  const picture = (sample) => {
+  const thumbnail = (sample) => {
     const source = data.images[sample.i];
-    const frame = element("div", { className: "picture" });
-    if (!source) { frame.textContent = "picture not stored"; return frame; }
-    const image = element("img", { src: source, alt: "The picture of the question" });
+    const frame = element("div", { className: "image" });
+    if (!source) { frame.textContent = "image not stored"; return frame; }
+    const image = element("img", { src: source, alt: "The image of the question" });
     image.addEventListener("load", () => image.classList.toggle("tiny", image.naturalWidth < 120));
     frame.append(image);
     return frame;
@@ -218,7 +218,7 @@
     });
     const head = element("thead", {}, element("tr", {}, ...["Model", "Answer", "Score"].map((text) => element("th", { scope: "col", textContent: text }))));
     const where = [data.tasks[sample.t].name, sample.c, sample.d].filter(Boolean).join(" / ");
-    card.replaceChildren(picture(sample), element("div", {},
+    card.replaceChildren(thumbnail(sample), element("div", {},
       element("p", { className: "where", textContent: where }),
       element("p", { className: "question", dir: "auto", textContent: sample.q }),
       element("p", { className: "target" }, "Target: ", element("b", { dir: "auto", textContent: sample.y })),
