@@ -1,16 +1,12 @@
-"""Tables of measured rows: leaderboard, scores by category, and the runs of a store."""
+"""Tables of measured rows: the leaderboard in three views, and the runs of a store."""
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
-from kd_bench.aggregators import unit_statistics
-from kd_bench.compare.estimates import Evidence, TaskEvidence
 from kd_bench.errors import KdBenchError
 from kd_bench.records import AVERAGE, Interval, RunManifest
-from kd_bench.report.board import ROLE_TITLES, Board, Entry, Score, TaskInfo
-from kd_bench.report.relations import SCORED, aggregator_of
+from kd_bench.report.board import ROLE_TITLES, Board, Entry, Score
 from kd_bench.report.tables import (
     Cell,
     Column,
@@ -25,7 +21,7 @@ from kd_bench.report.tables import (
 from kd_bench.store import Catalogue, Run, missing_tasks
 
 if TYPE_CHECKING:
-    import pandas as pd
+    pass
 
 Mode = Literal["scores", "differences", "retention"]
 MODES: tuple[tuple[Mode, str], ...] = (
@@ -281,73 +277,6 @@ def _protocol(entry: Entry, key: str) -> list[str]:
         f"protocol {clean(first.fingerprint)[:8]}, {first.units:,} units",
     ]
     return lines + [f"{rate:.1%} {kind}" for kind, rate in sorted(first.rates.items()) if rate > 0]
-
-
-# --- categories ----------------------------------------------------------------------------------
-
-RESAMPLES = 2_000  # categories are many and small: enough draws for a 95 % interval
-
-
-def category_tables(board: Board) -> list[Table]:
-    """A table for each benchmark that has at least two named subsets; scores as it scores them.
-
-    One row a subset, one column a model.
-    """
-    return [table for task in board.tasks if (table := _categories(board, task)) is not None]
-
-
-def _categories(board: Board, task: TaskInfo) -> Table | None:
-    frames = dict(_frames(board, task.id))
-    first = next(iter(frames.values()), None)
-    counts: Counter[str] = Counter(() if first is None else first["category"].astype(str))
-    names = sorted(name for name in counts if name)
-    if len(names) < 2:
-        return None
-    aggregator = aggregator_of(board, task).category
-    evidence = Evidence(
-        {name: subset for name in names if (subset := _subset(aggregator, frames, name))}
-    )
-    entries = [e for e in board.entries if any(run.path.name in frames for run in e.runs)]
-    columns = (
-        Column("category", "Category", "text"),
-        Column("n", "n", "rank"),
-        *(Column(e.key, e.name, "score", interval=True) for e in entries),
-    )
-
-    def cell(entry: Entry, name: str) -> Cell:
-        group = [run.path.name for run in entry.runs]
-        if not entry.score(task.id).comparable or not evidence.has(name, group):
-            return Cell()
-        found, scores = evidence.score(name, group), evidence.scores(name, group)
-        spread = float(scores.std(ddof=1)) if len(scores) > 1 else None
-        return Cell(found.value, spread, found.interval)
-
-    rows = (Row.of(n, n, counts[n], *(cell(entry, n) for entry in entries)) for n in names)
-    return Table(f"{clean(task.title)} by category", columns, tuple(rows))
-
-
-def _frames(board: Board, task: str) -> "Iterator[tuple[str, pd.DataFrame]]":
-    """Samples by run folder name, of the runs with the first one's documents."""
-    documents: list[str] | None = None
-    for entry in board.entries:
-        for run, _, samples in entry.samples(task, SCORED):
-            frame = samples.sort_values("document_id", ignore_index=True)
-            documents = documents or frame["document_id"].tolist()
-            if frame["document_id"].tolist() == documents:
-                yield run.path.name, frame
-
-
-def _subset(aggregator: str, frames: "dict[str, pd.DataFrame]", name: str) -> TaskEvidence | None:
-    try:
-        found = {
-            run: unit_statistics(aggregator, frame[frame["category"].astype(str) == name])
-            for run, frame in frames.items()
-        }
-        units = next(iter(found.values())).units
-        values = {run: each.values for run, each in found.items()}
-        return TaskEvidence.of(aggregator, units, values, RESAMPLES)
-    except (ValueError, KeyError, TypeError):
-        return None  # a subset that this benchmark's rule cannot score alone
 
 
 # --- runs of a store -----------------------------------------------------------------------------

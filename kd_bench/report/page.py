@@ -19,12 +19,12 @@ from kd_bench.report.board import Board, Entry, Score
 from kd_bench.report.leaderboard import (
     MODES,
     Mode,
-    category_tables,
     interval_text,
     leaderboard,
 )
 from kd_bench.report.papers import paper_table, published_tables, to_whole
 from kd_bench.report.plots import Logs, board_plots
+from kd_bench.report.relations import category_tables
 from kd_bench.report.samples import choose_samples, embed_json, write_samples
 from kd_bench.report.style import DARK, LIGHT, Plot, css_series, variables
 from kd_bench.report.tables import (

@@ -1,14 +1,16 @@
-"""How the rows of a board relate: intervals, ranks, differences, retention, gaps, the headline.
+"""How a board's rows relate: intervals, ranks, differences, retention, gaps, headline, categories.
 
 All of them are asked of the one estimator, `compare.estimates`; here is only which runs of the
 board it may be asked about.
 """
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from kd_bench.aggregators import Aggregator, get_aggregator, unit_statistics
@@ -16,6 +18,7 @@ from kd_bench.compare.estimates import Estimate, Evidence, TaskEvidence, headlin
 from kd_bench.errors import UsageError, closest
 from kd_bench.records import AVERAGE
 from kd_bench.report.board import MISSING, Board, Entry, Score, TaskInfo, load_board
+from kd_bench.report.tables import Cell, Column, Row, Table, clean
 from kd_bench.stats import RESAMPLES
 
 SCORED = ("document_id", "unit_id", "category", "target", "parsed", "score")
@@ -284,3 +287,70 @@ def _student_of(board: Board, hybrid: Entry) -> Entry | None:
         students = [e for e in board.students if e.role == "kd"]
         return students[0] if len(students) == 1 else None
     return students[0]
+
+
+# --- categories ----------------------------------------------------------------------------------
+
+CATEGORY_RESAMPLES = 2_000  # categories are many and small: enough draws for a 95 % interval
+
+
+def category_tables(board: Board) -> list[Table]:
+    """A table for each benchmark that has at least two named subsets; scores as it scores them.
+
+    One row a subset, one column a model.
+    """
+    return [table for task in board.tasks if (table := _categories(board, task)) is not None]
+
+
+def _categories(board: Board, task: TaskInfo) -> Table | None:
+    frames = dict(_frames(board, task.id))
+    first = next(iter(frames.values()), None)
+    counts: Counter[str] = Counter(() if first is None else first["category"].astype(str))
+    names = sorted(name for name in counts if name)
+    if len(names) < 2:
+        return None
+    aggregator = aggregator_of(board, task).category
+    evidence = Evidence(
+        {name: subset for name in names if (subset := _subset(aggregator, frames, name))}
+    )
+    entries = [e for e in board.entries if any(run.path.name in frames for run in e.runs)]
+    columns = (
+        Column("category", "Category", "text"),
+        Column("n", "n", "rank"),
+        *(Column(e.key, e.name, "score", interval=True) for e in entries),
+    )
+
+    def cell(entry: Entry, name: str) -> Cell:
+        group = [run.path.name for run in entry.runs]
+        if not entry.score(task.id).comparable or not evidence.has(name, group):
+            return Cell()
+        found, scores = evidence.score(name, group), evidence.scores(name, group)
+        spread = float(scores.std(ddof=1)) if len(scores) > 1 else None
+        return Cell(found.value, spread, found.interval)
+
+    rows = (Row.of(n, n, counts[n], *(cell(entry, n) for entry in entries)) for n in names)
+    return Table(f"{clean(task.title)} by category", columns, tuple(rows))
+
+
+def _frames(board: Board, task: str) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Samples by run folder name, of the runs with the first one's documents."""
+    documents: list[str] | None = None
+    for entry in board.entries:
+        for run, _, samples in entry.samples(task, SCORED):
+            frame = samples.sort_values("document_id", ignore_index=True)
+            documents = documents or frame["document_id"].tolist()
+            if frame["document_id"].tolist() == documents:
+                yield run.path.name, frame
+
+
+def _subset(aggregator: str, frames: dict[str, pd.DataFrame], name: str) -> TaskEvidence | None:
+    try:
+        found = {
+            run: unit_statistics(aggregator, frame[frame["category"].astype(str) == name])
+            for run, frame in frames.items()
+        }
+        units = next(iter(found.values())).units
+        values = {run: each.values for run, each in found.items()}
+        return TaskEvidence.of(aggregator, units, values, CATEGORY_RESAMPLES)
+    except (ValueError, KeyError, TypeError):
+        return None  # a subset that this benchmark's rule cannot score alone
