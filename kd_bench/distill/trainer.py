@@ -24,6 +24,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
 from kd_bench.distill.distiller import Distiller
 from kd_bench.distill.encoding import BatchOrder, Collator
@@ -314,6 +315,7 @@ class DistillationTrainer(Trainer):
             callbacks=[EpochOrderCallback(order), report],
         )
         self.remove_callback(PrinterCallback)
+        self._name_loggers()
         self.stage = stage
         self.report = report
         self.lineage = lineage
@@ -327,6 +329,14 @@ class DistillationTrainer(Trainer):
         self._watches_knees = any(term.loss == "dbild" for term in distiller.terms)
         if distiller.teacher is not None:
             distiller.teacher.model.to(self.args.device)
+
+    def _name_loggers(self) -> None:
+        """One project and one run name in every logger; trackio takes both from the arguments."""
+        os.environ.setdefault("WANDB_PROJECT", str(self.args.project))
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                runs = Path(str(self.args.output_dir)) / "runs"
+                callback.logging_dir = str(runs / str(self.args.run_name))
 
     # Data
 

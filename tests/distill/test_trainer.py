@@ -470,6 +470,24 @@ def test_mixed_precision_trains_float32_weights_and_logs_to_tensorboard(place):
     assert {"train/loss", "train/term_switch", "train/knee_teacher_p50"} <= set(plotted)
 
 
+@pytest.mark.slow
+def test_every_logger_has_the_run_under_one_name(place, monkeypatch):
+    """Weights & Biases as it runs without a network; trackio is given the same two names."""
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(place))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    try:
+        train(recipe_in(place, "named", "steps=1", "report_to=[tensorboard,wandb]"))
+        assert (wandb.run.project, wandb.run.name) == ("kd-bench", "named-train")
+    finally:
+        wandb.finish()
+        monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    [events] = (place / "named").rglob("events.out.tfevents*")
+    assert events.parent.name == "named-train"
+
+
 def saved_types(folder):
     tensors = load_file(folder / "model.safetensors")
     return {
