@@ -32,13 +32,12 @@ from transformers import (
     LlavaProcessor,
 )
 
-from kd_bench.distill.chat import shipped_template
+from kd_bench.distill.chat import read_template, shipped_template
 from kd_bench.distill.checkpoints import locate, read_config, stored_dtype
 from kd_bench.distill.models import load_model, load_part
 from kd_bench.distill.recipe import NEW, LoraSettings, StudentParts
 from kd_bench.distill.vision_language import VisionLanguageModel
 from kd_bench.errors import MissingExtraError, UsageError, explained
-from kd_bench.files import write_json
 from kd_bench.world import scenes
 from kd_bench.world.benchmarks import FIXED_LINES
 
@@ -254,7 +253,7 @@ def build_student(parts: StudentParts, folder: Path, seed: int = 0) -> None:
         language.resize_token_embeddings(len(tokenizer))
     class_tokens = sum(name.endswith("class_embedding") for name, _ in tower.named_parameters())
     side, patch = tower.config.image_size // tower.config.patch_size, tower.config.patch_size
-    strategy = parts.vision_feature_select_strategy
+    strategy, template = parts.vision_feature_select_strategy, parts.chat_template
     tied = bool(language.config.tie_word_embeddings)
     config = LlavaConfig(
         vision_config=tower.config,
@@ -283,17 +282,8 @@ def build_student(parts: StudentParts, folder: Path, seed: int = 0) -> None:
         patch_size=patch,
         additional_tokens=class_tokens,
         strategy=strategy,
-        template=_template(parts.chat_template),
+        template=shipped_template("tinyllava") if template is None else read_template(template),
     ).save_pretrained(folder)
-
-
-def _template(path: str | None) -> str:
-    if path is None:
-        return shipped_template("tinyllava")
-    try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}.", "Check student.chat_template.") from None
 
 
 def _vision(path: str) -> tuple[Any, Any]:
@@ -460,8 +450,8 @@ def convert_tinyllava(source: str | Path, destination: str | Path) -> Path:
 
 def _rename_weights(source: Path, destination: Path) -> None:
     """Rename all tensors into new shards; values are copied byte for byte."""
-    from safetensors import safe_open
-    from safetensors.torch import save_file
+    from huggingface_hub import save_torch_state_dict
+    from safetensors.torch import load_file
 
     files = sorted(source.glob("*.safetensors"))
     if not files:
@@ -469,26 +459,8 @@ def _rename_weights(source: Path, destination: Path) -> None:
             f"{source} holds no *.safetensors weights.",
             "Pickled weights can run code on loading: convert them to safetensors first.",
         )
-    shards: list[dict[str, Any]] = [{}]
-    size = 0
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 - not a dict
-                tensor = tensors.get_tensor(key)
-                if size and size + tensor.nbytes > SHARD_BYTES:
-                    shards.append({})
-                    size = 0
-                shards[-1][from_tinyllava_key(key)] = tensor
-                size += tensor.nbytes
-    if len(shards) == 1:
-        save_file(shards[0], destination / "model.safetensors", metadata={"format": "pt"})
-        return
-    index: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, destination / name, metadata={"format": "pt"})
-        index |= dict.fromkeys(shard, name)
-    write_json(destination / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
+    tensors = {from_tinyllava_key(k): each for file in files for k, each in load_file(file).items()}
+    save_torch_state_dict(tensors, destination, max_shard_size=SHARD_BYTES)
 
 
 def _is_clip(config: dict[str, Any]) -> bool:

@@ -216,10 +216,13 @@ class ChatFormat:
         return max(found, key=len, default=None)
 
     def _render(self, messages: Messages, prompt: bool) -> str:
-        given = [
-            {**m, "content": self._flat(m["content"])} if m["role"] in self._as_text else m
-            for m in messages
-        ]
+        given = []
+        for message in messages:
+            if message["role"] in self._as_text:
+                mark = f"{self.image_token}\n"
+                parts = (mark if p["type"] == "image" else p["text"] for p in message["content"])
+                message = {**message, "content": "".join(parts)}
+            given.append(message)
         try:
             made = self.processor.apply_chat_template(
                 given,
@@ -231,11 +234,6 @@ class ChatFormat:
             raise Unreadable(f"the chat template refuses it: {one_line(error)}") from None
         _refuse_lost_text(str(made), messages)
         return str(made)
-
-    def _flat(self, content: Sequence[dict[str, Any]]) -> str:
-        return "".join(
-            f"{self.image_token}\n" if part["type"] == "image" else part["text"] for part in content
-        )
 
     # One conversation
 
@@ -286,7 +284,11 @@ class ChatFormat:
         for number in range(1, len(places)):
             before = prompts[number - 1] + answers[number - 1]
             if prompts[number].startswith(before):
-                between.append(self._behind_stop(prompts[number][len(before) :]))
+                # What the template writes, without the stop token, which is set anew.
+                text = prompts[number][len(before) :]
+                rest = text.lstrip()
+                follows = rest.startswith(self.stop)
+                between.append(rest[len(self.stop) :] if follows else text)
             else:
                 first = number
                 between.append("")
@@ -313,11 +315,6 @@ class ChatFormat:
                 raise Unreadable(f"an answer holds {token}")
         self._refuse_control_tokens(message)
         return text.strip() if self._trims else text
-
-    def _behind_stop(self, text: str) -> str:
-        """What the template writes behind an answer, without the stop token, which is set anew."""
-        rest = text.lstrip()
-        return rest[len(self.stop) :] if rest.startswith(self.stop) else text
 
     # Ids
 

@@ -444,7 +444,12 @@ def _source(entry: Any, identifier: str, folder: Path) -> Source:
         return bytes(entry)
     if isinstance(entry, Mapping):
         if data := entry.get("bytes"):
-            return _bytes(data)
+            try:
+                if isinstance(data, str):
+                    raise TypeError
+                return bytes(data)
+            except (TypeError, ValueError):
+                raise Unreadable("an image's bytes are not bytes") from None
         if entry.get("base64"):
             return _from_base64(entry["base64"])
         entry = entry.get("path", entry.get("url", entry.get("image")))
@@ -465,15 +470,6 @@ def _source(entry: Any, identifier: str, folder: Path) -> Source:
             "Image names must stay below data.images.",
         )
     return folder / plain
-
-
-def _bytes(value: Any) -> bytes:
-    try:
-        if isinstance(value, str):
-            raise TypeError
-        return bytes(value)
-    except (TypeError, ValueError):
-        raise Unreadable("an image's bytes are not bytes") from None
 
 
 def _from_base64(text: Any) -> bytes:

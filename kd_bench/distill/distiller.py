@@ -10,7 +10,6 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -372,7 +371,7 @@ def _equal_weights(left: nn.Module, right: nn.Module) -> bool:
     )
 
 
-class FirstLayerProbe:
+class FirstLayerProbe(contextlib.ExitStack):
     """What enters a language model and its first layer's attention, while it runs inside a `with`.
 
     The fused kernels that models use do not give attention weights, so that one layer's attention
@@ -383,38 +382,23 @@ class FirstLayerProbe:
     """
 
     def __init__(self, model: VisionLanguageModel, watches_attention: bool = True) -> None:
-        self.language: Any = model.language_model
+        super().__init__()
         self.embeddings: Any = None
         self.inputs: dict[str, Any] = {}
         self.module: Any = None
-        self._hooks: list[Any] = []
-        if not watches_attention:
-            return
-        layers = getattr(self.language, "layers", None)
-        if layers is None or not hasattr(layers[0], "self_attn"):
-            raise UsageError(
-                f"{type(self.language).__name__} has no layers[0].self_attn to watch.",
-                "Leave attention_mse out for this model.",
-            )
-        self.module = layers[0].self_attn
-
-    def __enter__(self) -> "FirstLayerProbe":
-        watched = [(self.language, self._keep_embeddings), (self.module, self._keep_inputs)]
-        self._hooks = [
-            module.register_forward_pre_hook(keep, with_kwargs=True)
-            for module, keep in watched
-            if module is not None
-        ]
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        language: Any = model.language_model
+        watched: list[tuple[Any, Any]] = [(language, self._keep_embeddings)]
+        if watches_attention:
+            layers = getattr(language, "layers", None)
+            if layers is None or not hasattr(layers[0], "self_attn"):
+                raise UsageError(
+                    f"{type(language).__name__} has no layers[0].self_attn to watch.",
+                    "Leave attention_mse out for this model.",
+                )
+            self.module = layers[0].self_attn
+            watched.append((self.module, self._keep_inputs))
+        for module, keep in watched:
+            self.callback(module.register_forward_pre_hook(keep, with_kwargs=True).remove)
 
     def _keep_embeddings(self, _: nn.Module, __: tuple[Any, ...], given: dict[str, Any]) -> None:
         self.embeddings = given["inputs_embeds"]

@@ -137,19 +137,15 @@ def _top_of_chunk(logits: Tensor, rule: _Rule) -> TopLogits:
     if rule.prefix < vocabulary:  # every row has as many: `_sort_top` saw to it
         ordered, counts = ordered[:, : rule.prefix], None
         low = ordered[:, -1:]
-    k = _knee_of_sorted(ordered, low, counts, rule)
-    return TopLogits(k, ids[:, : int(k.max())])
-
-
-def _knee_of_sorted(ordered: Tensor, low: Tensor, counts: Tensor | None, rule: _Rule) -> Tensor:
-    """The knee where the first values of every row are known in order: all, or `counts` [n, 1]."""
+    # The first values of every row are known in order: all of them, or `counts` [n, 1].
     index = torch.arange(ordered.shape[-1], device=ordered.device)
     fall = 1 - index.double() / max(rule.prefix - 1, 1)  # the chord's own y
     gap = fall - _height(ordered, ordered[:, :1], low, rule.curve)  # [n, width]
     if counts is not None:
         gap.masked_fill_(index >= counts, -torch.inf)
     largest, k = gap.max(dim=-1)
-    return k.where(largest > GAP_SLACK, 0).clamp_(rule.k_min, rule.k_max)
+    k = k.where(largest > GAP_SLACK, 0).clamp_(rule.k_min, rule.k_max)
+    return TopLogits(k, ids[:, : int(k.max())])
 
 
 def _height(values: Tensor, high: Tensor, low: Tensor, curve: Curve) -> Tensor:

@@ -429,28 +429,16 @@ class DistillationTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's, with a learning rate of its own for the vision tower where asked."""
-        if self.optimizer is not None or self.vision_tower_learning_rate is None:
-            return super().create_optimizer(model)
+        made_before, rate = self.optimizer is not None, self.vision_tower_learning_rate
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if made_before or rate is None:
+            return optimizer
         tower = {id(p) for p in self.model.parts.vision_tower.parameters()}
-        decayed = set(self.get_decay_parameter_names(self.model))
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                key = (id(parameter) in tower, name in decayed)
-                groups.setdefault(key, []).append(parameter)
-        kind, settings = self.get_optimizer_cls_and_kwargs(self.args)
-        self.optimizer = kind(
-            [
-                {
-                    "params": parameters,
-                    "weight_decay": self.args.weight_decay if decays else 0.0,
-                    "lr": self.vision_tower_learning_rate if seeing else self.args.learning_rate,
-                }
-                for (seeing, decays), parameters in groups.items()
-            ],
-            **settings,
-        )
-        return self.optimizer
+        for group in list(optimizer.param_groups):
+            if seeing := [p for p in group["params"] if id(p) in tower]:
+                group["params"] = [p for p in group["params"] if id(p) not in tower]
+                optimizer.add_param_group({**group, "params": seeing, "lr": rate})
+        return optimizer
 
     # Log
 
@@ -488,7 +476,13 @@ class DistillationTrainer(Trainer):
             TrainingError: the disk is full; the checkpoint before is untouched.
         """
         self.check_finite()
-        self._check_weights()
+        learning = [p.detach() for p in self.model.parameters() if p.requires_grad]
+        if not all(bool(torch.isfinite(p).all()) for p in learning):
+            raise TrainingError(  # a checkpoint of broken weights would be worse than none
+                f"Stage {self.stage!r}: weights are no longer finite at step "
+                f"{self.state.global_step}.",
+                "The last checkpoint is kept. Lower learning_rate or max_grad_norm.",
+            )
         folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
         staging = folder / STAGING
         try:
@@ -521,16 +515,6 @@ class DistillationTrainer(Trainer):
         for old in checkpoints(checkpoint.parent):
             if old not in (checkpoint, *before[-1:]):
                 shutil.rmtree(old, ignore_errors=True)
-
-    def _check_weights(self) -> None:
-        """A checkpoint of broken weights would be worse than none."""
-        learning = [p.detach() for p in self.model.parameters() if p.requires_grad]
-        if not all(bool(torch.isfinite(p).all()) for p in learning):
-            raise TrainingError(
-                f"Stage {self.stage!r}: weights are no longer finite at step "
-                f"{self.state.global_step}.",
-                "The last checkpoint is kept. Lower learning_rate or max_grad_norm.",
-            )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The weights under the names they have in memory, for exact resuming."""

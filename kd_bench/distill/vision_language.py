@@ -136,8 +136,7 @@ class VisionLanguageModel:
     @property
     def vision_module(self) -> nn.Module:
         """What the forward pass calls with pixels; contains the projector in some families."""
-        module: nn.Module = getattr(self.core, self.family.vision)
-        return module
+        return getattr(self.core, self.family.vision)
 
     @property
     def projector_modules(self) -> list[nn.Module]:
@@ -171,8 +170,7 @@ class VisionLanguageModel:
     @property
     def language_model(self) -> nn.Module:
         """The decoder, without the LM head."""
-        module: nn.Module = getattr(self.core, self.family.language)
-        return module
+        return getattr(self.core, self.family.language)
 
     # Sizes
 
@@ -198,13 +196,12 @@ class VisionLanguageModel:
     @property
     def image_geometry(self) -> dict[str, Any]:
         """Settings that decide how many image tokens an image has and where they lie, by name."""
-        found = {"number of image tokens an image": self.image_token_count}
-        vision = self.config.vision_config
+        found = {TOKENS: self.image_token_count}
         for name in ("image_size", "patch_size", "temporal_patch_size", "spatial_merge_size"):
-            found[name] = getattr(vision, name, None)
-        for name in ("image_grid_pinpoints", "vision_aspect_ratio", "scale_factor"):
+            found[name] = getattr(self.config.vision_config, name, None)
+        tiling = ("image_grid_pinpoints", "vision_aspect_ratio")
+        for name in (*tiling, "scale_factor", "downsample_ratio"):
             found[name] = getattr(self.config, name, None)
-        found["downsample_ratio"] = getattr(self.config, "downsample_ratio", None)
         return {name: _plain(value) for name, value in found.items() if value is not None}
 
     @property
@@ -241,8 +238,7 @@ class VisionLanguageModel:
                 f"{self.architecture} does not take this batch: {str(error).splitlines()[0]}",
                 "Use the processor of this checkpoint and do not truncate inside an image.",
             ) from error
-        states: Tensor = output.last_hidden_state
-        return states
+        return output.last_hidden_state
 
     def image_embeddings(self, inputs: Inputs) -> tuple[Tensor, ...]:
         """Projected image tokens [image tokens, hidden]: for the input, then for each DeepStack
@@ -251,7 +247,8 @@ class VisionLanguageModel:
         output = get(**self._given(inputs, get))
         embeddings = getattr(output, "pooler_output", output)
         deep = getattr(output, "deepstack_features", None) or ()
-        return tuple(_flat(each) for each in (embeddings, *deep))
+        each_image = ([e] if isinstance(e, Tensor) else e for e in (embeddings, *deep))
+        return tuple(torch.cat([t.flatten(0, -2) for t in tensors]) for tensors in each_image)
 
     def _given(self, inputs: Inputs, function: Callable[..., Any]) -> dict[str, Any]:
         """The inputs that a function knows, and what it needs and can be told from them."""
@@ -409,12 +406,6 @@ def _unwrapped(model: nn.Module) -> nn.Module:
         else:
             break
     return inner
-
-
-def _flat(embeddings: Any) -> Tensor:
-    """One tensor [image tokens, hidden] of one for each image or tile, or of all."""
-    each = [embeddings] if isinstance(embeddings, Tensor) else embeddings
-    return torch.cat([tensor.flatten(0, -2) for tensor in each])
 
 
 # Do a student and a teacher fit each other?
