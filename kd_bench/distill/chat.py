@@ -106,7 +106,10 @@ class ChatFormat:
         self.image_token = str(getattr(processor, "image_token", None) or "<image>")
         self.template = _own_template(processor)
         self.plain = self.template is None and type(processor).__name__ in PLAIN_FAMILIES
-        self._control_tokens = _control_tokens(self.tokenizer)
+        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
+        # What is read as one token with a meaning of its own, wherever it stands.
+        control = {str(token) for token in added if token.special and str(token).strip()}
+        self._control_tokens = sorted(control, key=len, reverse=True)
         self._answer_ids: OrderedDict[str, tuple[list[int], bool]] = OrderedDict()
         self._as_text: frozenset[str] = frozenset()  # roles whose content it takes as one string
         self._trims = False
@@ -464,13 +467,6 @@ def _refuse_lost_text(made: str, messages: Messages) -> None:
                 raise Unreadable(f"the chat template leaves out {what}")
     if lists > 0:
         raise Unreadable("the chat template writes its parts as Python's text")
-
-
-def _control_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """What the tokenizer reads as one token with a meaning of its own, wherever it stands."""
-    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    found = {str(token) for token in added if token.special and str(token).strip()}
-    return tuple(sorted(found, key=len, reverse=True))
 
 
 def _text(text: str) -> dict[str, str]:

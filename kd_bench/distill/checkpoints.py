@@ -159,8 +159,7 @@ def stored_weights(folder: Path) -> int:
     Raises:
         UsageError: a file is damaged.
     """
-    headers = (_header(file)[0] for file in folder.glob("*.safetensors"))
-    return sum(math.prod(entry["shape"]) for header in headers for entry in header.values())
+    return sum(math.prod(entry["shape"]) for entry in _entries(folder).values())
 
 
 def stored_dtype(folder: Path) -> str:
@@ -177,23 +176,17 @@ def stored_dtype(folder: Path) -> str:
         if named in FLOATS.values():
             return named
     sizes: dict[str, int] = {}
-    for file in folder.glob("*.safetensors"):
-        for entry in _header(file)[0].values():
-            kind = FLOATS.get(entry["dtype"], "float32")
-            first, last = entry["data_offsets"]
-            sizes[kind] = sizes.get(kind, 0) + last - first
+    for entry in _entries(folder).values():
+        kind = FLOATS.get(entry["dtype"], "float32")
+        first, last = entry["data_offsets"]
+        sizes[kind] = sizes.get(kind, 0) + last - first
     return max(sizes, key=lambda kind: sizes[kind], default="float32")
 
 
 def stored_dtypes(folder: Path) -> dict[str, str]:
     """Float type of every tensor in a checkpoint's safetensors files, by name."""
-    folder = base_of(folder) or folder
-    return {
-        name: FLOATS[entry["dtype"]]
-        for file in sorted(folder.glob("*.safetensors"))
-        for name, entry in _header(file)[0].items()
-        if entry["dtype"] in FLOATS
-    }
+    kinds = {n: entry["dtype"] for n, entry in _entries(base_of(folder) or folder).items()}
+    return {name: FLOATS[kind] for name, kind in kinds.items() if kind in FLOATS}
 
 
 def check_files(
@@ -276,8 +269,7 @@ def _check_types(folder: Path) -> None:
     """Integers would be cast to floats and taken for weights."""
     strange = [
         f"{name} ({entry['dtype']})"
-        for file in sorted(folder.glob("*.safetensors"))
-        for name, entry in _header(file)[0].items()
+        for name, entry in _entries(folder).items()
         if entry["dtype"] not in FLOATS and not name.endswith(BUFFERS)
     ]
     if strange:
@@ -314,6 +306,12 @@ def weights_digest(folder: str | Path) -> str:
         own = digest_files(pickled)
     base = base_of(path)
     return own if base is None else digest_text("adapter", own, weights_digest(base))
+
+
+def _entries(folder: Path) -> dict[str, Any]:
+    """What the headers of a folder's safetensors files say of each tensor, by name."""
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: entry for file in files for name, entry in _header(file)[0].items()}
 
 
 def _header(file: Path) -> tuple[dict[str, Any], int]:

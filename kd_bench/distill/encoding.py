@@ -175,7 +175,12 @@ class Encoder:
             if before is None:
                 (before,) = self.chat.prompt_ids([draft.turns.prompt])
             led_by, answer = before[-LED_BY:], draft.answers[number]
-            start = _find(draft.prompt, led_by + answer, place) + len(led_by)
+            sought = led_by + answer
+            starts = range(place, len(draft.prompt) - len(sought) + 1)
+            found = (i for i in starts if draft.prompt[i : i + len(sought)] == sought)
+            if (at := next(found, None)) is None:
+                raise Unreadable("an answer is not found again among the images")
+            start = at + len(led_by)
             place = start + len(answer)
             mask[start:place] = [True] * len(answer)
         return mask
@@ -287,13 +292,6 @@ def _image_token_ids(processor: Any) -> frozenset[int]:
     token = getattr(processor, "image_token", None) or "<image>"
     found.add(tokenizer.convert_tokens_to_ids(token))
     return frozenset(int(each) for each in found if each is not None)
-
-
-def _find(ids: list[int], part: list[int], start: int) -> int:
-    for index in range(start, len(ids) - len(part) + 1):
-        if ids[index] == part[0] and ids[index : index + len(part)] == part:
-            return index
-    raise Unreadable("an answer is not found again among the images")
 
 
 @dataclass(frozen=True)

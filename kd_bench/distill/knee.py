@@ -87,7 +87,18 @@ def top_logits(
     k_max: int | None = None,
 ) -> TopLogits:
     """The top `top_k` ids of each row of logits [N, V], or, by default, those above its knee."""
-    _check(logits, top_k, curve, candidates, k_min, k_max)
+    if logits.dim() != 2:
+        raise UsageError(
+            f"Logits have the shape {tuple(logits.shape)}.", "Give [positions, vocabulary]."
+        )
+    if curve not in ("logits", "probs"):
+        raise UsageError(f"curve is {curve!r}.", "Choose logits or probs.")
+    if candidates != "full" and not (isinstance(candidates, int) and candidates >= 2):
+        raise UsageError(f"candidates is {candidates!r}.", "Choose full, or a number from 2 up.")
+    if min(k_min, k_min if k_max is None else k_max, k_min if top_k is None else top_k) < 2:
+        raise UsageError("One leading logit makes no pair.", "Set k_min, k_max and top_k to 2 up.")
+    if k_max is not None and k_max < k_min:
+        raise UsageError(f"k_max {k_max} is less than k_min {k_min}.", "Swap them.")
     rows, vocabulary = logits.shape
     if rows == 0 or vocabulary == 0:
         empty = torch.zeros(rows, dtype=torch.long, device=logits.device)
@@ -234,25 +245,3 @@ def join(parts: Sequence[TopLogits]) -> TopLogits:
     width = max(top.ids.shape[-1] for top in parts)
     ids = [torch.nn.functional.pad(top.ids, (0, width - top.ids.shape[-1])) for top in parts]
     return TopLogits(torch.cat([top.k for top in parts]), torch.cat(ids))
-
-
-def _check(
-    logits: Tensor,
-    top_k: int | None,
-    curve: str,
-    candidates: object,
-    k_min: int,
-    k_max: int | None,
-) -> None:
-    if logits.dim() != 2:
-        raise UsageError(
-            f"Logits have the shape {tuple(logits.shape)}.", "Give [positions, vocabulary]."
-        )
-    if curve not in ("logits", "probs"):
-        raise UsageError(f"curve is {curve!r}.", "Choose logits or probs.")
-    if candidates != "full" and not (isinstance(candidates, int) and candidates >= 2):
-        raise UsageError(f"candidates is {candidates!r}.", "Choose full, or a number from 2 up.")
-    if min(k_min, k_min if k_max is None else k_max, k_min if top_k is None else top_k) < 2:
-        raise UsageError("One leading logit makes no pair.", "Set k_min, k_max and top_k to 2 up.")
-    if k_max is not None and k_max < k_min:
-        raise UsageError(f"k_max {k_max} is less than k_min {k_min}.", "Swap them.")
