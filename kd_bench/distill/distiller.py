@@ -16,17 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kd_bench.distill import losses
-from kd_bench.distill.objective import (
-    Heads,
-    KneeLog,
-    attention_mse,
-    count_items,
-    image_correlation,
-    image_kl,
-    image_mse,
-    token_terms,
-)
+from kd_bench.distill import losses, objective
 from kd_bench.distill.recipe import (
     VOCABULARY_LOSSES,
     Term,
@@ -124,7 +114,7 @@ class Distiller(nn.Module):
         self,
         batch: Mapping[str, Tensor],
         items: Mapping[str, Tensor] | Tensor | float,
-        knee_log: KneeLog | None = None,
+        knee_log: objective.KneeLog | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of one micro-batch, and every term's unweighted share of its mean.
 
@@ -135,13 +125,13 @@ class Distiller(nn.Module):
         """
         if not isinstance(items, Mapping):
             answered = torch.as_tensor(items)
-            items = count_items(batch, self.parts.image_token_id) | {"answers": answered}
+            items = objective.count_items(batch, self.parts.image_token_id) | {"answers": answered}
         answers = answer_positions(batch["labels"])  # [batch, length]
         targets = batch["labels"][:, 1:][answers[:, :-1]]  # [N]
         passes = self.run(batch, answers)
         # A text-only batch has no image to switch: z_SW is z_T and the term is exactly zero.
         terms = [t for t in self.token_terms if t.of != "switch" or "switch" in passes.hidden]
-        loss, values = token_terms(
+        loss, values = objective.token_terms(
             terms,
             self._heads(),
             passes.hidden,
@@ -157,9 +147,9 @@ class Distiller(nn.Module):
                 values[term.label] = value.detach()
         return loss, values
 
-    def _heads(self) -> Heads:
+    def _heads(self) -> objective.Heads:
         head: Any = self.student.get_output_embeddings()  # type: ignore[operator]
-        return Heads(
+        return objective.Heads(
             student=self.parts.lm_head,
             teacher=self.teacher.lm_head if self.teacher else None,
             parameters=tuple(head.parameters()),
@@ -177,7 +167,7 @@ class Distiller(nn.Module):
         places = batch["input_ids"] == self.parts.image_token_id  # [batch, length]
         sides = ("teacher", "student")
         if term.loss == "image_kl":
-            return image_kl(
+            return objective.image_kl(
                 self._heads(),
                 passes.at_images,
                 items["image_tokens"],
@@ -187,13 +177,13 @@ class Distiller(nn.Module):
         if term.loss == "image_correlation":
             owners = places.nonzero()[:, 0]  # [M]
             theirs, ours = (passes.at_images[side] for side in sides)
-            return image_correlation(theirs, ours, owners) / items["image_samples"]
+            return objective.image_correlation(theirs, ours, owners) / items["image_samples"]
         if term.loss == "image_mse":
             theirs, ours = (passes.embeddings[side] for side in sides)
-            return image_mse(theirs, ours, self.adapter) / items["image_tokens"]
+            return objective.image_mse(theirs, ours, self.adapter) / items["image_tokens"]
         asks = batch["attention_mask"].bool() & ~places
         theirs, ours = (passes.attention[side] for side in sides)
-        return attention_mse(theirs, ours, asks, places) / items["image_pairs"]
+        return objective.attention_mse(theirs, ours, asks, places) / items["image_pairs"]
 
     # Forward passes
 

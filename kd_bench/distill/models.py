@@ -13,17 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kd_bench.distill.checkpoints import (
-    base_of,
-    check_files,
-    locate,
-    processor_folder,
-    quantization_of,
-    read_config,
-    stored_dtype,
-    stored_dtypes,
-    stored_weights,
-)
+from kd_bench.distill import checkpoints
 from kd_bench.distill.vision_language import VisionLanguageModel
 from kd_bench.errors import MissingExtraError, UsageError, explained, one_line
 
@@ -59,15 +49,17 @@ def load_model(
     """
     from transformers import AutoModelForImageTextToText
 
-    folder = locate(path, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
-    base = base_of(folder)
+    folder = checkpoints.locate(
+        path, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
+    )
+    base = checkpoints.base_of(folder)
     whole = base or folder
-    check_files(whole, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    checkpoints.check_files(whole, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     settings: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if not allow_pickle:
         settings["use_safetensors"] = True
     settings |= _quantized(path, whole, quantize, base is not None, dtype, device)
-    if not trust_remote_code and not quantization_of(read_config(whole)):
+    if not trust_remote_code and not checkpoints.quantization_of(checkpoints.read_config(whole)):
         _check_size(path, whole)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(projector_seed or 0)  # what is new is drawn while the rest is read
@@ -92,7 +84,7 @@ def _check_size(path: str | Path, folder: Path) -> None:
     """
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    held = stored_weights(folder)
+    held = checkpoints.stored_weights(folder)
     try:
         config = AutoConfig.from_pretrained(str(folder))
         with torch.device("meta"):
@@ -102,7 +94,9 @@ def _check_size(path: str | Path, folder: Path) -> None:
     described = _count(model.parameters())
     if held and described > 1.5 * held and described - held > SURPLUS:
         lacks = [
-            name for name in ("text_config", "vision_config") if name not in read_config(folder)
+            name
+            for name in ("text_config", "vision_config")
+            if name not in checkpoints.read_config(folder)
         ]
         raise UsageError(
             f"{path}: config.json describes a {type(model).__name__} of {described:,} weights, and "
@@ -159,8 +153,8 @@ def load_part(kind: Any, path: str, what: str, *, surplus: bool = False, **setti
     Raises:
         UsageError: it cannot be loaded, or weights are missing, surplus or not finite.
     """
-    folder = locate(path)
-    check_files(folder)
+    folder = checkpoints.locate(path)
+    checkpoints.check_files(folder)
     model, told = _read(kind, path, folder, what, dtype=torch.float32, **settings)
     if surplus:
         told = {**told, "unexpected_keys": set()}
@@ -220,7 +214,7 @@ def _quantized(
     """
     if quantize and quantize not in QUANTIZATIONS:
         raise UsageError(f"There is no quantization {quantize!r}.", "Use nf4 or int8.")
-    already = quantization_of(read_config(folder))
+    already = checkpoints.quantization_of(checkpoints.read_config(folder))
     if quantize and already:
         raise UsageError(f"{path} is quantized already ({already}).", "Leave --quantize out.")
     if adapted and (quantize or already):
@@ -343,7 +337,7 @@ def _with_adapter(model: Any, folder: Path, allow_pickle: bool) -> Any:
             f"{folder} holds no adapter_model.safetensors.",
             "Save the adapter again with safetensors, or allow pickles with allow_pickle=true.",
         )
-    stored_weights(folder)  # says which file is damaged
+    checkpoints.stored_weights(folder)  # says which file is damaged
     file = folder / "adapter_config.json"
     with explained(f"{file} could not be read", "Restore the file."):
         named = json.loads(file.read_text(encoding="utf-8")).get("peft_type")
@@ -411,8 +405,8 @@ def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoProcessor
 
-    own = locate(path, trust_remote_code=trust_remote_code)
-    folder = processor_folder(own)
+    own = checkpoints.locate(path, trust_remote_code=trust_remote_code)
+    folder = checkpoints.processor_folder(own)
     hint = "Save it there with processor.save_pretrained."
     with explained(f"{path} has no usable processor", hint), _packages(path):
         processor = AutoProcessor.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
@@ -483,7 +477,7 @@ def restore_dtypes(model: nn.Module, folder: Path, dtype: str = "auto") -> None:
         dtype: one type for all of them instead.
     """
     if dtype == "auto":
-        stored, usual = stored_dtypes(folder), stored_dtype(folder)
+        stored, usual = checkpoints.stored_dtypes(folder), checkpoints.stored_dtype(folder)
     else:
         stored, usual = {}, dtype
 

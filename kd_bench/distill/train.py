@@ -20,21 +20,9 @@ import torch
 from rich.console import Console
 
 from kd_bench import provenance
-from kd_bench.distill import processes
+from kd_bench.distill import checkpoints, models, processes
 from kd_bench.distill.build import add_lora, build_start, lora_layers, merge_lora
 from kd_bench.distill.chat import read_template, use_template
-from kd_bench.distill.checkpoints import (
-    begun_stages,
-    claim,
-    done_stages,
-    is_done,
-    locate,
-    read_lineage,
-    save_whole,
-    stage_folder,
-    training_lock,
-    weights_digest,
-)
 from kd_bench.distill.conversations import Conversations, Stream, data_digest, read_conversations
 from kd_bench.distill.distiller import Distiller, TeacherCache, cache_folder
 from kd_bench.distill.encoding import (
@@ -43,16 +31,6 @@ from kd_bench.distill.encoding import (
     ConversationDataset,
     Encoder,
     PairEncoder,
-)
-from kd_bench.distill.models import (
-    check_image_token,
-    checkpoint_activations,
-    load_model,
-    load_processor,
-    parameter_counts,
-    quiet,
-    restore_dtypes,
-    set_trainable,
 )
 from kd_bench.distill.recipe import NEW, DataSource, Recipe, Stage, needs_teacher, recipe_yaml
 from kd_bench.distill.trainer import (
@@ -136,26 +114,26 @@ def train(
         UsageError: recipe, checkpoints or data do not fit; nothing was trained.
         TrainingError: training stopped; the last checkpoint is kept.
     """
-    quiet()
+    models.quiet()
     processes.begin_sharding()
     folder = recipe.output_folder
     final = folder / "final"
     is_main = processes.rank() == 0
     if is_main:
-        claim(folder)
-    with training_lock(folder) if is_main else contextlib.nullcontext():
+        checkpoints.claim(folder)
+    with checkpoints.training_lock(folder) if is_main else contextlib.nullcontext():
         if not resume and is_main:
             shutil.rmtree(folder, ignore_errors=True)
-            claim(folder)
+            checkpoints.claim(folder)
         processes.barrier()
         lineage = new_lineage(recipe)
         run = TrainingState(recipe, folder, console or Console(), lineage, is_main, verify_data)
-        if is_done(recipe, folder, run.data_digest, run.say):
+        if checkpoints.is_done(recipe, folder, run.data_digest, run.say):
             run.say(f"Already trained: {final}")
             return final
         # What it says of models and stages that have begun, a resumed training keeps.
-        if begun := begun_stages(recipe, folder):
-            told = read_lineage(folder)
+        if begun := checkpoints.begun_stages(recipe, folder):
+            told = checkpoints.read_lineage(folder)
             kept = told.get("stages", {})
             names = (recipe.stages[index].name for index in begun)
             run.lineage["stages"] = {name: kept[name] for name in names if name in kept}
@@ -170,9 +148,9 @@ def train(
             run.note(status="complete", finished=finished)
             if is_main:  # the last stage's model again, with where it came from beside it
                 student.eval()
-                restore_dtypes(student, _start(run), recipe.final_dtype)
+                models.restore_dtypes(student, _start(run), recipe.final_dtype)
                 notes = (folder / "lineage.json", folder / "recipe.yaml")
-                save_whole(student, run.processor, final, notes)
+                checkpoints.save_whole(student, run.processor, final, notes)
             processes.barrier()
         except KeyboardInterrupt:
             run.note(status="interrupted")
@@ -213,27 +191,33 @@ def new_lineage(recipe: Recipe) -> dict[str, Any]:
 def _run_stages(run: TrainingState) -> Any:
     """Train the stages that are not done yet; returns the student."""
     recipe = run.recipe
-    count = processes.broadcast(done_stages(recipe, run.folder, run.say) if run.is_main else 0)
-    folders = [stage_folder(run.folder, *each) for each in enumerate(recipe.stages)]
+    count = processes.broadcast(
+        checkpoints.done_stages(recipe, run.folder, run.say) if run.is_main else 0
+    )
+    folders = [checkpoints.stage_folder(run.folder, *each) for each in enumerate(recipe.stages)]
     left = list(zip(recipe.stages, folders, strict=True))[count:]
     _check_settings(run, [stage for stage, _ in left])
     start = _start(run)
-    run.processor = load_processor(start, trust_remote_code=recipe.trust_remote_code)
+    run.processor = models.load_processor(start, trust_remote_code=recipe.trust_remote_code)
     if recipe.prompt_template is not None:
         use_template(run.processor, recipe.prompt_template)
     _load_teacher(run)
-    run.note(student={"path": str(recipe.student), "weights_sha256": weights_digest(start)})
+    run.note(
+        student={"path": str(recipe.student), "weights_sha256": checkpoints.weights_digest(start)}
+    )
     run.done = [stage.name for stage in recipe.stages[:count]]
     if count:
         start = folders[count - 1] / "model"
     new = recipe.new_projector and not count
-    student = load_model(start, **recipe.allowed, projector_seed=recipe.seed if new else None)
+    student = models.load_model(
+        start, **recipe.allowed, projector_seed=recipe.seed if new else None
+    )
     if not all(weight.is_floating_point() for weight in student.parameters()):
         raise UsageError(  # integers that no gradient reaches
             f"The student {recipe.student} is quantized, and its weights cannot learn.",
             "Train the float checkpoint, then evaluate it with --quantize.",
         )
-    check_image_token(start, student, run.processor)
+    models.check_image_token(start, student, run.processor)
     with explained("Student and teacher cannot be trained together", TOGETHER):
         for stage, _ in left:
             _check_models(run, stage, student)
@@ -306,7 +290,7 @@ def _start(run: TrainingState) -> Path:
     """The checkpoint that the first stage starts from, built where the recipe asks for that."""
     recipe = run.recipe
     if isinstance(recipe.student, str) and not recipe.student.startswith(NEW):
-        return locate(recipe.student, **recipe.allowed)
+        return checkpoints.locate(recipe.student, **recipe.allowed)
     start = run.folder / "init"
     if run.is_main and not start.exists():
         with atomic_folder(start) as aside:
@@ -320,12 +304,12 @@ def _load_teacher(run: TrainingState) -> None:
     if recipe.teacher is None or not any(needs_teacher(s.objective) for s in recipe.stages):
         return
     mixed = any(stage.precision == "bfloat16" for stage in recipe.stages)
-    path = locate(recipe.teacher, **recipe.allowed)
+    path = checkpoints.locate(recipe.teacher, **recipe.allowed)
     dtype = torch.bfloat16 if mixed else torch.float32
-    run.teacher = load_model(path, dtype=dtype, **recipe.allowed)
-    run.teacher_processor = load_processor(path, trust_remote_code=recipe.trust_remote_code)
-    check_image_token(path, run.teacher, run.teacher_processor)
-    run.note(teacher={"path": recipe.teacher, "weights_sha256": weights_digest(path)})
+    run.teacher = models.load_model(path, dtype=dtype, **recipe.allowed)
+    run.teacher_processor = models.load_processor(path, trust_remote_code=recipe.trust_remote_code)
+    models.check_image_token(path, run.teacher, run.teacher_processor)
+    run.note(teacher={"path": recipe.teacher, "weights_sha256": checkpoints.weights_digest(path)})
 
 
 def _run_stage(run: TrainingState, stage: Stage, folder: Path, student: Any) -> Any:
@@ -336,7 +320,7 @@ def _run_stage(run: TrainingState, stage: Stage, folder: Path, student: Any) -> 
     seed = run.recipe.seed + 1000 * len(run.done)
     size = micro_batch(stage)
     order = BatchOrder(dataset, stage.batch_size, size, seed, stage.group_by_length)
-    set_trainable(student, stage.trainable)
+    models.set_trainable(student, stage.trainable)
     torch.manual_seed(seed)  # adapters start from it
     if stage.lora is not None:
         student = add_lora(student, stage.lora)
@@ -349,9 +333,9 @@ def _run_stage(run: TrainingState, stage: Stage, folder: Path, student: Any) -> 
         cache=_cache(run, stage, teacher, dataset),
     )
     if stage.gradient_checkpointing:
-        checkpoint_activations(student)
+        models.checkpoint_activations(student)
         if teacher is not None:
-            checkpoint_activations(teacher, frozen=True)
+            models.checkpoint_activations(teacher, frozen=True)
     trainer = _trainer(run, stage, folder, distiller, order, seed)
     checkpoint = processes.broadcast(last_checkpoint(folder, run.say) if run.is_main else None)
     with explained("The first batch does not go through student and teacher", TOGETHER):
@@ -369,12 +353,14 @@ def _run_stage(run: TrainingState, stage: Stage, folder: Path, student: Any) -> 
     student = merge_lora(student)
     _tell_where_to_stop(student, dataset.encoder.chat.stop_ids)
     if run.is_main:
-        save_whole(student, run.processor, folder / "model")
+        checkpoints.save_whole(student, run.processor, folder / "model")
         for leftover in folder.glob("checkpoint-*"):
             shutil.rmtree(leftover, ignore_errors=True)
     processes.barrier()
     return (
-        load_model(folder / "model", **run.recipe.allowed) if trainer.is_fsdp_enabled else student
+        models.load_model(folder / "model", **run.recipe.allowed)
+        if trainer.is_fsdp_enabled
+        else student
     )
 
 
@@ -481,7 +467,7 @@ def _announce(
     """Note in lineage and log what is about to happen, and say so."""
     reached = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     dataset, distiller, steps = trainer.dataset, trainer.model, trainer.args.max_steps
-    counts = parameter_counts(distiller.student)
+    counts = models.parameter_counts(distiller.student)
     idle = stage.lora is not None and "language_model" not in stage.trainable
     run.lineage["stages"][stage.name] = {
         "method": stage.method_name,
