@@ -202,9 +202,9 @@ class ChatFormat:
             except Unreadable as error:
                 problem = problem or str(error)
                 continue
-            pictures = prompt.count(self.image_token)
-            if pictures != 1:
-                problem = problem or f"it writes {pictures} places for one image"
+            images = prompt.count(self.image_token)
+            if images != 1:
+                problem = problem or f"it writes {images} places for one image"
             elif QUESTION not in prompt or ANSWER not in whole:
                 problem = problem or "it leaves out what is said"
             else:
@@ -246,7 +246,7 @@ class ChatFormat:
         Raises:
             Unreadable: the template refuses them, or an image's mark stands in the text.
         """
-        pictures = images_in(messages)
+        images = images_in(messages)
         for message in messages:
             for part in message["content"]:
                 if self.image_token in part.get("text", ""):
@@ -255,12 +255,12 @@ class ChatFormat:
             text = "".join(
                 part["text"] for m in messages for part in m["content"] if part["type"] != "image"
             )
-            return self.image_token * pictures + text
+            return self.image_token * images + text
         made = self._render(messages, True)
-        if made.count(self.image_token) != pictures:
+        if made.count(self.image_token) != images:
             raise Unreadable(
                 f"the chat template writes {made.count(self.image_token)} places for "
-                f"{pictures} images"
+                f"{images} images"
             )
         return made
 

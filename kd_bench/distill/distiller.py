@@ -194,14 +194,14 @@ class Distiller(nn.Module):
             answers: positions [batch, length] whose next token is supervised.
         """
         passes = Passes()
-        pictured = has_images(batch)
-        switches = needs_switch(self.terms) and pictured
+        with_images = has_images(batch)
+        switches = needs_switch(self.terms) and with_images
         kept: list[Any] | None = None
-        if needs_student_logits(self.terms) or not pictured:
+        if needs_student_logits(self.terms) or not with_images:
             keeping = keeping_vision(self.parts) if switches else contextlib.nullcontext()
             with keeping as kept:
                 self._forward("student", self.parts, batch, answers, passes)
-        if not pictured:
+        if not with_images:
             passes.hidden["student"] = passes.hidden["student"] + self._zero_of_images(
                 answers.device
             )

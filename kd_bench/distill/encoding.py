@@ -532,11 +532,11 @@ class BatchOrder(Sampler[list[int]]):
             length = self.dataset.lengths().__getitem__
             order = [i for part in parts for i in sorted(part, key=length, reverse=True)]
         images = conversations.images
-        pictured = [index for index in order if images[index]]
+        with_images = [index for index in order if images[index]]
         plain = [index for index in order if not images[index]]
         whole = len(plain) // self.whole * self.whole
         # Text left over joins the images' last batch.
-        rows = plain[:whole] + pictured + plain[whole:]
+        rows = plain[:whole] + with_images + plain[whole:]
         batches = [rows[i : i + self.whole] for i in range(0, len(rows), self.whole)]
         shuffled = torch.randperm(len(batches), generator=generator).tolist()
         return [batches[index] for index in shuffled]
@@ -597,9 +597,9 @@ class DataPreview:
         """The counts, a line each."""
         forms = ", ".join(f"{name} ({count:,})" for name, count in self.forms.items()) or "none"
         yield f"form: {forms}"
-        pictured = self.conversations - self.text_only
+        with_images = self.conversations - self.text_only
         yield (
-            f"{self.conversations:,} conversations with {self.answers:,} answers; {pictured:,} "
+            f"{self.conversations:,} conversations with {self.answers:,} answers; {with_images:,} "
             f"with {self.images:,} images, {self.text_only:,} text only"
         )
         if self.tokens:

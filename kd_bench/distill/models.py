@@ -412,7 +412,7 @@ def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Any:
         processor = AutoProcessor.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
         raise UsageError(
-            f"{path} has a {type(processor).__name__}, not a processor for text and pictures.",
+            f"{path} has a {type(processor).__name__}, not a processor for text and images.",
             "Save tokenizer, image processor and processor_config.json there.",
         )
     if folder != own:
@@ -457,13 +457,13 @@ def set_trainable(model: nn.Module, names: Iterable[str]) -> None:
     The LM head and the token embeddings belong to `language_model`.
     """
     parts = VisionLanguageModel(model)
-    wanted = set(names)
+    named = set(names)
     model.requires_grad_(False)
     for name in PARTS:
-        if name in wanted:
+        if name in named:
             getattr(parts, name).requires_grad_(True)
     head = model.get_output_embeddings()  # type: ignore[operator]
-    if "language_model" in wanted and head is not None:
+    if "language_model" in named and head is not None:
         head.requires_grad_(True)
 
 
@@ -512,7 +512,7 @@ def checkpoint_activations(model: Any, *, frozen: bool = False) -> None:
     else:  # the name before transformers 5.20 or so
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if frozen:
-        model.disable_input_require_grads()  # only pictures carry a gradient here
+        model.disable_input_require_grads()  # only images carry a gradient here
         for module in model.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 module.training = True

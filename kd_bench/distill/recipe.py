@@ -159,7 +159,7 @@ Count = Annotated[int, Field(ge=1, le=10**9)]
 
 
 class DataSource(StrictModel):
-    """Conversations and their pictures.
+    """Conversations and their images.
 
     Attributes:
         path: JSON, JSONL, parquet, a folder written by `datasets.save_to_disk`, a pattern of those
@@ -169,7 +169,7 @@ class DataSource(StrictModel):
             every row once in two epochs. Without one, once.
         streaming: read rows in their order while training, mixed within windows, and never more
             of them than that; for parquet and hub data that are larger than the disk.
-        images: folder that picture names are relative to; by default the file's own folder.
+        images: folder that image names are relative to; by default the file's own folder.
         limit: only the first so many conversations, after `skip`.
         skip: leave out the first so many.
         unreadable_limit: samples that may be skipped before the training stops with their list.

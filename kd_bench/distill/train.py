@@ -339,9 +339,9 @@ def _run_stage(run: TrainingState, stage: Stage, folder: Path, student: Any) -> 
     trainer = _trainer(run, stage, folder, distiller, order, seed)
     checkpoint = processes.broadcast(last_checkpoint(folder, run.say) if run.is_main else None)
     with explained("The first batch does not go through student and teacher", TOGETHER):
-        pictured = trainer.pictured_batch()
-        if pictured is not None:
-            distiller.freeze_unreached(pictured)
+        with_image = trainer.image_batch()
+        if with_image is not None:
+            distiller.freeze_unreached(with_image)
         _announce(run, stage, trainer, checkpoint)
     with contextlib.closing(trainer.report):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -11,6 +11,7 @@ import shutil
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,7 @@ def trainer_arguments(
     )
 
 
+@dataclass(eq=False)
 class ProgressReport(TrainerCallback):
     """What a training says while it runs: a live bar on a terminal, plain lines elsewhere, a log.
 
@@ -118,33 +120,24 @@ class ProgressReport(TrainerCallback):
         every: seconds between plain lines.
     """
 
-    def __init__(
-        self,
-        stage: str,
-        console: Console,
-        log: Path | None = None,
-        samples: int = 1,
-        done: Sequence[str] = (),
-        every: float = 10.0,
-    ) -> None:
-        self.stage = stage
-        self.console = console
-        self.path = log
-        self.samples = samples
-        self.done = done
-        self.every = every
-        self._bar: Progress | None = None
-        self._task: Any = None
-        self._printed = 0.0
-        self._clock = 0.0
-        self._step = 0
+    stage: str
+    console: Console
+    log: Path | None = None
+    samples: int = 1
+    done: Sequence[str] = ()
+    every: float = 10.0
+    _bar: Progress | None = None
+    _task: Any = None
+    _printed: float = 0.0
+    _clock: float = 0.0
+    _step: int = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._clock, self._step = time.perf_counter(), state.global_step
         if not state.is_world_process_zero:
             return
-        if self.path is not None and self.path.exists():
-            self._cut_log(self.path, state.global_step)
+        if self.log is not None and self.log.exists():
+            self._cut_log(self.log, state.global_step)
         if self.console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}"),
@@ -191,10 +184,10 @@ class ProgressReport(TrainerCallback):
         logs["seconds_left"] = (state.max_steps - state.global_step) * seconds_a_step
         if not state.is_world_process_zero:
             return
-        if self.path is not None:
+        if self.log is not None:
             record = {"stage": self.stage, "step": state.global_step, "steps": state.max_steps}
             record |= {**logs, "seconds": seconds, "devices": args.world_size}
-            with self.path.open("a", encoding="utf-8") as stream:
+            with self.log.open("a", encoding="utf-8") as stream:
                 line = json.dumps(_short(record | {"device": args.device.type}))
                 stream.write(line + "\n")
         if self._bar is not None:
@@ -358,7 +351,7 @@ class DistillationTrainer(Trainer):
         samples = [self.dataset[index] for index in next(iter(self.order))]
         return self._prepare_inputs(self.data_collator(samples))
 
-    def pictured_batch(self) -> dict[str, Tensor] | None:
+    def image_batch(self) -> dict[str, Tensor] | None:
         """One sample with an image, on this process's device; None where there is none."""
         sample = self.dataset.first_with_image()
         return None if sample is None else self._prepare_inputs(self.data_collator([sample]))

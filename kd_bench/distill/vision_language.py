@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
 from kd_bench.distill.recipe import Term, needs_switch, needs_teacher, sharing_images
@@ -395,17 +396,10 @@ def has_images(inputs: Inputs) -> bool:
     return pixels is not None and pixels.numel() > 0
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def _unwrapped(model: nn.Module) -> Any:
     """The transformers model inside a peft adapter or a data-parallel wrapper."""
-    inner: Any = model
-    while not hasattr(inner, "config") or hasattr(inner, "peft_config"):
-        if hasattr(inner, "get_base_model"):  # peft
-            inner = inner.get_base_model()
-        elif hasattr(inner, "module"):  # DistributedDataParallel and kin
-            inner = inner.module
-        else:
-            break
-    return inner
+    inner: Any = extract_model_from_parallel(model)
+    return inner.get_base_model() if hasattr(inner, "peft_config") else inner
 
 
 # Do a student and a teacher fit each other?
