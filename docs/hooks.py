@@ -368,7 +368,13 @@ TABLES = {"settings": settings_table, "methods": methods_table, "terms": terms_t
           "layers": layers_table}  # fmt: skip
 PLACE = re.compile(r"<!-- (?P<table>settings|methods|terms|layers)(?:: (?P<of>\w+))? -->")
 LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
-EXTRA = ("CONTRIBUTING.md", "CHANGELOG.md", "tasks/README.md", "kd_bench/world/TUNING.md")
+EXTRA = (
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "results/README.md",
+    "tasks/README.md",
+    "kd_bench/world/TUNING.md",
+)
 
 
 def _is_local(target: str) -> bool:

@@ -39,8 +39,8 @@ class Block:
 
 def pages() -> list[Path]:
     """Everything that a user reads."""
-    own = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "tasks/README.md")]
-    return own + sorted((ROOT / "docs").glob("*.md"))
+    own = ("README.md", "CONTRIBUTING.md", "results/README.md", "tasks/README.md")
+    return [ROOT / name for name in own] + sorted((ROOT / "docs").glob("*.md"))
 
 
 @cache

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.docs.blocks import ROOT
+
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -13,7 +15,6 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import pyarrow.parquet as pq
 
     from kd_bench.world.build import WEIGHTS, resolve
-    from tests.support.report_store import demo_models, make_store
 
     folder = tmp_path_factory.mktemp("docs")
     for name in ("teacher", "student"):
@@ -31,7 +32,5 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         table = pq.read_table(path)
         pq.write_table(table if path.parent.name.endswith("_images") else table.slice(0, 8), target)
-    wanted = ("", "sft", "kl", "switch-kd")
-    models = [model for model in demo_models() if model.method in wanted]
-    make_store(folder / "results" / "demo", models, units=12)
+    shutil.copytree(ROOT / "results" / "example", folder / "results" / "example")
     return folder
