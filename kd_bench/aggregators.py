@@ -58,7 +58,6 @@ class Aggregator:
     """
 
     name: str
-    description: str
     statistics: Callable[["pd.DataFrame"], UnitStatistics]
     combine: Callable[[Array], Array]
     category: str
@@ -162,11 +161,9 @@ def _mme_points(samples: "pd.DataFrame", perception: bool | None = None) -> Unit
         perception: only those categories, only the others, or all.
     """
     category = samples["category"].astype(str)
-    kept = (
-        category.isin(MME_PERCEPTION) == perception
-        if perception is not None
-        else (category.notna())
-    )
+    kept = category.notna()
+    if perception is not None:
+        kept = category.isin(MME_PERCEPTION) == perception
     right_rows = (_scores(samples)[kept.to_numpy()] >= 1.0).astype(np.float64)
     category = category[kept]
     pair = category + "\x1f" + samples.loc[kept, "unit_id"].astype(str)
@@ -227,36 +224,18 @@ def _mean_f1(sums: Array) -> Array:
 AGGREGATORS: dict[str, Aggregator] = {
     each.name: each
     for each in (
-        Aggregator("mean", "mean score of the documents", _mean, _ratio, "mean"),
-        Aggregator(
-            "accuracy", "share of documents with the full score", _accuracy, _ratio, "accuracy"
-        ),
-        Aggregator(
-            "strict", "mean score, an answer that was not understood is wrong",
-            _strict, _ratio, "strict",
-        ),
-        Aggregator(
-            "circular", "share of groups with every rotation right",
-            _circular, _ratio, "circular", "unit",
-        ),
+        Aggregator("mean", _mean, _ratio, "mean"),
+        Aggregator("accuracy", _accuracy, _ratio, "accuracy"),  # documents with the full score
+        Aggregator("strict", _strict, _ratio, "strict"),
+        Aggregator("circular", _circular, _ratio, "circular", "unit"),
         # The raw sum over the present categories, over what an oracle would get there: for the
         # ten categories of the real MME this is perception / 20, the paper's column.
+        Aggregator("mme", partial(_mme_points, perception=True), _mean_of_ratios, "mme_category"),
         Aggregator(
-            "mme", "MME perception: acc + acc+ over its maximum",
-            partial(_mme_points, perception=True), _mean_of_ratios, "mme_category",
+            "mme_cognition", partial(_mme_points, perception=False), _mean_of_ratios, "mme_category"
         ),
-        Aggregator(
-            "mme_cognition", "MME cognition: acc + acc+ over its maximum",
-            partial(_mme_points, perception=False), _mean_of_ratios, "mme_category",
-        ),
-        Aggregator(
-            "mme_category", "acc + acc+ over its maximum, all categories alike",
-            _mme_points, _mean_of_ratios, "mme_category",
-        ),
-        Aggregator("f1", "F1 of the answer yes", _f1, _f1_of_counts, "f1"),
-        Aggregator(
-            "f1_mean", "mean over categories of the F1 of the answer yes",
-            _f1_by_category, _mean_f1, "f1",
-        ),
+        Aggregator("mme_category", _mme_points, _mean_of_ratios, "mme_category"),
+        Aggregator("f1", _f1, _f1_of_counts, "f1"),
+        Aggregator("f1_mean", _f1_by_category, _mean_f1, "f1"),
     )
-}  # fmt: skip
+}

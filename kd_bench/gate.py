@@ -64,7 +64,7 @@ class Verdict:
         advisory: shown, decides nothing.
         corrected: the two-sided interval at the level that Holm gave the test of the difference;
             it excludes zero when the difference is real.
-        units: what was resampled: pictures, pairs, groups or documents.
+        units: what was resampled: images, pairs, groups or documents.
         same: both gave the same answer to every document of every benchmark.
     """
 
@@ -107,20 +107,15 @@ class Verdict:
             f"({_percent(1 - test.level)}, one-sided); {self.units:,} units"
         )
         if self.verdict == "inconclusive" and change.detectable is not None:
+            z = NormalDist().inv_cdf
+            kept = (z(1 - test.level) + z(0.8)) * change.standard_error
             text += (
                 f"; four times in five these units find a drop of {change.detectable:.1f} points "
-                f"after Holm, and show an equal model not worse than {self.resolves:.1f}"
+                f"after Holm, and show an equal model not worse than {kept:.1f}"
             )
         elif self.real_drop and self.verdict == NOT_WORSE:
             text += "; a real drop, smaller than the margin"
         return text + "."
-
-    @property
-    def resolves(self) -> float:
-        """The margin that an equal model is shown to keep four times in five, in points."""
-        z = NormalDist().inv_cdf
-        error = self.difference.standard_error
-        return (z(1 - self.non_inferiority.level) + z(0.8)) * error
 
 
 def _percent(level: float) -> str:
@@ -174,11 +169,8 @@ class GateReport:
     @property
     def outcome(self) -> str:
         """The exit code in words."""
-        return {
-            ExitCode.PASS: "pass",
-            ExitCode.REGRESSION: "regression",
-            ExitCode.INCONCLUSIVE: "cannot tell",
-        }[self.exit_code]
+        words = {ExitCode.PASS: "pass", ExitCode.REGRESSION: "regression"}
+        return words.get(self.exit_code, "cannot tell")
 
     @property
     def statement(self) -> str:
@@ -307,11 +299,14 @@ def judge(
     The first `split` runs of each benchmark are the baseline's seeds, the others the candidate's.
     """
     tasks = [each.aligned.task for each in sampled]
-    runs = len(sampled[0].scores)
-    old, new = ([str(n) for n in part] for part in (range(split), range(split, runs)))
-    evidence = evidence_of(sampled)
-    found = [evidence.difference(key, old, new) for key in [*tasks, AVERAGE]]
-    differences = _differences(sampled, policy.seed, old, new)
+    names = [str(number) for number in range(len(sampled[0].scores))]
+    old, new = names[:split], names[split:]
+    nulls = None
+    if len(names) == 2:
+        nulls = {each.aligned.task: each.null_draws(0, 1, policy.seed) for each in sampled}
+    evidence, keys = evidence_of(sampled), [*tasks, AVERAGE]
+    found = [evidence.difference(key, old, new) for key in keys]
+    differences = with_holm([paired_difference(sampled, key, old, new, nulls) for key in keys])
     levels = holm_levels([each.p for each in differences], policy.alpha)
     allowed = [margins.tasks.get(task, margins.default) for task in tasks] + [margins.average]
     tests = _margin_tests(found, allowed, policy)
@@ -321,7 +316,7 @@ def judge(
     documents.append(sum(documents))
     alike = _same_answers(sampled)
     verdicts = []
-    for number, name in enumerate([*tasks, AVERAGE]):
+    for number, name in enumerate(keys):
         difference, one = differences[number], found[number]
         baseline, candidate = scores[number][:split].mean(), scores[number][split:].mean()
         # A benchmark that nobody gets right (or wrong) says nothing, the same answers or not.
@@ -388,23 +383,10 @@ def _same_answers(sampled: Sequence[Resampled]) -> bool:
         first, *others = one.aligned.samples
         if "parsed" not in first.columns:
             return False
-        for frame in others:
-            if not (frame["parsed"].to_numpy() == first["parsed"].to_numpy()).all():
-                return False
-            if not (frame["score"].to_numpy() == first["score"].to_numpy()).all():
-                return False
+        told = ["parsed", "score"]
+        if not all((frame[told].to_numpy() == first[told].to_numpy()).all() for frame in others):
+            return False
     return True
-
-
-def _differences(
-    sampled: Sequence[Resampled], seed: int, old: list[str], new: list[str]
-) -> list[Difference]:
-    """Of every benchmark and, last, of the average; Holm over all of them."""
-    nulls = None
-    if len(old) == len(new) == 1:
-        nulls = {each.aligned.task: each.null_draws(0, 1, seed) for each in sampled}
-    keys = [*(each.aligned.task for each in sampled), AVERAGE]
-    return with_holm([paired_difference(sampled, key, old, new, nulls) for key in keys])
 
 
 def _resample(runs: Sequence[Run], task: str, policy: Policy) -> Resampled:

@@ -13,7 +13,6 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.stats import norm
 
 from kd_bench.aggregators import get_aggregator, unit_statistics
@@ -28,7 +27,7 @@ from kd_bench.stats import FEWEST_UNITS, seed_variance
 from kd_bench.store import Run
 
 if TYPE_CHECKING:
-    import pandas as pd
+    pass
 
 
 # Share of answers that change between equal students where no second seed tells it.
@@ -36,7 +35,7 @@ ASSUMED_CHURN = 0.15
 PASS = 0.95
 # A little more than 95 in 100, so that 95 holds for the least of ten benchmarks.
 FIND = 0.96
-# An equal student is called worse somewhere in up to half of alpha: what the average may lose.
+# Made-up equal students of a run that is alone.
 TIMES = 6
 
 
@@ -92,7 +91,10 @@ def plan(baseline: Run, others: Sequence[Run], policy: Policy) -> Plan:
     seeds_of_one_method(runs)
     limits = require_sound(others, [baseline], policy)
     tasks, _ = counted(others, [baseline], policy)
-    frames = [_pairs(runs, task, policy) for task in tasks]
+    aligned = [
+        align(runs, task) if others else _with_equals(baseline, task, policy.seed) for task in tasks
+    ]
+    frames = [resample(each, policy.resamples, policy.seed) for each in aligned]
     few = [each.aligned.task for each in frames if len(each.aligned.units) < FEWEST_UNITS]
     known = [each for each in frames if each.aligned.task not in few]
     if not known:
@@ -106,22 +108,15 @@ def plan(baseline: Run, others: Sequence[Run], policy: Policy) -> Plan:
     suite = baseline.manifest.protocol.suite
     named = few or policy.benchmarks is not None
     text = _policy_text(suite, lines, policy, [*keys[:-1]] if named else [])
-    warnings = _limits(runs)
-    text = "".join(f"# {line}\n" for line in warnings) + text
+    warnings: tuple[str, ...] = ()
+    if limited := [label(run) for run in runs if run.manifest.protocol.limit is not None]:
+        warning = (
+            f"LIMITED: {', '.join(limited)}. These margins are for equally limited runs; whole "
+            "runs carry smaller ones, from a plan of their own."
+        )
+        warnings, text = (warning,), f"# {warning}\n{text}"
     notes = (*_notes(runs, few), *limits)
     return Plan(label(baseline), suite, lines, notes, text, warnings)
-
-
-def _limits(runs: Sequence[Run]) -> tuple[str, ...]:
-    """A warning where a document limit makes the margins those of a smaller test set."""
-    limited = [run for run in runs if run.manifest.protocol.limit is not None]
-    if not limited:
-        return ()
-    names = ", ".join(label(run) for run in limited)
-    return (
-        f"LIMITED: {names}. These margins are for equally limited runs; whole runs carry smaller "
-        "ones, from a plan of their own.",
-    )
 
 
 def _line(
@@ -148,16 +143,18 @@ def _line(
     # The average is tested alone at alpha; a benchmark at the first step of Holm, at worst.
     alone = key == AVERAGE and not policy.every
     level = policy.alpha if alone else policy.alpha / tests
+    # An equal student is called worse somewhere in up to half of alpha: the average may lose that.
     passing = 1 - (1 - PASS) / 2 if alone else PASS
+    z_level, z_pass, z_find, z_seen, z_last = (
+        float(each)
+        for each in norm.ppf([1 - level, passing, FIND, 1 - policy.alpha / 2 / tests,
+                              1 - policy.alpha])
+    )  # fmt: skip
     reach = float(np.hypot(error, seed_error))
-    margin = float(norm.ppf(1 - level)) * error + float(norm.ppf(passing)) * reach
+    margin = _up(z_level * error + z_pass * reach)
     # A regression: a two-sided test after Holm, and no pass of the margin test at its last step.
-    seen = float(norm.ppf(1 - policy.alpha / 2 / tests)) * error + float(norm.ppf(FIND)) * reach
-    outside = (
-        _up(margin) - float(norm.ppf(1 - policy.alpha)) * error + float(norm.ppf(FIND)) * reach
-    )
-    units = evidence.units(key)
-    return PlanLine(key, units, churn, error, seed_error, _up(margin), _up(max(seen, outside)))
+    found = max(z_seen * error + z_find * reach, margin - z_last * error + z_find * reach)
+    return PlanLine(key, evidence.units(key), churn, error, seed_error, margin, _up(found))
 
 
 def _up(points: float) -> float:
@@ -202,25 +199,14 @@ def _policy_text(
     )
 
 
-# --- pairs of equal students -------------------------------------------------------------------
-
-
-def _pairs(runs: Sequence[Run], task: str, policy: Policy) -> Resampled:
-    """All seeds on one benchmark; the baseline and made-up equal students where it is alone."""
-    if len(runs) > 1:
-        return resample(align(runs, task), policy.resamples, policy.seed)
-    (run,) = runs
-    alone = align([run], task)
-    rng = np.random.default_rng([policy.seed, len(alone.units)])
-    return resample(_with_equals(alone, rng), policy.resamples, policy.seed)
-
-
-def _with_equals(alone: AlignedTask, rng: np.random.Generator) -> AlignedTask:
+def _with_equals(run: Run, task: str, seed: int) -> AlignedTask:
     """The run and students that are right as often, each with `ASSUMED_CHURN` of items changed.
 
     A changed document (where groups are scored as a whole: a group) swaps between right and
     wrong, as many each way on average.
     """
+    alone = align([run], task)
+    rng = np.random.default_rng([seed, len(alone.units)])
     frame = alone.samples[0]
     whole = get_aggregator(alone.aggregator).item == "unit"
     units = frame["unit_id"].astype(str).to_numpy()
@@ -229,19 +215,15 @@ def _with_equals(alone: AlignedTask, rng: np.random.Generator) -> AlignedTask:
     right = np.ones(item.max() + 1, dtype=bool)
     np.logical_and.at(right, item, score >= (1.0 if whole else 0.5))
     share = right.mean()
-    made = [frame]
-    for _ in range(TIMES):
-        rate = np.where(right, 0.5 / max(share, 1e-9), 0.5 / max(1 - share, 1e-9))
-        flipped = rng.random(len(right)) < np.minimum(ASSUMED_CHURN * rate, 1.0)
-        rows = flipped[item]
-        new = np.where(rows, np.where(right[item], 0.0, 1.0), score)
-        made.append(frame.assign(score=new, parsed=_swapped(frame, rows)))
-    statistics = np.stack([unit_statistics(alone.aggregator, each).values for each in made])
-    return replace(alone, samples=tuple(made), statistics=statistics)
-
-
-def _swapped(frame: "pd.DataFrame", rows: NDArray[np.bool_]) -> "pd.Series[str]":
-    """Answers after a change: yes and no change places (POPE's F1 reads them)."""
+    rate = np.where(right, 0.5 / max(share, 1e-9), 0.5 / max(1 - share, 1e-9))
+    # POPE's F1 reads answers: yes and no change places.
     parsed = frame["parsed"].astype(str)
     other = parsed.str.lower().map({"yes": "no", "no": "yes"})
-    return parsed.where(~rows | other.isna(), other)
+    made = [frame]
+    for _ in range(TIMES):
+        rows = (rng.random(len(right)) < np.minimum(ASSUMED_CHURN * rate, 1.0))[item]
+        new = np.where(rows, np.where(right[item], 0.0, 1.0), score)
+        swapped = parsed.where(~rows | other.isna(), other)
+        made.append(frame.assign(score=new, parsed=swapped))
+    statistics = np.stack([unit_statistics(alone.aggregator, each).values for each in made])
+    return replace(alone, samples=tuple(made), statistics=statistics)

@@ -362,30 +362,20 @@ def non_inferiority(
     The bound of a passed test is taken at its own Holm level, that of the others at the level
     at which the procedure stopped, so bounds and verdicts always agree.
     """
-    sizes = [len(draws) for draws in differences]
     p = [
         float((1 + np.sum(~(draws > -margin))) / (1 + len(draws)))
         for draws, margin in zip(differences, margins, strict=True)
     ]
-    adjusted = holm(p)
-    passed = [value <= alpha for value in adjusted]
-    levels = holm_levels(p, alpha)
+    rows = zip(differences, margins, p, holm(p), holm_levels(p, alpha), strict=True)
     return [
-        NonInferiority(
-            margin=margins[i],
-            bound=_lower_bound(differences[i], levels[i], sizes[i]),
-            p=p[i],
-            p_holm=adjusted[i],
-            passed=passed[i],
-            level=levels[i],
-        )
-        for i in range(len(p))
+        NonInferiority(margin, _lower_bound(draws, level), one, adjusted, adjusted <= alpha, level)
+        for draws, margin, one, adjusted, level in rows
     ]
 
 
-def _lower_bound(draws: Array, level: float, size: int) -> float:
+def _lower_bound(draws: Array, level: float) -> float:
     """The draw that decides `p <= level`: the k-th smallest with k = floor(level (R + 1))."""
-    k = max(1, math.floor(level * (size + 1) + 1e-9))
+    k = max(1, math.floor(level * (len(draws) + 1) + 1e-9))
     return float(np.partition(draws, k - 1)[k - 1])
 
 

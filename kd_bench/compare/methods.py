@@ -38,12 +38,8 @@ def compare_methods(
     """
     runs = [*a_runs, *b_runs]
     tasks = common_tasks(runs)
-    evidence = evidence_of(
-        [
-            resample(align(runs, task, allow_different=allow_different), resamples, seed)
-            for task in tasks
-        ]
-    )
+    aligned = [align(runs, task, allow_different=allow_different) for task in tasks]
+    evidence = evidence_of([resample(each, resamples, seed) for each in aligned])
     names = [str(number) for number in range(len(runs))]
     first, second = names[: len(a_runs)], names[len(a_runs) :]
     return {key: evidence.difference(key, first, second, level) for key in [*tasks, AVERAGE]}
@@ -199,10 +195,8 @@ def compare_all_methods(
     tasks = common_tasks(runs)
     aligned = [align(runs, task, allow_different=allow_different) for task in tasks]
     evidence = evidence_of([resample(each, resamples, seed) for each in aligned])
-    names, start = {}, 0
-    for method, group in groups.items():
-        names[method] = [str(number) for number in range(start, start + len(group))]
-        start += len(group)
+    places = map(str, range(len(runs)))
+    names = {method: [next(places) for _ in group] for method, group in groups.items()}
     keys = [*tasks, AVERAGE]
     pairs = [
         (one, other, {key: evidence.difference(key, names[one], names[other]) for key in keys})
@@ -303,11 +297,8 @@ def training_noise(first: Sequence[Run], second: Sequence[Run]) -> list[str]:
             f"ONE SEED of {' and of '.join(methods)}: this is about these weights, not about "
             "the recipes; another seed may say otherwise"
         )
-    known = [
-        noise
-        for method in methods
-        if (noise := noise_of(_run_of(method, [*first, *second]))) is not None
-    ]
+    of_method = {run.manifest.model.method: run for run in (*second, *first)}
+    known = [noise for method in methods if (noise := noise_of(of_method[method])) is not None]
     if known:
         return [f"{text}. {'; '.join(noise.sentence for noise in known)}."]
     return [f"{text}. How far seeds are apart, this store does not know."]
@@ -348,10 +339,6 @@ def _seeds_of_one_recipe(runs: Sequence[Run]) -> bool:
         for name in ("seed", "weights_digest")
     )
     return known and alike and apart
-
-
-def _run_of(method: str, runs: Sequence[Run]) -> Run:
-    return next(run for run in runs if run.manifest.model.method == method)
 
 
 def seeds_of_one_method(runs: Sequence[Run]) -> None:
