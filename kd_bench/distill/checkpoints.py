@@ -318,9 +318,6 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
     """Entries of a safetensors file by tensor name, and where the data begins.
 
     Layout: 8-byte header length, JSON header, data.
-
-    Raises:
-        UsageError: the file is damaged.
     """
     try:
         with file.open("rb") as stream:

@@ -434,12 +434,7 @@ def _placed(said: list[Said], listed: list[Any]) -> tuple[tuple[Turn, ...], list
 
 
 def _source(entry: Any, identifier: str, folder: Path) -> Source:
-    """An image's file, or its encoded bytes.
-
-    Raises:
-        Unreadable: it is neither.
-        UsageError: the file lies outside the folder.
-    """
+    """An image's file, or its encoded bytes; a file outside the folder is refused for all rows."""
     if isinstance(entry, bytes | bytearray):
         return bytes(entry)
     if isinstance(entry, Mapping):

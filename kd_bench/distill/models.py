@@ -166,16 +166,7 @@ def load_part(kind: Any, path: str, what: str, *, surplus: bool = False, **setti
 def _read(
     kind: Any, path: str | Path, folder: Path, what: str, **settings: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """A model of transformers and what it says about the tensors that it read.
-
-    Args:
-        kind: a class with `from_pretrained`.
-        path: as the user named it.
-        what: that the errors call it.
-
-    Raises:
-        UsageError: it cannot be loaded.
-    """
+    """A model of a class with `from_pretrained`, and what it says about the tensors it read."""
     hint = "Give a folder written by save_pretrained with such a class, or a hub name."
     settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     with explained(f"{path} could not be loaded as a {what}", hint), _packages(path):
@@ -205,13 +196,7 @@ def _quantized(
     dtype: torch.dtype,
     device: str | torch.device | None,
 ) -> dict[str, Any]:
-    """Arguments of `from_pretrained` for weights that are, or shall be, quantized.
-
-    Raises:
-        UsageError: the name is unknown, the weights are quantized already, or an adapter would
-            have to be merged into rounded weights.
-        MissingExtraError: bitsandbytes is not installed.
-    """
+    """Arguments of `from_pretrained` for weights that are, or shall be, quantized."""
     if quantize and quantize not in QUANTIZATIONS:
         raise UsageError(f"There is no quantization {quantize!r}.", "Use nf4 or int8.")
     already = checkpoints.quantization_of(checkpoints.read_config(folder))
@@ -320,12 +305,7 @@ def _check_finite(path: str | Path, model: nn.Module) -> None:
 
 
 def _with_adapter(model: Any, folder: Path, allow_pickle: bool) -> Any:
-    """The model with an adapter of peft folded into its weights.
-
-    Raises:
-        UsageError: its tensors are not those of this model, or it cannot be merged.
-        MissingExtraError: peft is not installed.
-    """
+    """The model with an adapter of peft folded into its weights."""
     try:
         from peft import PeftConfig, PeftModel, PeftType
         from peft.utils import load_peft_weights, set_peft_model_state_dict
@@ -421,11 +401,7 @@ def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def _use_adapters_own(processor: Any, adapter: Path, trust_remote_code: bool) -> None:
-    """Put an adapter's tokenizer and chat template, where it has them, into its base's processor.
-
-    Raises:
-        UsageError: they cannot be read, or the tokenizer has another image token.
-    """
+    """Put an adapter's own tokenizer and chat template, if any, into its base's processor."""
     from transformers import AutoTokenizer
 
     token = getattr(processor, "image_token", None)

@@ -90,11 +90,8 @@ class Term(StrictModel):
     @property
     def options(self) -> dict[str, object]:
         """The options that were set, as keyword arguments of the loss."""
-        return {
-            option: getattr(self, option)
-            for option in OPTIONS[self.loss]
-            if getattr(self, option) is not None
-        }
+        given = {option: getattr(self, option) for option in OPTIONS[self.loss]}
+        return {option: value for option, value in given.items() if value is not None}
 
 
 _CE = Term(loss="ce")

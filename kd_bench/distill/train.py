@@ -228,11 +228,7 @@ def _run_stages(run: TrainingState) -> Any:
 
 
 def _check_settings(run: TrainingState, stages: list[Stage]) -> None:
-    """Everything that can be wrong without loading a model, of every stage, before the first step.
-
-    Raises:
-        UsageError: naming the stage and the setting.
-    """
+    """Everything that can be wrong without loading a model, of every stage."""
     check_loggers(run.recipe.report_to)
     if run.recipe.prompt_template is not None:
         read_template(run.recipe.prompt_template)
@@ -447,8 +443,7 @@ def _trainer(
         trainer_arguments(run.recipe, stage, folder, steps, order.batch_size, seed),
         order,
         Collator(stop if tokenizer.pad_token_id is None else tokenizer.pad_token_id),
-        stage=stage.name,
-        vision_tower_learning_rate=stage.vision_tower_learning_rate,
+        stage=stage,
         report=ProgressReport(stage.name, run.console, run.log, stage.batch_size, run.done),
         lineage=run.folder / "lineage.json",
     )

@@ -280,8 +280,7 @@ class DistillationTrainer(Trainer):
 
     Args:
         order: which samples make up which batch.
-        stage: name of the stage, for messages.
-        vision_tower_learning_rate: where the vision tower shall learn at a rate of its own.
+        stage: of whose settings the vision tower's own learning rate is used.
         lineage: file that is copied into every checkpoint.
     """
 
@@ -295,8 +294,7 @@ class DistillationTrainer(Trainer):
         order: BatchOrder,
         collator: Collator,
         *,
-        stage: str = "train",
-        vision_tower_learning_rate: float | None = None,
+        stage: Stage,
         report: ProgressReport,
         lineage: Path | None = None,
     ) -> None:
@@ -314,7 +312,6 @@ class DistillationTrainer(Trainer):
         self.lineage = lineage
         self.order = order
         self.dataset = order.dataset
-        self.vision_tower_learning_rate = vision_tower_learning_rate
         self._sums: dict[str, Tensor] = {}
         self._summed_from = 0
         self._unchecked: list[tuple[int, Tensor, Tensor]] = []
@@ -413,7 +410,7 @@ class DistillationTrainer(Trainer):
                 continue
             names = ", ".join(self.dataset.conversations[i].id for i in samples.tolist() if i >= 0)
             raise TrainingError(
-                f"Stage {self.stage!r}: the loss became {float(loss)} at step {step}, on the "
+                f"Stage {self.stage.name!r}: the loss became {float(loss)} at step {step}, on the "
                 f"samples {names}.",
                 "The last checkpoint is kept. Look at those samples, or lower learning_rate.",
             )
@@ -422,7 +419,7 @@ class DistillationTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's, with a learning rate of its own for the vision tower where asked."""
-        made_before, rate = self.optimizer is not None, self.vision_tower_learning_rate
+        made_before, rate = self.optimizer is not None, self.stage.vision_tower_learning_rate
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if made_before or rate is None:
             return optimizer
@@ -472,7 +469,7 @@ class DistillationTrainer(Trainer):
         learning = [p.detach() for p in self.model.parameters() if p.requires_grad]
         if not all(bool(torch.isfinite(p).all()) for p in learning):
             raise TrainingError(  # a checkpoint of broken weights would be worse than none
-                f"Stage {self.stage!r}: weights are no longer finite at step "
+                f"Stage {self.stage.name!r}: weights are no longer finite at step "
                 f"{self.state.global_step}.",
                 "The last checkpoint is kept. Lower learning_rate or max_grad_norm.",
             )
