@@ -11,7 +11,7 @@ import yaml
 
 from kd_bench.errors import ExitCode
 from kd_bench.store import Run
-from tests.cli.test_commands import Call, call  # noqa: F401  # a fixture
+from tests.cli.conftest import Call, call  # noqa: F401  # a fixture
 from tests.compare.test_compare import samples
 from tests.statistics.simulate import write_run
 
