@@ -73,15 +73,15 @@ def _show_sample(
 
     source = data or resolve("embedded:data/test")
     folder = pictures or Path(tempfile.mkdtemp(prefix="kd-bench-"))
-    shown = preview(spec, source, folder, document=document, profile=profile)
+    prepared, index, images = preview(spec, source, folder, document=document, profile=profile)
     world = "of the embedded world" if data is None else f"of {data}"
     name = profile or spec.default_profile
-    typer.secho(f"Document {shown.document} {world}, profile {name}:\n", bold=True)
-    typer.echo(printable(shown.prompt))
+    typer.secho(f"Document {index} {world}, profile {name}:\n", bold=True)
+    typer.echo(printable(prepared.prompts[index]))
     typer.echo()
-    for path in shown.pictures:
+    for path in images:
         typer.echo(f"picture: {path}")
-    typer.echo(f"fingerprint: {shown.fingerprint}")
+    typer.echo(f"fingerprint: {prepared.fingerprint}")
 
 
 @app.command("validate")

@@ -127,11 +127,6 @@ def _remember_normalised_answers() -> None:
     EvalAIAnswerProcessor.process_punctuation = remembered_method
 
 
-def lmms_eval_version() -> str:
-    """The installed version."""
-    return version("lmms-eval")
-
-
 @contextlib.contextmanager
 def quiet(debug: bool = False) -> Iterator[None]:
     """Keep upstream's prints and progress bars off the terminal, unless debugging."""
@@ -155,7 +150,7 @@ def task_config(name: str) -> dict[str, Any]:
     found = sorted(folder.glob(f"*/{name}.yaml")) or sorted(folder.rglob(f"{name}.yaml"))
     if not found:
         raise UsageError(
-            f"lmms-eval {lmms_eval_version()} has no task {name!r}.",
+            f"lmms-eval {version('lmms-eval')} has no task {name!r}.",
             "`lmms-eval --tasks list` shows those it has.",
         )
     with quiet():
@@ -284,7 +279,10 @@ def prepare(
     config = _configure(spec, upstream, name)
     with quiet():
         task = _task_class(chat)(config, documents, spec)
-    prompts = [_render(task, document, spec) for document in documents]
+    prompts = []
+    for document in documents:
+        with _naming(spec, document, "has no prompt"):
+            prompts.append(str(task.doc_to_text(document)))
     contents = documents.content_digests()
     columns = [documents.picture_digests(column) for column in documents.picture_columns]
     pictures = ["+".join(filter(None, row)) for row in zip(*columns, strict=True)]
@@ -296,7 +294,7 @@ def prepare(
         digest_text(*contents),
         digest_text(*prompts),
         json.dumps(spec.generation_of(name).model_dump(), sort_keys=True),
-        f"{upstream} lmms-eval {lmms_eval_version()} scoring {SCORING_VERSION}",
+        f"{upstream} lmms-eval {version('lmms-eval')} scoring {SCORING_VERSION}",
     )
     generation = config["generation_kwargs"]
     return PreparedTask(
@@ -319,7 +317,7 @@ def data_digest(spec: TaskSpec, folder: Path, profile: str | None) -> str:
         tuple((s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in states),
     )
     asked = f"{profile or spec.default_profile} scoring {SCORING_VERSION}"
-    return digest_text(digest, spec.model_dump_json(), asked, f"lmms-eval {lmms_eval_version()}")
+    return digest_text(digest, spec.model_dump_json(), asked, f"lmms-eval {version('lmms-eval')}")
 
 
 @functools.cache
@@ -367,9 +365,10 @@ def _configure(spec: TaskSpec, upstream: str, profile: str) -> dict[str, Any]:
     config["generation_kwargs"] = generation
     wording = config.setdefault("lmms_eval_specific_kwargs", {})
     wording.setdefault("default", {}).update(variant.prompt)
-    adapt = _ADAPTATIONS.get(spec.id)
-    if adapt is not None:
-        adapt(config)
+    if spec.id == "mmbench_cn":
+        _static_circular(config)
+    if spec.id == "mmmu":
+        _own_placeholders(config)
     return config
 
 
@@ -398,36 +397,24 @@ def _own_placeholders(config: dict[str, Any]) -> None:
         names = [f"image_{number}" for number in numbered.findall(render(doc))]
         return [doc[name].convert("RGB") for name in names]
 
-    config["doc_to_text"] = doc_to_text
-    config["doc_to_visual"] = doc_to_visual
-    config["doc_to_messages"] = _interleaved(doc_to_text, doc_to_visual)
-
-
-def _interleaved(
-    doc_to_text: Callable[..., str], doc_to_visual: Callable[[Document], list[Any]]
-) -> Callable[..., list[dict[str, Any]]]:
-    """One user turn with each picture at its placeholder."""
-
     def doc_to_messages(
         doc: Document, lmms_eval_specific_kwargs: dict[str, Any] | None = None
     ) -> list[dict[str, Any]]:
-        texts = doc_to_text(doc, lmms_eval_specific_kwargs).split(PLACEHOLDER)
+        """One user turn with each picture at its placeholder."""
         pictures = doc_to_visual(doc)
         content: list[dict[str, Any]] = []
-        for number, text in enumerate(texts):
+        for number, text in enumerate(
+            doc_to_text(doc, lmms_eval_specific_kwargs).split(PLACEHOLDER)
+        ):
             if text.strip():
                 content.append({"type": "text", "text": text.strip()})
             if number < len(pictures):
                 content.append({"type": "image", "url": pictures[number]})
         return [{"role": "user", "content": content}]
 
-    return doc_to_messages
-
-
-_ADAPTATIONS: dict[str, Callable[[dict[str, Any]], None]] = {
-    "mmbench_cn": _static_circular,
-    "mmmu": _own_placeholders,
-}
+    config.update(
+        doc_to_text=doc_to_text, doc_to_visual=doc_to_visual, doc_to_messages=doc_to_messages
+    )
 
 
 def _task_class(chat: bool) -> type[Any]:
@@ -480,15 +467,8 @@ def _task_class(chat: bool) -> type[Any]:
             """Upstream's metrics of a document, and whether it drew the choice at random."""
             # The undecorated function: upstream's retries would hide an exception for seconds.
             score = ConfigurableTask.process_results.__wrapped__
-            try:
-                with _seeded_guess(doc) as guess:
-                    return score(self, doc, results, full_docs), guess.used
-            except Exception as error:
-                raise IncompleteRunError(
-                    f"{self._spec.id}: document {doc.index} cannot be scored: "
-                    f"{type(error).__name__}: {one_line(error)}",
-                    "Check that row of the data.",
-                ) from error
+            with _naming(self._spec, doc, "cannot be scored"), _seeded_guess(doc) as drawn:
+                return score(self, doc, results, full_docs), bool(drawn)
 
     return LocalTask
 
@@ -501,79 +481,60 @@ def mmmu_right(logged: dict[str, Any], said: Any) -> float:
     return float((eval_multi_choice if choice else eval_open)(logged["answer"], said))
 
 
-class _seeded_guess:  # noqa: N801 - reads as a context, like those of contextlib
-    """Upstream guesses an unparsable choice: make the guess depend on the document alone."""
+@contextlib.contextmanager
+def _seeded_guess(doc: Document) -> Iterator[list[str]]:
+    """Upstream guesses an unparsable choice: make the guess depend on the document alone.
 
-    def __init__(self, doc: Document) -> None:
-        self._doc = doc
-        self.used = False
+    Yields what was drawn.
+    """
+    from lmms_eval.tasks._task_utils import mmmu_mcq_utils
 
-    def __enter__(self) -> "_seeded_guess":
-        from lmms_eval.tasks._task_utils import mmmu_mcq_utils
+    drawn: list[str] = []
 
-        self._module = mmmu_mcq_utils
-        mmmu_mcq_utils.random = SimpleNamespace(choice=self._choose)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._module.random = random
-
-    def _choose(self, options: list[str]) -> str:
-        self.used = True
-        identity = str(self._doc.get("id", self._doc.index))
+    def choose(options: list[str]) -> str:
+        identity = str(doc.get("id", doc.index))
         seed = hashlib.sha256(identity.encode()).digest()
-        return random.Random(seed).choice(options)
+        drawn.append(random.Random(seed).choice(options))
+        return drawn[-1]
 
-
-def _render(task: Any, document: Document, spec: TaskSpec) -> str:
+    mmmu_mcq_utils.random = SimpleNamespace(choice=choose)
     try:
-        return str(task.doc_to_text(document))
+        yield drawn
+    finally:
+        mmmu_mcq_utils.random = random
+
+
+@contextlib.contextmanager
+def _naming(spec: TaskSpec, doc: Document, problem: str) -> Iterator[None]:
+    """Name the document on which one of upstream's functions fails."""
+    try:
+        yield
     except Exception as error:
         raise IncompleteRunError(
-            f"{spec.id}: document {document.index} has no prompt: "
-            f"{type(error).__name__}: {one_line(error)}",
+            f"{spec.id}: document {doc.index} {problem}: {type(error).__name__}: {one_line(error)}",
             "Check that row of the data.",
         ) from error
 
 
-@dataclass(frozen=True)
-class Preview:
-    """One document as a model meets it.
-
-    Attributes:
-        prompt: the question as upstream words it, before the chat template.
-        pictures: where its pictures were written.
-    """
-
-    task: str
-    document: int
-    prompt: str
-    pictures: list[Path]
-    fingerprint: str
-
-
 def preview(
-    spec: TaskSpec,
-    data: Path,
-    pictures: Path,
-    *,
-    document: int = 0,
-    profile: str | None = None,
-) -> Preview:
-    """Render one document and write its pictures into the folder `pictures`.
+    spec: TaskSpec, data: Path, folder: Path, *, document: int = 0, profile: str | None = None
+) -> tuple[PreparedTask, int, list[Path]]:
+    """A benchmark, the number of one of its documents, and the images of it written to `folder`.
+
+    Args:
+        document: which one; beyond the last it is the last.
 
     Raises:
         UsageError: the data cannot be used.
     """
     prepared = prepare(spec, data, profile=profile)
     index = min(document, len(prepared.documents) - 1)
-    pictures.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for number, picture in enumerate(prepared.task.doc_to_visual(prepared.documents[index]), 1):
-        path = pictures / f"{spec.id}-{index}-{number}.png"
-        picture.save(path)
-        written.append(path)
-    return Preview(spec.id, index, prepared.prompts[index], written, prepared.fingerprint)
+    for number, image in enumerate(prepared.task.doc_to_visual(prepared.documents[index]), 1):
+        written.append(folder / f"{spec.id}-{index}-{number}.png")
+        image.save(written[-1])
+    return prepared, index, written
 
 
 def validate(spec: TaskSpec) -> list[str]:

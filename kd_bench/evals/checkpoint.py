@@ -90,11 +90,18 @@ def inspect_model(
         return _inspect_switch(given, name, seed)
     if isinstance(given, StockModel):
         return _inspect_stock(given, role, name, method, seed)
-    from kd_bench.distill.checkpoints import base_of, check_files, locate, weights_digest
+    from kd_bench.distill.checkpoints import (
+        base_of,
+        check_files,
+        locate,
+        read_config,
+        weights_digest,
+    )
 
     path = locate(given)
     base = base_of(path)
     check_files(base or path)
+    classes = read_config(base or path).get("architectures")
     lineage = _lineage(path)
     told = lineage or {}
     method = method or str(told.get("method") or "")
@@ -106,7 +113,7 @@ def inspect_model(
         weights_digest=weights_digest(path),
         method=method,
         seed=None if seed is None else int(seed),
-        architecture=_architecture(base or path),
+        architecture=str(classes[0]) if isinstance(classes, list) and classes else "",
     )
     folders = [path] if base is None else [path, base]
     files = [folder / file for folder in folders for file in SETUP_FILES]
@@ -152,8 +159,11 @@ def _inspect_stock(
     return Checkpoint(place, reference, digest_text("stock", model, arguments), stock=given)
 
 
-def chosen_dtype(checkpoint: Checkpoint, wanted: str) -> str:
-    """The float type of an evaluation, `auto` resolved; empty for a stock model, which has its own.
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def chosen_dtype(path: str | Path, wanted: str, device: str) -> str:
+    """The float type of an evaluation, `auto` resolved.
 
     `auto` is the checkpoint's own type on an accelerator, and float32 on a CPU, where the short
     types are slower and no closer to what the training saw.
@@ -161,17 +171,14 @@ def chosen_dtype(checkpoint: Checkpoint, wanted: str) -> str:
     Raises:
         UsageError: the type is not known.
     """
-    import torch
+    from kd_bench.distill.checkpoints import locate, stored_dtype
 
-    from kd_bench.distill.checkpoints import stored_dtype
-    from kd_bench.evals.models import torch_dtype
-
-    if checkpoint.stock is not None:
-        return ""
-    if wanted != "auto":
-        torch_dtype(wanted)
-        return wanted
-    return stored_dtype(checkpoint.path) if torch.cuda.is_available() else "float32"
+    if wanted == "auto":
+        return "float32" if device == "cpu" else stored_dtype(locate(path))
+    if wanted not in DTYPES:
+        known = f"Use one of auto, {', '.join(DTYPES)}."
+        raise UsageError(f"dtype {wanted!r} is not known.", known)
+    return wanted
 
 
 def _lineage(path: Path) -> dict[str, Any] | None:
@@ -230,10 +237,3 @@ def trained_name(path: str) -> str:
     while len(parts) > 1 and re.fullmatch(generic, parts[-1]):
         parts.pop()
     return parts[-1]
-
-
-def _architecture(path: Path) -> str:
-    from kd_bench.distill.checkpoints import read_config
-
-    classes = read_config(path).get("architectures")
-    return str(classes[0]) if isinstance(classes, list) and classes else ""

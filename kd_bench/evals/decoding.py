@@ -3,7 +3,7 @@
     prefixes  [P, Lp]  system text + picture, one row a distinct picture
         |  prefill, then each row copied to its questions' places in the cache of the batch
     suffixes  [B, Ls]  the question, left-padded behind its prefix
-        |  prefill, on a processor a few rows at a time
+        |  prefill, on a CPU a few rows at a time
     answers   [B, 1]   one token a step, finished rows dropped
 
 Padding is masked and positions count real tokens only, so a row's answer does not depend on its
@@ -11,7 +11,8 @@ neighbours.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -92,12 +93,30 @@ class Constraints:
                     "Correct or remove it.",
                 ) from None
 
-    def for_row(self, prompt: int, new_tokens: int) -> LogitsProcessorList:
-        """The processors of one row with that many tokens of prompt."""
-        return self._make(list(self.settings), _Row(prompt, prompt + new_tokens, self._ends))
+    def of_rows(self, prompts: Sequence[int], new_tokens: int) -> list[LogitsProcessorList]:
+        """The processors of rows with that many tokens of prompt."""
+        rows = [_Row(prompt, prompt + new_tokens, self._ends) for prompt in prompts]
+        return [self._make(list(self.settings), row) for row in rows]
 
     def _make(self, names: list[str], row: _Row) -> LogitsProcessorList:
         return LogitsProcessorList([_MAKERS[name](self.settings[name], row) for name in names])
+
+    def constrain(
+        self, scores: Tensor, rows: Sequence[LogitsProcessorList], ids: Iterable[Any]
+    ) -> Tensor:
+        """Scores [rows, vocabulary] under the settings, each row as if it were alone.
+
+        Args:
+            rows: their processors, from `of_rows`.
+            ids: their tokens so far, without padding.
+        """
+        if not self.settings:
+            return scores
+        done = []
+        for place, (own, tokens) in enumerate(zip(rows, ids, strict=True)):
+            tensor = torch.as_tensor(tokens, device=scores.device)[None]
+            done.append(own(tensor, scores[place : place + 1].float()))
+        return torch.cat(done)
 
 
 def end_ids(model: Any, tokenizer: Any, stop_ids: Sequence[int]) -> list[int]:
@@ -122,7 +141,10 @@ def grows_by_column(cache: DynamicCache) -> bool:
 
 
 class BatchCache(Cache):
-    """The cache of one batch; `part` gives a few of its rows to the language model.
+    """Keys and values of one batch in buffers that are allocated once.
+
+    transformers' own layers join old and new tensors at every token, which copies the whole cache;
+    and a batch that is prefilled a few rows at a time would have to be joined again.
 
     Args:
         layers: of the language model.
@@ -131,8 +153,7 @@ class BatchCache(Cache):
     """
 
     def __init__(self, layers: int, rows: int, columns: int) -> None:
-        rooms = [_Room(rows, columns) for _ in range(layers)]
-        super().__init__(layers=[_RoomLayer(room, slice(None), 0) for room in rooms])
+        super().__init__(layers=[_Part([], (rows, columns), slice(None), 0) for _ in range(layers)])
 
     def put(self, prefixes: DynamicCache, which: Tensor) -> None:
         """Let row n begin with what prefix `which[n]` left behind."""
@@ -140,55 +161,40 @@ class BatchCache(Cache):
             layer.update(prefix.keys[which], prefix.values[which])
 
     def part(self, rows: slice, filled: int) -> Cache:
-        """Some rows, of which the first columns count as filled; the room stays the same."""
-        return Cache(layers=[layer.part(rows, filled) for layer in self.layers])
+        """Some rows, of which the first columns count as filled; the buffers stay the same."""
+        return Cache(layers=[_Part(each.buffer, each.size, rows, filled) for each in self.layers])
 
 
-class _Room:
-    """Room of one layer, [rows, heads, columns, head size] for keys and for values."""
+class _Part(DynamicLayer):
+    """Some rows of one layer's buffer, the way transformers' attention sees a layer of a cache.
 
-    def __init__(self, rows: int, columns: int) -> None:
-        self._rows = rows
-        self._columns = columns
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
+    Attributes:
+        buffer: keys and values, [rows, heads, columns, head size] each, shared by all parts;
+            empty until the first ones show their sizes.
+    """
 
-    def for_like(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values, set aside when the first ones show their sizes."""
-        if self.keys is None or self.values is None:
-            # Zeros: columns that no token takes are masked, and a masked NaN would still be one.
-            self.keys, self.values = (
-                like.new_zeros(self._rows, like.shape[1], self._columns, like.shape[3])
-                for like in (keys, values)
-            )
-        return self.keys, self.values
-
-    def keep(self, rows: Tensor) -> None:
-        """Drop all other rows."""
-        assert self.keys is not None
-        assert self.values is not None
-        self.keys, self.values = self.keys[rows], self.values[rows]
-
-
-class _RoomLayer(DynamicLayer):
-    """Some rows of a room, the way transformers' attention sees a layer of a cache."""
-
-    def __init__(self, room: _Room, rows: slice, filled: int) -> None:
+    def __init__(
+        self, buffer: list[Tensor], size: tuple[int, int], rows: slice, filled: int
+    ) -> None:
         super().__init__()
-        self._room = room
+        self.buffer = buffer
+        self.size = size
         self._rows = rows
         self._filled = filled
         self.is_initialized = True
-
-    def part(self, rows: slice, filled: int) -> "_RoomLayer":
-        """Other rows of the same room."""
-        return _RoomLayer(self._room, rows, filled)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
         """Write [rows, heads, new, head size] behind what is filled; all filled columns."""
-        keys, values = self._room.for_like(key_states, value_states)
+        if not self.buffer:
+            rows, columns = self.size
+            # Zeros: columns that no token takes are masked, and a masked NaN would still be one.
+            self.buffer.extend(
+                like.new_zeros(rows, like.shape[1], columns, like.shape[3])
+                for like in (key_states, value_states)
+            )
+        keys, values = self.buffer
         start, self._filled = self._filled, self._filled + key_states.shape[2]
         keys[self._rows, :, start : self._filled] = key_states
         values[self._rows, :, start : self._filled] = value_states
@@ -201,12 +207,12 @@ class _RoomLayer(DynamicLayer):
         return self._filled
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep some rows of the whole room."""
-        self._room.keep(indices)
+        """Keep some rows of the whole buffer."""
+        self.buffer[:] = [each[indices] for each in self.buffer]
 
 
 PREFILL_ROWS = {"cpu": 8}
-"""On a processor the activations of more rows leave its caches; a GPU takes the whole batch."""
+"""On a CPU the activations of more rows leave its caches; a GPU takes the whole batch."""
 
 
 @dataclass(frozen=True)
@@ -284,8 +290,8 @@ class Decoder:
         self._embed = embed
         self._tokenizer = tokenizer
         self._end_ids = frozenset(end_ids)
-        self._constraints = constraints if constraints and constraints.settings else None
-        self._pieces: dict[int, str] = {}
+        self._constraints = constraints or Constraints(None, (), torch.device("cpu"))
+        self._piece = functools.cache(self._decoded)
 
     def decode(self, rows: Sequence[Row], settings: Settings, share: bool = True) -> list[Decoded]:
         """Answers of rows with equal settings, in order."""
@@ -300,17 +306,17 @@ class Decoder:
 
     def _prefill(self, rows: Sequence[Row], settings: Settings, share: bool) -> "_State":
         """The state behind all prompts; with `share` each distinct prefix is computed once."""
-        first = self._new_cache()
+        first = DynamicCache(config=self._language_model.config)
         device = rows[0].embeddings.device
-        lead = torch.zeros(len(rows), 0, dtype=torch.long, device=device)
+        before = torch.zeros(len(rows), 0, dtype=torch.long, device=device)
         which = None
         if share:
             prefixes, which = _distinct_prefixes(rows)
             self._forward(prefixes, prefixes.mask, first)
-            lead = prefixes.mask[which]  # [B, Lp]
+            before = prefixes.mask[which]  # [B, Lp]
             rows = [row.part(row.prefix, len(row.ids)) for row in rows]
-        width = lead.shape[1] + max(len(row.ids) for row in rows)
-        mask = torch.cat([lead, lead.new_zeros(len(rows), width - lead.shape[1])], dim=1)
+        width = before.shape[1] + max(len(row.ids) for row in rows)
+        mask = torch.cat([before, before.new_zeros(len(rows), width - before.shape[1])], dim=1)
         if not grows_by_column(first):
             if which is not None:
                 first.batch_select_indices(which)
@@ -342,16 +348,14 @@ class Decoder:
         mask[:, start:] = block.mask
         return self._forward(block, mask, cache(start)), block.last_positions()
 
-    def _new_cache(self) -> DynamicCache:
-        return DynamicCache(config=self._language_model.config)
-
     def _continue(self, state: "_State", rows: Sequence[Row], settings: Settings) -> list[Decoded]:
         """Append one token a step until every row has ended."""
         results = [Decoded() for _ in rows]
-        constrain = self._constrained(rows, settings)
+        own = self._constraints.of_rows([len(row.ids) for row in rows], settings.max_new_tokens)
         active = list(range(len(results)))  # result of each row of the state
         for step in range(settings.max_new_tokens):
-            scores = constrain(state.logits, [(row, results[row].tokens) for row in active])
+            ids = ([*rows[row].ids, *results[row].tokens] for row in active)
+            scores = self._constraints.constrain(state.logits, [own[row] for row in active], ids)
             best, tokens = scores.max(dim=-1)  # [rows]
             if step == 0:
                 chances = scores.float().softmax(dim=-1).amax(dim=-1)
@@ -377,29 +381,6 @@ class Decoder:
                 active = [active[row] for row in going]
             state.logits = self._lm_head(self._step(state, tokens))
         return results
-
-    def _constrained(
-        self, rows: Sequence[Row], settings: Settings
-    ) -> Callable[[Tensor, list[tuple[int, list[int]]]], Tensor]:
-        """Scores [active, vocabulary] under the checkpoint's own generation settings.
-
-        What is returned takes the logits and, for each of their rows, its number among all rows and
-        what was generated for it.
-        """
-        constraints = self._constraints
-        if constraints is None:
-            return lambda logits, _: logits
-        own = [constraints.for_row(len(row.ids), settings.max_new_tokens) for row in rows]
-
-        def constrain(logits: Tensor, active: list[tuple[int, list[int]]]) -> Tensor:
-            scores = logits.float()
-            done = []
-            for place, (row, tokens) in enumerate(active):
-                ids = torch.tensor([[*rows[row].ids, *tokens]], device=scores.device)
-                done.append(own[row](ids, scores[place : place + 1]))
-            return torch.cat(done)
-
-        return constrain
 
     def _step(self, state: "_State", tokens: Tensor) -> Tensor:
         """Hidden states [rows, hidden] behind one more token a row."""
@@ -436,10 +417,8 @@ class Decoder:
                     return True
         return False
 
-    def _piece(self, token: int) -> str:
-        if token not in self._pieces:
-            self._pieces[token] = self._tokenizer.decode([token], skip_special_tokens=True)
-        return self._pieces[token]
+    def _decoded(self, token: int) -> str:
+        return str(self._tokenizer.decode([token], skip_special_tokens=True))
 
 
 @dataclass
@@ -610,21 +589,14 @@ class _RowByRow(LogitsProcessor):
     def __init__(self, mask: Tensor, constraints: Constraints, new_tokens: int) -> None:
         self._starts = (mask != 0).int().argmax(dim=1).tolist()  # first real token of each row
         width = mask.shape[1]
-        self._own = [
-            constraints.for_row(width - start, new_tokens) if constraints.settings else None
-            for start in self._starts
-        ]
+        self._constraints = constraints
+        self._own = constraints.of_rows([width - start for start in self._starts], new_tokens)
         self.broken: set[int] = set()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores [rows, vocabulary]."""
-        done = [
-            scores[row : row + 1]
-            if own is None
-            else own(input_ids[row : row + 1, self._starts[row] :], scores[row : row + 1])
-            for row, own in enumerate(self._own)
-        ]
-        found = torch.cat(done)
+        ids = (row[start:] for row, start in zip(input_ids, self._starts, strict=True))
+        found = self._constraints.constrain(scores, self._own, ids)
         unsound = ~found.amax(dim=-1).isfinite()
         self.broken.update(unsound.nonzero().flatten().tolist())
         return found

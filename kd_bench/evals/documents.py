@@ -5,10 +5,13 @@
 Text columns are held in memory; pictures are read row group by row group when they are asked for.
 """
 
+import bisect
+import contextlib
+import functools
 import hashlib
 import json
 import re
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,35 +127,29 @@ class _Pictures:
             for group in range(file.num_row_groups):
                 self._groups.append((first, number, group))
                 first += file.metadata.row_group(group).num_rows
-        self._cache: OrderedDict[int, list[bytes | None]] = OrderedDict()
-        self._digests: dict[int, str] = {}
+        self._read = functools.lru_cache(maxsize=2)(self._read_group)
+        self._digest = functools.cache(self._digest_of)
 
     def encoded(self, row: int) -> bytes | None:
-        import bisect
-
-        row = row if self._rows is None else self._rows[row]
-        group = bisect.bisect_right(self._groups, (row, len(self._files), 0)) - 1
-        return self._read(group)[row - self._groups[group][0]]
+        return self._encoded(row if self._rows is None else self._rows[row])
 
     def digest(self, row: int) -> str:
-        place = row if self._rows is None else self._rows[row]
-        if place not in self._digests:
-            data = self.encoded(row)
-            self._digests[place] = "" if data is None else hashlib.sha256(data).hexdigest()[:32]
-        return self._digests[place]
+        return self._digest(row if self._rows is None else self._rows[row])
 
-    def _read(self, group: int) -> list[bytes | None]:
-        if group not in self._cache:
-            _, file, number = self._groups[group]
-            column = self._files[file].read_row_group(number, columns=[self._column])
-            values = column.column(0).to_pylist()
-            self._cache[group] = [
-                value["bytes"] if isinstance(value, dict) else value for value in values
-            ]
-            while len(self._cache) > 2:
-                self._cache.popitem(last=False)
-        self._cache.move_to_end(group)
-        return self._cache[group]
+    def _encoded(self, place: int) -> bytes | None:
+        group = bisect.bisect_right(self._groups, (place, len(self._files), 0)) - 1
+        return self._read(group)[place - self._groups[group][0]]
+
+    def _digest_of(self, place: int) -> str:
+        data = self._encoded(place)
+        return "" if data is None else hashlib.sha256(data).hexdigest()[:32]
+
+    def _read_group(self, group: int) -> list[bytes | None]:
+        _, file, number = self._groups[group]
+        column = self._files[file].read_row_group(number, columns=[self._column]).column(0)
+        return [
+            value["bytes"] if isinstance(value, dict) else value for value in column.to_pylist()
+        ]
 
 
 def open_picture(encoded: bytes) -> "Image":
@@ -184,7 +181,10 @@ def load_documents(spec: TaskSpec, folder: Path, profile: str | None = None) -> 
     media = [name for name in schema.names if kinds.get(name) == "image"]
     plain = [name for name in schema.names if name not in media]
     _check_shards(spec.id, files)
-    tables = [_read_rows(spec.id, file, plain) for file in files]
+    tables = []
+    for file in files:
+        with _readable(spec.id, file):
+            tables.append(pq.read_table(file, columns=plain, partitioning=None))
     wanted = {name: kind for name, kind in required.items() if name not in spec.nullable}
     for file, rows in zip(files, tables, strict=True):
         _check_values(spec, file, rows, wanted)
@@ -222,13 +222,14 @@ def data_files(spec: TaskSpec, folder: Path, profile: str | None = None) -> list
 # --- what rows hold ------------------------------------------------------------------------------
 
 
-def _read_rows(task: str, file: Path, columns: list[str]) -> pa.Table:
+@contextlib.contextmanager
+def _readable(task: str, file: Path) -> Iterator[None]:
+    """Name a file that is no parquet, or a damaged one."""
     try:
-        return pq.read_table(file, columns=columns, partitioning=None)
+        yield
     except (OSError, pa.ArrowException) as error:
-        raise UsageError(
-            f"{task}: {file} cannot be read: {one_line(error)[:200]}.", "Fetch it again."
-        ) from None
+        problem = f"{task}: {file} cannot be read: {one_line(error)[:200]}."
+        raise UsageError(problem, "Fetch it again.") from None
 
 
 def _check_shards(task: str, files: list[Path]) -> None:
@@ -395,11 +396,8 @@ def _check_columns(
     """The schema of the first file, after every file was checked."""
     first: pa.Schema | None = None
     for file in files:
-        try:
+        with _readable(task, file):
             schema = pq.read_schema(file)
-        except (OSError, pa.ArrowException) as error:
-            problem = f"{task}: {file} cannot be read: {one_line(error)[:200]}."
-            raise UsageError(problem, "Fetch it again.") from None
         for column in required:
             if column not in schema.names:
                 raise UsageError(

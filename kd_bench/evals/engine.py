@@ -12,15 +12,18 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from kd_bench.distill.models import weight_count
 from kd_bench.distill.vision_language import VisionLanguageModel
 from kd_bench.errors import UsageError, one_line
-from kd_bench.evals.benchmark import Answer, Question, Settings
+from kd_bench.evals.benchmark import PLACEHOLDER, Answer, Question, Settings
 from kd_bench.evals.decoding import Constraints, Decoded, Decoder, PlainDecoder, end_ids
 from kd_bench.evals.inputs import (
     FixedRows,
@@ -236,7 +239,7 @@ class MemoryBudget:
     Args:
         model: for its language model's sizes.
         budget_bytes: memory above the model's own; None takes a quarter of what is free now, at
-            most 2 GiB on a processor and half of what is free on a GPU.
+            most 2 GiB on a CPU and half of what is free on a GPU.
     """
 
     def __init__(
@@ -244,46 +247,45 @@ class MemoryBudget:
     ) -> None:
         config = model.config.get_text_config()
         weight = max(model.parameters(), key=lambda each: each.is_floating_point())
-        self._size = weight.element_size()
+        size = weight.element_size()
         self._device = weight.device.type
         heads = config.num_attention_heads
         head = getattr(config, "head_dim", None) or config.hidden_size // heads
         pairs = getattr(config, "num_key_value_heads", None) or heads
-        self._cache_token = 2 * config.num_hidden_layers * pairs * head * self._size
+        self._cache_token = 2 * config.num_hidden_layers * pairs * head * size
         # A layer's widest moment: its input, the two branches of the MLP, and copies of them.
         wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-        self._working_token = (6 * config.hidden_size + 3 * wide) * self._size
+        self._working_token = (6 * config.hidden_size + 3 * wide) * size
         self._logits = 3 * config.vocab_size * 4
         self._image_tokens = image_tokens or 1024
         self.bytes = budget_bytes or _free_share(self._device)
 
-    def row_bytes(self, text_bytes: int, settings: Settings, pictures: int = 1) -> int:
-        """Memory of one question; a token is at least a byte of text."""
-        prompt = text_bytes + 64 + pictures * self._image_tokens
-        kept = prompt + settings.max_new_tokens
-        # The prefixes' caches, then the rows that go on, stand for a moment beside the batch's own.
-        return int(1.5 * kept * self._cache_token) + prompt * self._working_token + self._logits
-
     def rows(self, question: Question) -> int:
         """How many questions as long as this one fit, at least one."""
-        pictures = max(1, question.text.count("<image>"))
-        need = self.row_bytes(len(question.text.encode()), question.settings, pictures)
+        images = max(1, question.text.count(PLACEHOLDER))
+        # A token is at least a byte of text.
+        prompt = _length(question) + 64 + images * self._image_tokens
+        kept = prompt + question.settings.max_new_tokens
+        # The prefixes' caches, then the rows that go on, stand for a moment beside the batch's own.
+        cache = int(1.5 * kept * self._cache_token)
+        need = cache + prompt * self._working_token + self._logits
         return max(1, min(MOST_ROWS.get(self._device, 64), self.bytes // need))
 
 
 def _free_share(device: str) -> int:
     if device == "cuda":
         return int(torch.cuda.mem_get_info()[0] // 2)
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(min(2 << 30, int(line.split()[1]) * 1024 // 4))
-    except OSError:
-        pass
-    return 1 << 30
+    free = _linux_bytes("/proc/meminfo", "MemAvailable:")
+    return 1 << 30 if free is None else min(2 << 30, free // 4)
 
 
-REPEATS = 15
+def _linux_bytes(file: str, field: str) -> int | None:
+    """One of the memory lines below /proc; None on other systems."""
+    with contextlib.suppress(OSError):
+        for line in Path(file).read_text(encoding="ascii").splitlines():
+            if line.startswith(field):
+                return int(line.split()[1]) * 1024
+    return None
 
 
 class MemoryMeter:
@@ -296,61 +298,46 @@ class MemoryMeter:
         # Linux forgets its high-water mark when asked to; elsewhere nothing is measured.
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        self._before = _status_bytes("VmRSS:")
+        self._before = _linux_bytes("/proc/self/status", "VmRSS:")
 
     def peak(self) -> int | None:
         """Bytes, None where it cannot be told."""
         if torch.cuda.is_available():
             return int(torch.cuda.max_memory_allocated())
-        peak = _status_bytes("VmHWM:")
+        peak = _linux_bytes("/proc/self/status", "VmHWM:")
         return None if peak is None or self._before is None else max(0, peak - self._before)
 
 
-def measure(engine: "Engine", memory: MemoryMeter, repeats: int = REPEATS) -> Cost:
-    """Measure a loaded model on a fixed question about a fixed picture, four tokens an answer.
+def measure(engine: Engine, memory: MemoryMeter, repeats: int = 15) -> Cost:
+    """Measure a loaded model on a fixed question about a fixed image, four tokens an answer.
 
-    The latency is the median of `repeats` answers at batch 1, picture encoding included. On an
+    The latency is the median of `repeats` answers at batch 1, image encoding included. On an
     accelerator the peak memory is the evaluation's. On a CPU it is the weights and what the answers
     need: the evaluation's would count the libraries that a process loads with its first model.
     """
-    weights = {id(weight): weight for weight in engine.model.parameters()}.values()
-    weight_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
+    cost = size_of(engine.model)
     on_cpu = not torch.cuda.is_available()
     meter = MemoryMeter() if on_cpu else memory
-    latency = _latency(engine, repeats)
+    times = []
+    for number in range(repeats + 2):
+        shade = (number * 7) % 256  # a new image each time: nothing is read from a cache
+        image = Image.new("RGB", (64, 64), (shade, 128, 255 - shade))
+        question = Question(number, "What is this?", partial(list, (image,)), Settings(4))
+        started = time.perf_counter()
+        list(engine.answers([question]))
+        times.append(1000 * (time.perf_counter() - started))
     peak = meter.peak()
-    return Cost(
-        parameters=sum(weight_count(weight) for weight in weights),
-        weight_bytes=weight_bytes,
-        latency_ms=round(latency, 3),
-        peak_memory_bytes=peak + weight_bytes if on_cpu and peak is not None else peak,
+    return replace(
+        cost,
+        latency_ms=round(statistics.median(times[2:]), 3),  # the first two warm up
+        peak_memory_bytes=peak + (cost.weight_bytes or 0) if on_cpu and peak is not None else peak,
     )
 
 
-def _latency(engine: "Engine", repeats: int) -> float:
-    from PIL import Image
-
-    settings = Settings(max_new_tokens=4)
-    times = []
-    for number in range(repeats + 2):
-        shade = (number * 7) % 256  # a new picture each time: nothing is read from a cache
-        picture = Image.new("RGB", (64, 64), (shade, 128, 255 - shade))
-        question = Question(number, "What is this?", _once(picture), settings)
-        started = time.perf_counter()
-        for _ in engine.answers([question]):
-            pass
-        times.append(1000 * (time.perf_counter() - started))
-    return statistics.median(times[2:])  # the first two warm up
-
-
-def _once(picture: Any) -> Any:
-    return lambda: [picture]
-
-
-def _status_bytes(field: str) -> int | None:
-    """One of the memory lines of Linux's /proc/self/status."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith(field):
-                return int(line.split()[1]) * 1024
-    return None
+def size_of(model: torch.nn.Module) -> Cost:
+    """A model's parameters and their bytes, shared ones once."""
+    weights = {id(weight): weight for weight in model.parameters()}.values()
+    return Cost(
+        parameters=sum(weight_count(weight) for weight in weights),
+        weight_bytes=sum(weight.nbytes for weight in weights),
+    )

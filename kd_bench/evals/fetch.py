@@ -7,11 +7,12 @@ commit that its YAML pins; without one, at the newest, which the lock then pins 
 Fetching again takes only what is missing or changed; evaluating from the folder uses no network.
 """
 
+import fnmatch
+import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -54,6 +55,8 @@ def fetch(
     """
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
         raise UsageError("HF_HUB_OFFLINE is set: nothing can be fetched.", "Unset it to fetch.")
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise MissingExtraError("tasks fetch", "train", "huggingface-hub")
     folder.mkdir(parents=True, exist_ok=True)
     for spec in specs:
         split = spec.profile((profiles or {}).get(spec.id)).split or spec.dataset.split
@@ -74,7 +77,9 @@ def _fetch_part(
     report(f"{name}: {spec.dataset.repo} at {commit}, {_why(commit, pinned, locked)}")
     files = dict(known.get("files", {}))
     if locked != commit:
-        _remove(folder / name, files, split)
+        # Under other names, files of another revision would be read beside the new ones.
+        for file in fnmatch.filter(files, f"{split}-*.parquet"):
+            (folder / name / file).unlink(missing_ok=True)
         files = {}
     for number, path in enumerate(wanted, 1):
         target = folder / name / PurePosixPath(path).name
@@ -97,30 +102,16 @@ def _why(commit: str, pinned: str | None, locked: str | None) -> str:
     return f"the newest: none is pinned, {LOCK} keeps it"
 
 
-def _remove(folder: Path, files: dict[str, str], split: str) -> None:
-    """Files of another revision: under other names they would be read beside the new ones."""
-    for name in files:
-        if fnmatch(name, f"{split}-*.parquet"):
-            (folder / name).unlink(missing_ok=True)
-
-
-def _hub() -> Any:
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise MissingExtraError("tasks fetch", "train", "huggingface-hub") from error
-    return huggingface_hub
-
-
 def _listing(
     spec: TaskSpec, config: str | None, split: str, revision: str
 ) -> tuple[str, list[str]]:
     """The data set's commit and its parquet files of one split."""
-    repo, hub = spec.dataset.repo, _hub()
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import RevisionNotFoundError
 
+    repo = spec.dataset.repo
     try:
-        info = hub.HfApi().dataset_info(repo, revision=revision)
+        info = HfApi().dataset_info(repo, revision=revision)
     except RevisionNotFoundError as error:
         raise UsageError(
             f"{spec.id}: {repo} has no revision {revision}.",
@@ -131,12 +122,13 @@ def _listing(
             f"{spec.id}: {repo} cannot be listed: {one_line(error)[:200]}",
             "Check the network; the same command goes on where it stopped.",
         ) from error
-    names = [entry.rfilename for entry in info.siblings or []]
-    split_files = [
-        name for name in names if fnmatch(PurePosixPath(name).name, f"{split}-*.parquet")
-    ]
+    names = [PurePosixPath(entry.rfilename) for entry in info.siblings or []]
     folders = {config} if config else {"data", "default"}
-    chosen = [name for name in split_files if PurePosixPath(name).parent.name in folders]
+    chosen = [
+        str(name)
+        for name in names
+        if name.parent.name in folders and name.match(f"{split}-*.parquet")
+    ]
     if not chosen:
         raise UsageError(
             f"{spec.id}: {repo} has no {config or 'data'}/{split}-*.parquet.",
@@ -146,11 +138,11 @@ def _listing(
 
 
 def _download(repo: str, path: str, commit: str, target: Path) -> None:
+    from huggingface_hub import hf_hub_download
+
     scratch = target.parent.parent / ".incomplete" / target.parent.name
     try:
-        got = _hub().hf_hub_download(
-            repo, path, repo_type="dataset", revision=commit, local_dir=scratch
-        )
+        got = hf_hub_download(repo, path, repo_type="dataset", revision=commit, local_dir=scratch)
     except Exception as error:
         raise IncompleteRunError(
             f"{repo}/{path} was not downloaded: {one_line(error)[:200]}",

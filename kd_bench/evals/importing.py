@@ -14,16 +14,16 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd_bench.aggregators import MME_PERCEPTION, aggregate
+from kd_bench.aggregators import aggregate
 from kd_bench.errors import IncompleteRunError, KdBenchError, UsageError, one_line
 from kd_bench.evals.benchmark import upstream_metrics
 from kd_bench.evals.checkpoint import trained_name
-from kd_bench.evals.scoring import rates
+from kd_bench.evals.scoring import JUDGES, points_of, rates
 from kd_bench.files import digest_files, digest_text, read_json
 from kd_bench.provenance import collect
 from kd_bench.records import SAMPLE_COLUMNS, ModelRef, Protocol, Role, TaskResult
@@ -50,12 +50,14 @@ JUDGED = ("mmbench_en_dev", "mmbench_cn_dev")
 
 
 @dataclass(frozen=True)
-class _Log:
-    """One benchmark of a results file, checked and scored, not stored yet."""
+class _Import:
+    """One results file, its logs checked and scored, nothing stored yet."""
 
-    spec: TaskSpec
-    result: TaskResult
-    samples: "pd.DataFrame"
+    file: Path
+    outcome: Entry
+    model: ModelRef
+    protocol: Protocol
+    scored: "list[tuple[TaskResult, pd.DataFrame]]"
 
 
 def import_results(
@@ -88,18 +90,21 @@ def import_results(
     files = [file for file in found if file.parent.name != "submissions"]
     if not files:
         raise UsageError(f"{path} holds no *_results.json.", "Give lmms-eval's --output_path.")
-    labels: dict[str, Any] = {"name": name, "role": role, "method": method, "seed": seed}
-    checked = [_check(file, labels, data, trust_samples) for file in files]
-    return [_store(file, results, *each) for file, each in zip(files, checked, strict=True)]
+    for key, text in (("name", name or ""), ("method", method)):
+        if not text.isprintable() or (text and not text.strip()):
+            raise UsageError(f"The {key} {text!r} is not a line of text.", "Give another one.")
+    if seed is not None and seed < 0:
+        raise UsageError(f"The seed {seed} is negative.", "Give the training's seed.")
+    labels = {"role": role, "method": method, "seed": seed}
+    checked = [_check(file, name, labels, data, trust_samples) for file in files]
+    return [_store(each, results, named=name is not None) for each in checked]
 
 
 def _check(
-    file: Path, labels: dict[str, Any], data: Path | None, trust_samples: bool
-) -> tuple[Entry, ModelRef, Protocol, list[_Log], bool]:
-    """Read and score everything of one results file; whether its name was asked for."""
+    file: Path, name: str | None, labels: Entry, data: Path | None, trust_samples: bool
+) -> _Import:
+    """Read and score everything of one results file."""
     outcome = _read_results(file)
-    config: Entry = outcome["config"]
-    _check_labels(labels)
     logs = _sample_logs(file)
     specs = [spec for spec in load_tasks() if spec.upstream in logs or _cn(spec) in logs]
     if not specs and (unknown := _unknown(logs)):
@@ -112,33 +117,23 @@ def _check(
             f"{file} has no sample log of a known benchmark beside it.",
             "Run lmms-eval with --log_samples.",
         )
-    checked, limits = [], []
+    scored, limits = [], []
     for spec in specs:
         upstream = spec.upstream if spec.upstream in logs else _cn(spec)
-        entries = _entries(spec, logs[upstream], _counts(outcome, upstream))
-        limited = _limit(spec, config, _counts(outcome, upstream), entries)
-        limits += [] if limited is None else [limited]
-        checked.append(
-            _scored(spec, upstream, entries, logs[upstream], outcome, data, trust_samples)
-        )
-    model = _model(file, config, labels, list(logs.values()))
-    limit = max(limits, default=None)
-    protocol = Protocol("imported", limit=limit, engine="lmms-eval, imported")
-    return outcome, model, protocol, checked, labels["name"] is not None
-
-
-def _check_labels(labels: dict[str, Any]) -> None:
-    """Refuse a name or method that is no line of text, and a seed that no training can have.
-
-    Raises:
-        UsageError: one of them is.
-    """
-    for key in ("name", "method"):
-        text = labels[key] or ""
-        if not text.isprintable() or (text and not text.strip()):
-            raise UsageError(f"The {key} {text!r} is not a line of text.", "Give another one.")
-    if labels["seed"] is not None and labels["seed"] < 0:
-        raise UsageError(f"The seed {labels['seed']} is negative.", "Give the training's seed.")
+        counts = _counts(outcome, upstream)
+        entries = _entries(spec, logs[upstream], counts)
+        if (
+            outcome["config"].get("limit") not in (None, -1, 0)
+            or counts.get("effective", 0) < counts.get("original", 0)
+            or len(entries) < spec.documents
+        ):
+            limits.append(len(entries))
+        told = outcome["results"].get(upstream)
+        log = (upstream, logs[upstream], upstream_metrics(told) if isinstance(told, dict) else {})
+        scored.append(_scored(spec, entries, *log, data, trust_samples))
+    model = _model(file, outcome["config"], name, labels, list(logs.values()))
+    protocol = Protocol("imported", limit=max(limits, default=None), engine="lmms-eval, imported")
+    return _Import(file, outcome, model, protocol, scored)
 
 
 def _unmatched(outcome: Entry, logs: dict[str, Path]) -> list[str]:
@@ -146,7 +141,9 @@ def _unmatched(outcome: Entry, logs: dict[str, Path]) -> list[str]:
     notes = [f"{name} is no benchmark that kd-bench knows: not imported" for name in _unknown(logs)]
     for spec in load_tasks():
         names = {spec.upstream, _cn(spec)}
-        scored = names & {k for k, v in outcome["results"].items() if _metrics_of(v)}
+        scored = names & {
+            k for k, v in outcome["results"].items() if isinstance(v, dict) and upstream_metrics(v)
+        }
         if scored and not names & logs.keys():
             notes.append(f"{spec.id} has a score and no sample log: it is not imported")
         if names & logs.keys() and not scored:
@@ -173,23 +170,15 @@ def _read_results(file: Path) -> Entry:
     return checked
 
 
-def _store(
-    file: Path,
-    results: Path,
-    outcome: Entry,
-    model: ModelRef,
-    protocol: Protocol,
-    logs: list[_Log],
-    name_was_asked: bool,
-) -> Run:
-    tasks = [log.spec.id for log in logs]
-    model = _own_name(results, model, tasks, name_was_asked)
-    wanted = wanted_run(model, protocol, tasks)
+def _store(checked: _Import, results: Path, named: bool) -> Run:
+    tasks = [result.task for result, _ in checked.scored]
+    wanted = wanted_run(_own_name(results, checked.model, tasks, named), checked.protocol, tasks)
+    file, outcome = checked.file, checked.outcome
+    versions = {"lmms-eval": str(outcome.get("lmms_eval_version", "unknown"))}
     with held_run(results, wanted) as run:
         run.begin(wanted, "running")
-        for log in logs:
-            run.commit(log.result, log.samples)
-        versions = {"lmms-eval": str(outcome.get("lmms_eval_version", "unknown"))}
+        for result, samples in checked.scored:
+            run.commit(result, samples)
         run.finish(
             "complete",
             notes=[f"imported from {file.name}", *_unmatched(outcome, _sample_logs(file))],
@@ -239,21 +228,21 @@ def _sample_logs(file: Path) -> dict[str, Path]:
     return found
 
 
-def _model(file: Path, config: Entry, labels: dict[str, Any], logs: list[Path]) -> ModelRef:
+def _model(
+    file: Path, config: Entry, name: str | None, labels: Entry, logs: list[Path]
+) -> ModelRef:
     arguments = config.get("model_args") or ""
     if isinstance(arguments, dict):
         arguments = ",".join(f"{key}={value}" for key, value in arguments.items())
     pretrained = re.search(r"(?:pretrained|model|model_name|path)=([^,]+)", str(arguments))
     told = trained_name(pretrained.group(1)) if pretrained else config.get("model")
     return ModelRef(
-        name=labels["name"] or _text(told or file.parent.name),
-        role=labels["role"],
+        name=name or _text(told or file.parent.name),
         path=_text(f"lmms-eval {config.get('model', '')} {arguments}".strip()),
         # The weights are not known; the answers stand for them, so that two imports differ.
         weights_digest=digest_files(logs),
-        method=labels["method"],
-        seed=labels["seed"],
         architecture=_text(config.get("model") or ""),
+        **labels,
     )
 
 
@@ -278,18 +267,6 @@ def _counts(outcome: Entry, upstream: str) -> dict[str, int]:
                 "Give the results file as lmms-eval wrote it.",
             )
     return dict(known)
-
-
-def _limit(
-    spec: TaskSpec, config: Entry, counts: dict[str, int], entries: list[Entry]
-) -> int | None:
-    """Documents that a limited evaluation asked; None for one of the whole benchmark."""
-    limited = (
-        config.get("limit") not in (None, -1, 0)
-        or counts.get("effective", 0) < counts.get("original", 0)
-        or len(entries) < spec.documents
-    )
-    return len(entries) if limited else None
 
 
 def _entries(spec: TaskSpec, log: Path, counts: dict[str, int]) -> list[Entry]:
@@ -364,16 +341,14 @@ def _sample(path: Path, number: int, line: bytes) -> Entry:
 
 def _scored(
     spec: TaskSpec,
-    upstream: str,
     entries: list[Entry],
+    upstream: str,
     log: Path,
-    outcome: Entry,
+    metrics: dict[str, float],
     data: Path | None,
     trust_samples: bool,
-) -> _Log:
-    """Samples and result of one benchmark, compared with what lmms-eval made of them."""
-    told = outcome["results"].get(upstream)
-    metrics = _metrics_of(told)
+) -> "tuple[TaskResult, pd.DataFrame]":
+    """Result and samples of one benchmark, compared with what lmms-eval made of them."""
     try:
         samples = _samples(spec, entries, data)
     except KdBenchError:
@@ -388,14 +363,30 @@ def _scored(
             f"{log}: the score {score:g} of document {name} is not between 0 and 1.",
             "Give the log as it was written.",
         )
-    replaced = sum(entry.get(REPLACED, False) for entry in entries)
-    notes = _agreement(spec, upstream, samples, metrics, log, trust_samples)
-    if replaced:
+    notes = ["imported", *_agreement(spec, upstream, samples, metrics, log, trust_samples)]
+    if replaced := sum(entry.get(REPLACED, False) for entry in entries):
         notes.append(f"{replaced} samples hold half a character, which is shown as \ufffd")
     if len(samples) < spec.documents:
         notes.append(f"{len(samples):,} of the benchmark's {spec.documents:,} documents")
-    finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-    return _Log(spec, _result(spec, samples, entries, finite, data, notes), samples)
+    if data is None and spec.unit == "picture":
+        notes.append("a picture's questions are counted as independent: the interval is too short")
+    prompts = [str(entry.get("input", "")) for entry in entries]
+    result = TaskResult(
+        task=spec.id,
+        # Prompts and their number are known, data and settings are not: equal only to itself.
+        fingerprint=digest_text("imported", spec.id, *prompts),
+        metric=spec.metric,
+        score=aggregate(spec.aggregator, samples),
+        metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
+        documents=len(samples),
+        units=int(samples["unit_id"].nunique()),
+        rates=rates(samples),
+        interval=score_interval(spec.aggregator, samples),
+        profile="imported",
+        notes=notes,
+        settings={"aggregator": spec.aggregator, "engine": "lmms-eval, imported"},
+    )
+    return result, samples
 
 
 def _agreement(
@@ -413,11 +404,7 @@ def _agreement(
     """
     if spec.metric not in metrics:
         return ["results.json holds no score to compare with"]
-    theirs = metrics[spec.metric] * spec.scale
-    if spec.aggregator == "mme":
-        # Upstream sums the present categories; the papers' scale is that of ten.
-        present = samples["category"][samples["category"].isin(MME_PERCEPTION)].nunique()
-        theirs *= len(MME_PERCEPTION) / max(1, present)
+    theirs = points_of(spec, samples, metrics)
     ours = aggregate(spec.aggregator, samples)
     allowed = ROUNDING
     if upstream in JUDGED:
@@ -472,27 +459,58 @@ def _samples(spec: TaskSpec, entries: list[Entry], data: Path | None) -> "pd.Dat
     rows = []
     for entry in entries:
         answer = _answer(entry)
-        row = _ROWS.get(spec.id, _plain)(spec, entry, answer)
-        rows.append(
-            {
-                "document_id": str(entry["doc_id"]),
-                "unit_id": str(entry["doc_id"]),
-                "category": "",
-                "question": str(entry.get("input", "")),
-                "answer": answer,
-                "status": "ok" if answer.strip() else "empty",
-                "image_digest": "",
-                "answer_confidence": float("nan"),
-                **row,
-            }
-        )
+        row = {
+            "document_id": str(entry["doc_id"]),
+            "unit_id": str(entry["doc_id"]),
+            "category": "",
+            "question": str(entry.get("input", "")),
+            "answer": answer,
+            "status": "ok" if answer.strip() else "empty",
+            "image_digest": "",
+            "answer_confidence": float("nan"),
+        }
+        target, parsed = str(entry.get("target", "")), answer.strip().lower()
+        if spec.id in _LOGGED:  # read by the judge that reads rows of our own
+            prefix, names = _LOGGED[spec.id]
+            logged = next(value for key, value in entry.items() if key.startswith(prefix))
+            score, target, parsed = JUDGES[spec.id]({"answer": target, **logged}, answer, entry)
+            row |= names(logged)
+        else:
+            score = float(entry[spec.metric])
+        rows.append({**row, "target": target, "parsed": parsed, "score": float(score)})
     return pd.DataFrame(rows, columns=list(SAMPLE_COLUMNS))
+
+
+def _names_of_rotation(row: Entry) -> Entry:
+    index = int(row["index"])
+    return {
+        "document_id": str(row["index"]),
+        "unit_id": str(index % 1_000_000),
+        "category": str(row["category"]),
+    }
+
+
+# Under which metric upstream logs its own record of a row, and what the record names.
+_LOGGED: dict[str, tuple[str, Callable[[Entry], Entry]]] = {
+    "mme": (
+        "mme_",
+        lambda row: {
+            "unit_id": f"{row['category']}/{row['question_id']}",
+            "category": row["category"],
+        },
+    ),
+    "mmbench_en": ("gpt_eval_score", _names_of_rotation),
+    "mmbench_cn": ("gpt_eval_score", _names_of_rotation),
+    # Whether upstream read or drew a letter of MMMU is not in the log.
+    "mmmu": ("mmmu_acc", lambda row: {"document_id": row["id"], "category": row["subdomain"]}),
+    "pope": ("pope_accuracy", lambda row: {}),
+}
 
 
 def _samples_with_documents(spec: TaskSpec, entries: list[Entry], data: Path) -> "pd.DataFrame":
     """Score the logged answers again, on the documents themselves."""
     from kd_bench.evals.benchmark import Answer, prepare
-    from kd_bench.evals.scoring import samples_frame
+    from kd_bench.evals.scoring import Thinking, samples_frame
 
     prepared = prepare(spec, data)
     answers = {}
@@ -509,108 +527,4 @@ def _samples_with_documents(spec: TaskSpec, entries: list[Entry], data: Path) ->
         )
     for document in prepared.documents:
         prepared.task.process_results(document, [answers[document.index].text])
-    return samples_frame(prepared, answers)
-
-
-def _plain(spec: TaskSpec, entry: Entry, answer: str) -> Entry:
-    return {
-        "target": str(entry.get("target", "")),
-        "parsed": answer.strip().lower(),
-        "score": float(entry[spec.metric]),
-    }
-
-
-def _mme(spec: TaskSpec, entry: Entry, answer: str) -> Entry:
-    (logged,) = [value for key, value in entry.items() if key.startswith("mme_")]
-    from lmms_eval.tasks.mme.utils import parse_pred_ans
-
-    said = parse_pred_ans(answer)
-    return {
-        "unit_id": f"{logged['category']}/{logged['question_id']}",
-        "category": logged["category"],
-        "target": str(entry.get("target", "")).lower(),
-        "parsed": said if said in ("yes", "no") else "",
-        "score": float(logged["score"]),
-    }
-
-
-def _pope(spec: TaskSpec, entry: Entry, answer: str) -> Entry:
-    logged = entry["pope_accuracy"]
-    said = logged["prediction"]
-    return {
-        "target": logged["ground_truth"],
-        "parsed": said if said in ("yes", "no") else "",
-        "score": float(logged["score"]),
-    }
-
-
-def _mmbench(spec: TaskSpec, entry: Entry, answer: str) -> Entry:
-    from kd_bench.evals.scoring import mmbench_letter
-
-    logged = entry["gpt_eval_score"]
-    said = mmbench_letter(logged)
-    return {
-        "document_id": str(logged["index"]),
-        "unit_id": str(int(logged["index"]) % 1_000_000),
-        "category": str(logged["category"]),
-        "target": str(logged["answer"]),
-        "parsed": said,
-        "score": float(bool(said) and said == logged["answer"]),
-    }
-
-
-def _mmmu(spec: TaskSpec, entry: Entry, answer: str) -> Entry:
-    from kd_bench.evals.benchmark import mmmu_right
-
-    logged = entry["mmmu_acc"]
-    said = logged["parsed_pred"][0]
-    return {
-        "document_id": logged["id"],
-        "category": logged["subdomain"],
-        "target": str(logged["answer"]),
-        # Whether upstream read or drew this letter is not in the log.
-        "parsed": said if isinstance(said, str) else answer.strip().lower(),
-        "score": mmmu_right(logged, said),
-    }
-
-
-_ROWS = {
-    "mme": _mme,
-    "mmbench_en": _mmbench,
-    "mmbench_cn": _mmbench,
-    "mmmu": _mmmu,
-    "pope": _pope,
-}
-
-
-def _metrics_of(told: Any) -> dict[str, float]:
-    return upstream_metrics(told) if isinstance(told, dict) else {}
-
-
-def _result(
-    spec: TaskSpec,
-    samples: "pd.DataFrame",
-    entries: list[Entry],
-    metrics: dict[str, float],
-    data: Path | None,
-    told: list[str],
-) -> TaskResult:
-    notes = ["imported", *told]
-    if data is None and spec.unit == "picture":
-        notes.append("a picture's questions are counted as independent: the interval is too short")
-    prompts = [str(entry.get("input", "")) for entry in entries]
-    return TaskResult(
-        task=spec.id,
-        # Prompts and their number are known, data and settings are not: equal only to itself.
-        fingerprint=digest_text("imported", spec.id, *prompts),
-        metric=spec.metric,
-        score=aggregate(spec.aggregator, samples),
-        metrics=metrics,
-        documents=len(samples),
-        units=int(samples["unit_id"].nunique()),
-        rates=rates(samples),
-        interval=score_interval(spec.aggregator, samples),
-        profile="imported",
-        notes=notes,
-        settings={"aggregator": spec.aggregator, "engine": "lmms-eval, imported"},
-    )
+    return samples_frame(prepared, answers, Thinking("none"))

@@ -79,10 +79,8 @@ def _expand(text: str, image_token: str, counts: list[int]) -> str:
         raise ValueError(
             f"the chat template renders {len(parts) - 1} pictures, the question has {len(counts)}"
         )
-    pieces = [parts[0]]
-    for count, part in zip(counts, parts[1:], strict=True):
-        pieces.append(image_token * count + part)
-    return "".join(pieces)
+    pairs = zip(counts, parts[1:], strict=True)
+    return parts[0] + "".join(image_token * count + part for count, part in pairs)
 
 
 KEPT_PICTURES = 500
@@ -209,7 +207,7 @@ def _identity(processor: Any) -> str:
 
 
 PICTURES_AT_A_TIME = {"cpu": 8}
-"""On a processor the activations of more leave its caches: 24 % slower at 48 than at 8."""
+"""On a CPU the activations of more leave its caches: 24 % slower at 48 than at 8."""
 
 
 @dataclass(frozen=True)

@@ -2,26 +2,27 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from lmms_eval.api.model import lmms
+from PIL import Image
 
 from kd_bench.distill.chat import use_template
-from kd_bench.distill.checkpoints import locate, stored_dtype
-from kd_bench.distill.models import check_image_token, load_model, load_processor, weight_count
+from kd_bench.distill.models import check_image_token, load_model, load_processor
+from kd_bench.distill.models import quiet as silence
 from kd_bench.distill.recipe import Term
 from kd_bench.distill.vision_language import VisionLanguageModel, check_pair, put_vision
-from kd_bench.errors import IncompleteRunError, UsageError, closest, one_line
-from kd_bench.evals.benchmark import Answer, Question, Settings, lmms_eval, settings_of
-from kd_bench.evals.checkpoint import StockModel
-from kd_bench.evals.engine import NOT_FINITE, Engine, MemoryMeter, measure
+from kd_bench.errors import IncompleteRunError, UsageError, closest, explained, one_line
+from kd_bench.evals.benchmark import Answer, Question, Settings, lmms_eval, quiet, settings_of
+from kd_bench.evals.checkpoint import Checkpoint, StockModel, chosen_dtype
+from kd_bench.evals.engine import NOT_FINITE, Engine, MemoryMeter, measure, size_of
 from kd_bench.evals.inputs import PictureStore
-from kd_bench.records import Cost
+from kd_bench.records import Cost, Protocol
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOGETHER = "Do config.json, processor and weights belong together?"
 
 
 class _Generative(lmms):
@@ -76,9 +77,7 @@ class KdBench(_Generative):
             if pretrained is None:
                 raise UsageError("No checkpoint was given.", "Pass pretrained=CHECKPOINT.")
             place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-            if dtype == "auto":
-                dtype = "float32" if place == "cpu" else stored_dtype(locate(pretrained))
-            kind = torch_dtype(dtype)
+            kind = getattr(torch, chosen_dtype(pretrained, dtype, place))
             model = load_model(pretrained, dtype=kind, device=place, quantize=quantize)
             processor = load_processor(pretrained)
             check_image_token(pretrained, model, processor)
@@ -86,31 +85,16 @@ class KdBench(_Generative):
             use_template(processor, prompt_template)
         size = None if batch_size in (None, "auto") else int(batch_size)
         self._tokenizer = processor.tokenizer
-        self._engine = Engine(model, processor, batch_size=size, share=share, pictures=pictures)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return self._engine.device
-
-    @property
-    def batch_size(self) -> int | None:
-        """Questions at a time; None for as many as fit."""
-        return self._engine.batch_size
-
-    @property
-    def path(self) -> str:
-        """How the engine answers, for the run's record."""
-        return f"{self._engine.path}, {'shared' if self._engine.share else 'not shared'}"
-
-    @property
-    def generation(self) -> dict[str, Any]:
-        """The checkpoint's own settings that change greedy answers."""
-        return dict(self._engine.constraints.settings)
+        self.engine = Engine(model, processor, batch_size=size, share=share, pictures=pictures)
+        self.device = self.engine.device
+        self.batch_size = size
+        # How the engine answers and what of generation_config.json counts, for the run's record.
+        self.path = f"{self.engine.path}, {'shared' if self.engine.share else 'not shared'}"
+        self.generation = dict(self.engine.constraints.settings)
 
     def cost(self, memory: MemoryMeter) -> Cost:
         """What the model costs to run."""
-        return measure(self._engine, memory)
+        return measure(self.engine, memory)
 
     def check(self, name: str) -> None:
         """Answer one question about an image, so that a model that cannot is no run of failures.
@@ -121,18 +105,14 @@ class KdBench(_Generative):
         Raises:
             UsageError: processor, settings and weights do not work together.
         """
-        question = Question(0, "What is this?", _grey, Settings(max_new_tokens=1))
-        [[answer]] = self._engine.answers([question])
+        grey = Image.new("RGB", (224, 224), (128, 128, 128))
+        question = Question(0, "What is this?", lambda: [grey], Settings(max_new_tokens=1))
+        [[answer]] = self.engine.answers([question])
         if answer.status == "error" and NOT_FINITE not in answer.error:
             raise UsageError(
                 f"{name} cannot answer a question about an image: {answer.error}",
-                "Do config.json, processor and weights belong together?",
+                TOGETHER,
             )
-
-    @property
-    def engine(self) -> Engine:
-        """What answers the questions."""
-        return self._engine
 
     def count_tokens(self, text: str) -> int:
         """Tokens of a generated text."""
@@ -144,7 +124,7 @@ class KdBench(_Generative):
             _question(self, number, request, key)
             for number, (request, key) in enumerate(zip(requests, keys, strict=True))
         ]
-        return self._engine.answers(questions)
+        return self.engine.answers(questions)
 
     def generate_until(self, requests: list[Any]) -> list[str]:
         """Texts in the order of the requests (the stock command line comes through here).
@@ -152,9 +132,9 @@ class KdBench(_Generative):
         Raises:
             IncompleteRunError: an answer failed; it must not be scored as an empty one.
         """
-        keys = [_shared_key(self, request) for request in requests]
         texts = [""] * len(requests)
-        for batch in self.answers(requests, keys):
+        # Without our own data source nothing tells cheaply whether two pictures are equal.
+        for batch in self.answers(requests, [""] * len(requests)):
             for answer in batch:
                 if answer.status == "error":
                     raise IncompleteRunError(
@@ -177,14 +157,8 @@ class StockAdapter:
     def cost(self, memory: MemoryMeter) -> Cost:
         """Only what can be read off the model's weights, where it shows them."""
         inner = getattr(self.model, "model", None)
-        if not isinstance(inner, torch.nn.Module):
-            return Cost(peak_memory_bytes=memory.peak())
-        weights = {id(weight): weight for weight in inner.parameters()}.values()
-        return Cost(
-            parameters=sum(weight_count(weight) for weight in weights),
-            weight_bytes=sum(weight.numel() * weight.element_size() for weight in weights),
-            peak_memory_bytes=memory.peak(),
-        )
+        known = size_of(inner) if isinstance(inner, torch.nn.Module) else Cost()
+        return replace(known, peak_memory_bytes=memory.peak())
 
     def answers(self, requests: Sequence[Any], keys: Sequence[str]) -> Iterator[list[Answer]]:
         """Answers batch by batch; an exception becomes the status of the batch's answers."""
@@ -227,25 +201,21 @@ class Journalled(_Generative):
     ) -> None:
         super().__init__()
         self._source = source
+        self._inner = inner = getattr(source, "model", source)
         # lmms-eval hands chat models messages, simple ones a text and pictures.
-        self.is_simple = bool(getattr(getattr(source, "model", source), "is_simple", True))
+        self.is_simple = bool(getattr(inner, "is_simple", True))
+        # Multi-process evaluation asks for it.
+        self.device = getattr(inner, "device", torch.device("cpu"))
         self._key = key
         self._known = known
         self._record = record
         self.answered: dict[int, Answer] = {}
         self.computed = 0
 
-    @property
-    def device(self) -> Any:
-        """Where the model is; multi-process evaluation asks for it."""
-        inner = getattr(self._source, "model", self._source)
-        return getattr(inner, "device", torch.device("cpu"))
-
     def generate_until(self, requests: list[Any]) -> list[str]:
         """Texts in the order of the requests; failed answers are empty and marked as failed."""
-        inner = getattr(self._source, "model", self._source)
-        if isinstance(inner, lmms):
-            inner.task_dict = self.task_dict
+        if isinstance(self._inner, lmms):
+            self._inner.task_dict = self.task_dict
         keys = [self._key(int(request.args[3])) for request in requests]
         missing: dict[str, int] = {}
         for place, (key, _) in enumerate(keys):
@@ -266,39 +236,15 @@ class Journalled(_Generative):
         return texts
 
 
-def torch_dtype(name: str) -> torch.dtype:
-    """The float type of that name.
-
-    Raises:
-        UsageError: it is none of `DTYPES`.
-    """
-    if name not in DTYPES:
-        raise UsageError(f"dtype {name!r} is not known.", f"Use one of auto, {', '.join(DTYPES)}.")
-    return DTYPES[name]
-
-
 def _question(model: _Generative, number: int, request: Any, key: str) -> Question:
     """lmms-eval's request (prompt, settings, doc_to_visual, document, task, split) as ours."""
     text, generation, to_visual, document, task, split = request.args
     documents = model.task_dict[task][split]
-    pictures = partial(_pictures, to_visual, documents, document)
-    return Question(number, text, pictures, settings_of(generation), key)
 
+    def images() -> list[Any]:
+        return list(to_visual(documents[document]) or [])
 
-def _grey() -> list[Any]:
-    from PIL import Image
-
-    return [Image.new("RGB", (224, 224), (128, 128, 128))]
-
-
-def _pictures(to_visual: Callable[[Any], Any], documents: Any, document: int) -> list[Any]:
-    return list(to_visual(documents[document]) or [])
-
-
-def _shared_key(model: _Generative, request: Any) -> str:
-    """Without our own data source nothing tells cheaply whether two pictures are equal."""
-    del model, request
-    return ""
+    return Question(number, text, images, settings_of(generation), key)
 
 
 # Packages whose module has another name, as far as lmms-eval's models import them.
@@ -343,8 +289,6 @@ def load_stock(wanted: StockModel, batch_size: int | None) -> StockAdapter:
 
 def _on_this_machine(kind: Any, arguments: str) -> dict[str, str]:
     """Arguments for a CPU: upstream's defaults place models on an accelerator, or nowhere."""
-    import torch
-
     if torch.cuda.is_available():
         return {}
     known = inspect.signature(kind.__init__).parameters
@@ -352,19 +296,56 @@ def _on_this_machine(kind: Any, arguments: str) -> dict[str, str]:
     return {name: "cpu" for name in ("device", "device_map") if name in known and name not in given}
 
 
-def load_hybrid(vision: Path, language: Path, dtype: str, quantize: str = "") -> dict[str, Any]:
-    """Model and processor of a hybrid, as `KdBench` takes them: the teacher with another tower.
+def load_switch(vision: Path, language: Path, dtype: str, quantize: str = "") -> dict[str, Any]:
+    """Model and processor of the visual switch: the teacher with the student's vision tower.
+
+    z_SW = L_T(P_T(V_S(x_v)), x_t), arXiv 2604.14629: teacher - switch is what the student's vision
+    lost, switch - student what its language model lost.
 
     Raises:
         UsageError: the two do not fit each other; both values are named.
     """
     place = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = torch_dtype(dtype)
+    kind = getattr(torch, dtype)
     student = load_model(vision, dtype=kind, device=place, quantize=quantize)
     teacher = load_model(language, dtype=kind, device=place, quantize=quantize)
-    eyes, words = load_processor(vision), load_processor(language)
-    check_image_token(language, teacher, words)
+    student_processor, processor = load_processor(vision), load_processor(language)
+    check_image_token(language, teacher, processor)
     switch = [Term(loss="dbild", of="switch")]
-    check_pair(student, teacher, eyes, words, switch, truncate_vocabulary=True)
+    check_pair(student, teacher, student_processor, processor, switch, truncate_vocabulary=True)
     put_vision(VisionLanguageModel(student), into=VisionLanguageModel(teacher))
-    return {"model": teacher, "processor": words}
+    return {"model": teacher, "processor": processor}
+
+
+# Prepared images, shared by all checkpoints that this process evaluates.
+_IMAGES = PictureStore()
+
+
+def load_source(checkpoint: Checkpoint, protocol: Protocol, debug: bool = False) -> Any:
+    """What answers: our engine on a checkpoint or visual switch, or a stock model of lmms-eval.
+
+    Raises:
+        UsageError: it cannot be loaded, or cannot answer a question about an image.
+    """
+    if not debug:
+        silence()  # what did not load is told in one line of ours
+    with quiet(debug):
+        if checkpoint.stock is not None:
+            return load_stock(checkpoint.stock, protocol.batch_size)
+        named = checkpoint.ref.path
+        with explained(f"{named} cannot be evaluated", TOGETHER):
+            parts: dict[str, Any] = {"pretrained": str(checkpoint.path)}
+            if checkpoint.vision is not None:
+                parts = load_switch(
+                    checkpoint.vision, checkpoint.path, protocol.dtype, protocol.quantize
+                )
+            model = KdBench(
+                **parts,
+                batch_size=protocol.batch_size,
+                dtype=protocol.dtype,
+                quantize=protocol.quantize,
+                prompt_template=protocol.prompt_template,
+                pictures=_IMAGES,
+            )
+            model.check(named)
+        return model

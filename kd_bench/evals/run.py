@@ -9,7 +9,6 @@ Nothing is written before the run is held, its data was checked and its model is
 """
 
 import contextlib
-import functools
 import math
 import sys
 import tempfile
@@ -31,7 +30,7 @@ from rich.progress import (
 
 from kd_bench.distill import processes
 from kd_bench.distill.chat import read_template
-from kd_bench.errors import IncompleteRunError, KdBenchError, UsageError, explained, one_line
+from kd_bench.errors import IncompleteRunError, KdBenchError, UsageError, one_line
 from kd_bench.evals.benchmark import (
     REASONING_TAGS,
     Answer,
@@ -44,17 +43,16 @@ from kd_bench.evals.benchmark import (
 )
 from kd_bench.evals.checkpoint import Checkpoint, Model, chosen_dtype, inspect_model, with_role
 from kd_bench.evals.documents import load_documents
-from kd_bench.evals.scoring import Thinking
+from kd_bench.evals.scoring import Thinking, headline, rates, score, submission
 from kd_bench.files import Journal, digest_text, write_json
 from kd_bench.provenance import collect
 from kd_bench.records import Cost, Protocol, RunManifest, RunStatus, TaskResult
 from kd_bench.registry import Suite, TaskSpec, load_suite, load_task
+from kd_bench.stats import score_interval
 from kd_bench.store import Run, catalogue, held_run, wanted_run
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from kd_bench.evals.inputs import PictureStore
 
 
 ENGINE = "kd-bench 2"
@@ -179,7 +177,7 @@ def _subject(model: Model, suite: Suite, settings: EvalSettings) -> tuple[Checkp
         suite.name,
         dict(settings.profiles),
         settings.limit,
-        chosen_dtype(known, settings.dtype),
+        "" if known.stock else chosen_dtype(known.path, settings.dtype, _device()),
         settings.batch_size,
         ENGINE,
         settings.quantize,
@@ -191,6 +189,12 @@ def _subject(model: Model, suite: Suite, settings: EvalSettings) -> tuple[Checkp
         setup = digest_text(known.setup_digest, protocol.prompt_template)
         known = replace(known, setup_digest=setup)
     return known, protocol
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _with_recorded_role(known: Checkpoint, results: Path) -> Checkpoint:
@@ -370,6 +374,7 @@ class Worker:
 
     def __init__(self, run: Run, plan: Plan, bars: SuiteProgress) -> None:
         from kd_bench.evals.engine import MemoryMeter
+        from kd_bench.evals.models import load_source
 
         self._run = run
         self._plan = plan
@@ -379,6 +384,8 @@ class Worker:
 
     def run_task(self, spec: TaskSpec) -> str:
         """Answer, score and commit one benchmark; returns a line that says how it went."""
+        from kd_bench.evals.inputs import keep_pictures
+
         started = time.perf_counter()
         plan, run = self._plan, self._run
         profile = plan.protocol.profiles.get(spec.id)
@@ -410,8 +417,14 @@ class Worker:
         result.notes.extend(f"{FAILURE}{reason}" for reason, _ in failures.most_common(1))
         outcome = _told(result.score)
         if not prepared.variant.scored:
-            outcome = f"not scored, wrote {self._write_submission(prepared)}"
-        self._keep_pictures(prepared, scored)
+            file = f"submissions/{spec.id}.json"
+            write_json(run.path / file, submission(prepared))
+            outcome = f"not scored, wrote {file}"
+        keep_pictures(
+            run.images,
+            list(scored.samples["image_digest"]),
+            lambda number: prepared.task.doc_to_visual(prepared.documents[number]),
+        )
         if data_digest(spec, plan.data, profile) != plan.digests[spec.id]:
             raise IncompleteRunError(
                 f"The data of {spec.id} in {plan.data} changed while it was evaluated.",
@@ -439,9 +452,6 @@ class Worker:
         return _PREPARED[key]
 
     def _result(self, prepared: PreparedTask, scored: "ScoredTask", seconds: float) -> TaskResult:
-        from kd_bench.evals.scoring import headline, rates
-        from kd_bench.stats import score_interval
-
         spec, variant, aggregator = prepared.spec, prepared.variant, prepared.aggregator
         fingerprint, tags = prepared.fingerprint, self._plan.protocol.reasoning_tags
         if tags != "none":  # else as runs had it that name no tags
@@ -473,22 +483,6 @@ class Worker:
             },
         )
 
-    def _keep_pictures(self, prepared: PreparedTask, scored: "ScoredTask") -> None:
-        from kd_bench.evals.inputs import keep_pictures
-
-        def decode(number: int) -> Any:
-            return prepared.task.doc_to_visual(prepared.documents[number])
-
-        keep_pictures(self._run.images, list(scored.samples["image_digest"]), decode)
-
-    def _write_submission(self, prepared: PreparedTask) -> str:
-        """Write the file for the evaluation server; returns its place in the run's folder."""
-        from kd_bench.evals.scoring import submission
-
-        name = f"submissions/{prepared.spec.id}.json"
-        write_json(self._run.path / name, submission(prepared))
-        return name
-
     def cost(self) -> Cost:
         """What the model costs to run."""
         cost: Cost = self._source.cost(self._memory)
@@ -496,48 +490,6 @@ class Worker:
 
 
 _PREPARED: dict[str, PreparedTask] = {}
-
-
-@functools.cache
-def _picture_store() -> "PictureStore":
-    """Prepared pictures, shared by all checkpoints that this process evaluates."""
-    from kd_bench.evals.inputs import PictureStore
-
-    return PictureStore()
-
-
-def load_source(checkpoint: Checkpoint, protocol: Protocol, debug: bool = False) -> Any:
-    """What answers: our engine on a checkpoint or visual switch, or a stock model of lmms-eval.
-
-    Raises:
-        UsageError: it cannot be loaded, or cannot answer a question about an image.
-    """
-    from kd_bench.distill import models
-    from kd_bench.evals.models import KdBench, load_hybrid, load_stock
-
-    if not debug:
-        models.quiet()  # what did not load is told in one line of ours
-    with quiet(debug):
-        if checkpoint.stock is not None:
-            return load_stock(checkpoint.stock, protocol.batch_size)
-        named = checkpoint.ref.path
-        hint = "Do config.json, processor and weights belong together?"
-        with explained(f"{named} cannot be evaluated", hint):
-            parts: dict[str, Any] = {"pretrained": str(checkpoint.path)}
-            if checkpoint.vision is not None:
-                parts = load_hybrid(
-                    checkpoint.vision, checkpoint.path, protocol.dtype, protocol.quantize
-                )
-            model = KdBench(
-                **parts,
-                batch_size=protocol.batch_size,
-                dtype=protocol.dtype,
-                quantize=protocol.quantize,
-                prompt_template=protocol.prompt_template,
-                pictures=_picture_store(),
-            )
-            model.check(named)
-        return model
 
 
 # --- asking -------------------------------------------------------------------------------------
@@ -582,7 +534,6 @@ def ask(
         IncompleteRunError: a document cannot be scored, or samples and upstream disagree.
     """
     from kd_bench.evals.models import Journalled
-    from kd_bench.evals.scoring import agree, own_metrics, rescored, samples_frame
 
     thinking = Thinking(reasoning_tags)
     known = dict(known or {})
@@ -598,11 +549,9 @@ def ask(
         return None
     answers = {index: answer for share, _ in shares for index, answer in share.items()}
     metrics = upstream_metrics(outcome["results"][prepared.task.task_name])
-    samples = samples_frame(prepared, answers, thinking, getattr(source, "count_tokens", None))
-    agree(prepared, samples, metrics)
-    metrics |= own_metrics(prepared, samples, thinking)
-    computed = sum(number for _, number in shares)
-    return ScoredTask(rescored(prepared, samples, thinking), metrics, computed, before)
+    count_tokens = getattr(source, "count_tokens", None)
+    samples, metrics = score(prepared, answers, metrics, thinking, count_tokens)
+    return ScoredTask(samples, metrics, sum(number for _, number in shares), before)
 
 
 def answer_keys(prepared: PreparedTask, *model_digests: str) -> list[str]:

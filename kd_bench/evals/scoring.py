@@ -19,6 +19,7 @@ from kd_bench.errors import IncompleteRunError, UsageError
 from kd_bench.evals.benchmark import Answer, PreparedTask, mmmu_right, unit_ids
 from kd_bench.evals.documents import Document
 from kd_bench.records import CONTENT_COLUMNS, SAMPLE_COLUMNS
+from kd_bench.registry import TaskSpec
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -265,15 +266,31 @@ def _words(text: str) -> str:
 
 # A row's score, its target and the answer as the scorer understood it ("" when it could not).
 Judged = tuple[float, str, str]
+Row = Mapping[str, Any]
 
 
-NO_THINKING = Thinking("none")
+def score(
+    prepared: PreparedTask,
+    answers: dict[int, Answer],
+    upstream: dict[str, float],
+    thinking: Thinking,
+    count_tokens: Callable[[str], int] | None = None,
+) -> "tuple[pd.DataFrame, dict[str, float]]":
+    """Samples as they are stored, and upstream's metrics with ours beside them.
+
+    Raises:
+        IncompleteRunError: samples and upstream disagree.
+    """
+    samples = samples_frame(prepared, answers, thinking, count_tokens)
+    _agree(prepared, samples, upstream)
+    said = [thinking.answer(answer) for answer in samples["answer"]]
+    return _rescored(prepared, samples, said), upstream | _own_metrics(prepared, samples, said)
 
 
 def samples_frame(
     prepared: PreparedTask,
     answers: dict[int, Answer],
-    thinking: Thinking = NO_THINKING,
+    thinking: Thinking,
     count_tokens: Callable[[str], int] | None = None,
 ) -> "pd.DataFrame":
     """One row a document, in document order.
@@ -286,7 +303,6 @@ def samples_frame(
     """
     import pandas as pd
 
-    judge = _judge(prepared)
     spec = prepared.spec
     units = unit_ids(spec, prepared.documents)
     seen: Counter[str] = Counter()
@@ -294,7 +310,7 @@ def samples_frame(
     for document in prepared.documents:
         answer = answers[document.index]
         text = thinking.answer(answer.text)
-        score, target, parsed = judge(document, text)
+        score, target, parsed = _judged(prepared, document, text)
         said, content = _content(prepared, document, text, target, float(score))
         rows.append(
             (
@@ -306,7 +322,8 @@ def samples_frame(
                 answer.text,
                 parsed,
                 float(score),
-                _status(answer, thinking),
+                # A thought that never ends was cut off, whatever the last token was.
+                "truncated" if thinking.is_unfinished(answer.text) else answer.status,
                 answer.image_digest,
                 float("nan") if answer.confidence is None else answer.confidence,
                 said,
@@ -316,11 +333,6 @@ def samples_frame(
             )
         )
     return pd.DataFrame(rows, columns=[*SAMPLE_COLUMNS, *CONTENT_COLUMNS])
-
-
-def _status(answer: Answer, thinking: Thinking) -> str:
-    """A thought that never ends was cut off, whatever the last token was."""
-    return "truncated" if thinking.is_unfinished(answer.text) else answer.status
 
 
 def _thinking_tokens(
@@ -349,22 +361,20 @@ def headline(prepared: PreparedTask, samples: "pd.DataFrame") -> float:
     return aggregate(prepared.aggregator, samples) if prepared.variant.scored else float("nan")
 
 
-def rescored(
-    prepared: PreparedTask, samples: "pd.DataFrame", thinking: Thinking = NO_THINKING
-) -> "pd.DataFrame":
+def _rescored(prepared: PreparedTask, samples: "pd.DataFrame", said: list[str]) -> "pd.DataFrame":
     """The samples under a profile's own rule over the answers without their thoughts."""
     rule = prepared.variant.rescore
     if rule is None:
         return samples
     result = samples.copy()
-    result["parsed"] = [RULES[rule](thinking.answer(answer)) for answer in samples["answer"]]
+    result["parsed"] = [RULES[rule](answer) for answer in said]
     result["score"] = (result["parsed"] == result["target"]).astype(float)
     result.loc[result["status"] == "error", "score"] = 0.0
     return result
 
 
-def own_metrics(
-    prepared: PreparedTask, samples: "pd.DataFrame", thinking: Thinking = NO_THINKING
+def _own_metrics(
+    prepared: PreparedTask, samples: "pd.DataFrame", said: list[str]
 ) -> dict[str, float]:
     """Numbers beside upstream's, on the scale 0-1, under names that say whose they are."""
     if not prepared.variant.scored:
@@ -373,7 +383,6 @@ def own_metrics(
     if prepared.spec.id == "mmmu":
         found["kd_bench_mmmu_acc_strict"] = aggregate("strict", samples) / 100
     if prepared.spec.id == "pope":
-        said = [thinking.answer(answer) for answer in samples["answer"]]
         bare = samples.assign(parsed=[_bare_word(answer) for answer in said])
         first = samples.assign(parsed=[_pope_llava(answer) for answer in said])
         found["kd_bench_pope_f1_normalised"] = aggregate("f1", bare) / 100
@@ -450,7 +459,7 @@ def _options(task: str, document: Document) -> dict[str, str]:
 RULES: dict[str, Callable[[str], str]] = {"pope_llava": _pope_llava}
 
 
-def agree(prepared: PreparedTask, samples: "pd.DataFrame", upstream: dict[str, float]) -> None:
+def _agree(prepared: PreparedTask, samples: "pd.DataFrame", upstream: dict[str, float]) -> None:
     """Check that the stored samples give upstream's own number again.
 
     Raises:
@@ -459,11 +468,7 @@ def agree(prepared: PreparedTask, samples: "pd.DataFrame", upstream: dict[str, f
     spec = prepared.spec
     if not prepared.variant.scored or spec.metric not in upstream:  # MME cut to cognition
         return
-    expected = upstream[spec.metric] * spec.scale
-    if spec.aggregator == "mme":
-        # Upstream sums the present categories; the papers' scale is that of ten.
-        present = samples["category"][samples["category"].isin(MME_PERCEPTION)].nunique()
-        expected *= len(MME_PERCEPTION) / max(1, present)
+    expected = points_of(spec, samples, upstream)
     ours = aggregate(spec.aggregator, samples)
     tolerance = 1e-3 if spec.id == "mmmu" else 1e-6  # MMMU's is rounded to five digits
     if not abs(ours - expected) <= tolerance:
@@ -471,6 +476,16 @@ def agree(prepared: PreparedTask, samples: "pd.DataFrame", upstream: dict[str, f
             f"{spec.id}: the stored samples give {ours:.6f}, lmms-eval says {expected:.6f}.",
             "This is a bug in kd-bench or a change in lmms-eval; please report it.",
         )
+
+
+def points_of(spec: TaskSpec, samples: "pd.DataFrame", upstream: dict[str, float]) -> float:
+    """Upstream's headline number on the papers' 0-100 scale."""
+    points = upstream[spec.metric] * spec.scale
+    if spec.aggregator == "mme":
+        # Upstream sums the present categories; the papers' scale is that of ten.
+        present = samples["category"][samples["category"].isin(MME_PERCEPTION)].nunique()
+        points *= len(MME_PERCEPTION) / max(1, present)
+    return points
 
 
 def _document_id(prepared: PreparedTask, document: Document, seen: Counter[str]) -> str:
@@ -491,43 +506,36 @@ def _category(prepared: PreparedTask, document: Document) -> str:
     return str(document.get(column, "") or "") if column else ""
 
 
-def _judge(prepared: PreparedTask) -> Callable[[Document, str], Judged]:
+def _judged(prepared: PreparedTask, document: Document, answer: str) -> Judged:
     """How a row of this benchmark is read; unknown benchmarks use their headline metric."""
-    special = _JUDGES.get(prepared.spec.id)
-    if not prepared.variant.scored:
-        special = _unscored
-
-    def judge(document: Document, answer: str) -> Judged:
-        if document.index not in prepared.task.recorded:  # scored by another process
-            prepared.task.process_results(document, [answer])
-        metrics = prepared.task.recorded[document.index]
-        if special is None:
-            target = prepared.task.doc_to_target(document)
-            return float(metrics[prepared.spec.metric]), str(target), answer.strip().lower()
-        judged = special(document, answer, metrics)
-        if document.index in prepared.task.guessed:
-            return judged[0], judged[1], ""
-        return judged
-
-    return judge
+    spec, task = prepared.spec, prepared.task
+    if document.index not in task.recorded:  # scored by another process
+        task.process_results(document, [answer])
+    metrics = task.recorded[document.index]
+    judge = JUDGES.get(spec.id) if prepared.variant.scored else _unscored
+    if judge is None:
+        target = str(task.doc_to_target(document))
+        return float(metrics[spec.metric]), target, answer.strip().lower()
+    score, target, parsed = judge(document, answer, metrics)
+    return score, target, "" if document.index in task.guessed else parsed
 
 
-def _mme(document: Document, answer: str, metrics: dict[str, Any]) -> Judged:
+def _mme(document: Row, answer: str, metrics: dict[str, Any]) -> Judged:
     from lmms_eval.tasks.mme.utils import parse_pred_ans
 
-    (entry,) = metrics.values()
+    entry = next(value for name, value in metrics.items() if name.startswith("mme_"))
     said = parse_pred_ans(answer)
     target = document["answer"].lower().strip().replace(".", "")
     return entry["score"], target, said if said in ("yes", "no") else ""
 
 
-def _pope(document: Document, answer: str, metrics: dict[str, Any]) -> Judged:
+def _pope(document: Row, answer: str, metrics: dict[str, Any]) -> Judged:
     entry = metrics["pope_accuracy"]
     said = entry["prediction"]
     return entry["score"], entry["ground_truth"], said if said in ("yes", "no") else ""
 
 
-def _mmbench(document: Document, answer: str, metrics: dict[str, Any]) -> Judged:
+def _mmbench(document: Row, answer: str, metrics: dict[str, Any]) -> Judged:
     said = mmbench_letter(metrics["gpt_eval_score"])
     target = str(document["answer"])
     return float(bool(said) and said == target), target, said
@@ -546,7 +554,7 @@ def mmbench_letter(logged: dict[str, Any]) -> str:
     return str(said or "")
 
 
-def _scienceqa(document: Document, answer: str, metrics: dict[str, Any]) -> Judged:
+def _scienceqa(document: Row, answer: str, metrics: dict[str, Any]) -> Judged:
     letters = string.ascii_uppercase[: len(document["choices"])]
     found = re.fullmatch(r"([A-Za-z])|([A-Z])\..*", answer.strip(), re.DOTALL)
     said = (found.group(1) or found.group(2)).upper() if found else ""
@@ -554,24 +562,24 @@ def _scienceqa(document: Document, answer: str, metrics: dict[str, Any]) -> Judg
     return metrics["exact_match"], target, said if said in letters else ""
 
 
-def _mmmu(document: Document, answer: str, metrics: dict[str, Any]) -> Judged:
+def _mmmu(document: Row, answer: str, metrics: dict[str, Any]) -> Judged:
     entry = metrics["mmmu_acc"]
     (said,) = entry["parsed_pred"]
     letter = str(said) if isinstance(said, str) else answer.strip().lower()
     return mmmu_right(entry, said), str(entry["answer"]), letter
 
 
-def _gqa(document: Document, answer: str, metrics: dict[str, Any]) -> Judged:
+def _gqa(document: Row, answer: str, metrics: dict[str, Any]) -> Judged:
     strip = str.maketrans("", "", string.punctuation)
     said = answer.strip().lower().translate(strip)
     return float(metrics["exact_match"]), str(document["answer"]), said
 
 
-def _unscored(document: Document, answer: str, metrics: dict[str, Any]) -> Judged:
+def _unscored(document: Row, answer: str, metrics: dict[str, Any]) -> Judged:
     return float("nan"), "", str(metrics["submission"]["answer"])
 
 
-def _soft(document: Document, answer: str, metrics: dict[str, Any]) -> Judged:
+def _soft(document: Row, answer: str, metrics: dict[str, Any]) -> Judged:
     """Ten annotators: the target is what most of them said."""
     from lmms_eval.tasks._task_utils.vqa_eval_metric import EvalAIAnswerProcessor
 
@@ -581,7 +589,7 @@ def _soft(document: Document, answer: str, metrics: dict[str, Any]) -> Judged:
     return float(metrics["exact_match"]), str(target), str(EvalAIAnswerProcessor()(answer))
 
 
-_JUDGES: dict[str, Callable[[Document, str, dict[str, Any]], Judged]] = {
+JUDGES: dict[str, Callable[[Row, str, dict[str, Any]], Judged]] = {
     "mme": _mme,
     "mmbench_en": _mmbench,
     "mmbench_cn": _mmbench,

@@ -88,13 +88,14 @@ class Synthetic:
 
 def main() -> None:
     """Score and store all documents; print seconds and peak memory."""
+    from kd_bench.evals import models
     from kd_bench.evals import run as runs
     from kd_bench.world.build import resolve
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_in_another_process(folder / "data")
-        runs.load_source = Synthetic
+        models.load_source = Synthetic
         start = time.perf_counter()
         settings = runs.EvalSettings(
             suite="ten", tasks=["vqav2"], data=folder / "data", results=folder / "results"

@@ -460,11 +460,11 @@ def mutate(folder: Path, seed: int) -> str:
 def load_as_eval(folder: Path) -> Any:
     """All that `eval` does before its first question."""
     from kd_bench.evals.checkpoint import chosen_dtype, inspect_model
-    from kd_bench.evals.run import load_source
+    from kd_bench.evals.models import load_source
     from kd_bench.records import Protocol
 
     known = inspect_model(str(folder))
-    protocol = Protocol("mini", dtype=chosen_dtype(known, "auto"))
+    protocol = Protocol("mini", dtype=chosen_dtype(folder, "auto", "cpu"))
     return load_source(known, protocol, debug=True).engine.model
 
 

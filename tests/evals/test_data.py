@@ -289,10 +289,10 @@ def test_every_entry_fits_upstream() -> None:
 
 def test_a_preview_shows_prompt_and_pictures(tmp_path: Path) -> None:
     write_rows(tmp_path, "mmmu", ROWS["mmmu"])
-    shown = preview(load_task("mmmu"), tmp_path, tmp_path / "pictures")
-    assert shown.prompt.startswith("Which is larger, <image> or <image>?")
-    assert [path.name for path in shown.pictures] == ["mmmu-0-1.png", "mmmu-0-2.png"]
-    assert all(path.is_file() for path in shown.pictures)
+    prepared, index, images = preview(load_task("mmmu"), tmp_path, tmp_path / "pictures")
+    assert prepared.prompts[index].startswith("Which is larger, <image> or <image>?")
+    assert [path.name for path in images] == ["mmmu-0-1.png", "mmmu-0-2.png"]
+    assert all(path.is_file() for path in images)
 
 
 def test_an_eleventh_benchmark_is_one_file(tmp_path: Path) -> None:
