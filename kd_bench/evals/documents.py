@@ -233,11 +233,7 @@ def _readable(task: str, file: Path) -> Iterator[None]:
 
 
 def _check_shards(task: str, files: list[Path]) -> None:
-    """Files `split-00000-of-00003.parquet` must be all of one set, each once.
-
-    Raises:
-        UsageError: one is missing, or two sets lie side by side.
-    """
+    """Files `split-00000-of-00003.parquet` must be all of one set, each once."""
     found = [re.search(r"-(\d+)-of-(\d+)\.parquet$", file.name) for file in files]
     numbers = [(int(match[1]), int(match[2])) for match in found if match]
     totals = sorted({total for _, total in numbers})
@@ -256,11 +252,7 @@ def _check_shards(task: str, files: list[Path]) -> None:
 
 
 def _check_values(spec: TaskSpec, file: Path, rows: pa.Table, wanted: dict[str, Any]) -> None:
-    """Every row must say what is asked and what is right.
-
-    Raises:
-        UsageError: naming file, column and rows.
-    """
+    """Every row must say what is asked and what is right."""
     for column, kind in wanted.items():
         if kind == "image":
             bad, problem = _rows_without_picture(file, column), "is missing"
@@ -335,9 +327,6 @@ def _check_duplicates(
 
     The same document is one with the same id, question and pictures; without ids, one that is the
     same in every column. A whole data set without ids may hold such rows of its own.
-
-    Raises:
-        UsageError: naming the files and rows of one of them.
     """
     ids = [column for column in spec.id_columns if column in table.column_names]
     if whole and not ids:

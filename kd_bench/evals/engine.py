@@ -73,7 +73,7 @@ class Engine:
         self._pictures = pictures or PictureStore()
         self.path = path_of(self._parts)
         self.share = share and self.path != "generate" and not _slides(model)
-        ends = end_ids(model, processor.tokenizer, self._prompts.chat.stop_ids)
+        ends = end_ids(model, processor.tokenizer, self._prompts.stop_ids)
         settings = getattr(model, "generation_config", None)
         self.constraints = Constraints(settings, ends, self.device)
         tokenizer = processor.tokenizer

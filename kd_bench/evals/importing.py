@@ -188,11 +188,7 @@ def _store(checked: _Import, results: Path, named: bool) -> Run:
 
 
 def _own_name(results: Path, model: ModelRef, tasks: list[str], asked: bool) -> ModelRef:
-    """The model under a name that no other answers to the same benchmarks have.
-
-    Raises:
-        UsageError: the name was asked for, and is taken.
-    """
+    """The model under a name that no other answers to the same benchmarks have."""
     taken = any(
         other.model.name == model.name
         and other.model.weights_digest != model.weights_digest
@@ -250,11 +246,7 @@ def _model(
 
 
 def _counts(outcome: Entry, upstream: str) -> dict[str, int]:
-    """lmms-eval's own count of documents: `original` of the data set, `effective` asked.
-
-    Raises:
-        IncompleteRunError: there are counts, and they are no numbers.
-    """
+    """lmms-eval's own count of documents: `original` of the data set, `effective` asked."""
     told = outcome.get("n-samples")
     told = told.get(upstream) if isinstance(told, dict) else told
     if told is None:
@@ -270,11 +262,7 @@ def _counts(outcome: Entry, upstream: str) -> dict[str, int]:
 
 
 def _entries(spec: TaskSpec, log: Path, counts: dict[str, int]) -> list[Entry]:
-    """The log's samples in the order of their documents.
-
-    Raises:
-        IncompleteRunError: a document is there twice or missing.
-    """
+    """The log's samples in the order of their documents, each there once."""
     entries = sorted(_read_log(log), key=lambda entry: entry["doc_id"])
     again = "Evaluate it again into an empty folder: lmms-eval appends to a log that is there."
     if not entries:
@@ -397,11 +385,7 @@ def _agreement(
     log: Path,
     trust_samples: bool,
 ) -> list[str]:
-    """What to note about the samples' score beside upstream's.
-
-    Raises:
-        IncompleteRunError: they differ by more than rounding, or than a judge can explain.
-    """
+    """What to note about the samples' score beside upstream's, if a judge can explain it."""
     if spec.metric not in metrics:
         return ["results.json holds no score to compare with"]
     theirs = points_of(spec, samples, metrics)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-class PromptBuilder:
+class PromptBuilder(ChatFormat):
     """Renders questions for one checkpoint, as its training does.
 
     Raises:
@@ -38,49 +38,42 @@ class PromptBuilder:
     """
 
     def __init__(self, processor: Any) -> None:
-        self.chat = ChatFormat(processor, learns=False)
-        self.image_token = self.chat.image_token
+        super().__init__(processor, learns=False)
 
-    def render(self, text: str, pictures: int) -> str:
-        """The conversation up to where the answer begins, one image token a picture."""
-        content = _content(text, pictures, self.image_token)
-        return self.chat.prompt([{"role": "user", "content": content}])
+    def render(self, text: str, images: int) -> str:
+        """The conversation up to where the answer begins, one image token an image.
 
-    def encode(self, rendered: list[str], counts: list[list[int]]) -> list[list[int]]:
-        """Token ids of rendered conversations; `counts` holds image tokens of each picture."""
-        return self.chat.prompt_ids(
-            [
-                _expand(text, self.image_token, sizes)
-                for text, sizes in zip(rendered, counts, strict=True)
-            ]
-        )
+        Images stand at their placeholders, or else in front of the text.
+        """
+        image = {"type": "image"}
+        parts = text.split(PLACEHOLDER)
+        if images and len(parts) - 1 == images:
+            content = [{"type": "text", "text": parts[0]}] if parts[0] else []
+            for part in parts[1:]:
+                content += [image, {"type": "text", "text": part}] if part else [image]
+        else:
+            # A stray image token in the question itself must not ask for an image.
+            plain = text.replace(self.image_token, "").replace(PLACEHOLDER, "")
+            content = [image] * images + [{"type": "text", "text": plain}]
+        return self.prompt([{"role": "user", "content": content}])
 
+    def encode(self, rendered: Sequence[str], counts: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Token ids of rendered conversations, each image token as often as its image has features.
 
-def _content(text: str, pictures: int, image_token: str) -> list[dict[str, str]]:
-    """Chat content with the pictures at their placeholders, else in front of the text."""
-    parts = text.split(PLACEHOLDER)
-    if pictures and len(parts) - 1 == pictures:
-        content: list[dict[str, str]] = []
-        for number, part in enumerate(parts):
-            if part:
-                content.append({"type": "text", "text": part})
-            if number < pictures:
-                content.append({"type": "image"})
-        return content
-    # A stray image token in the question itself must not ask for a picture.
-    plain = text.replace(image_token, "").replace(PLACEHOLDER, "")
-    return [{"type": "image"}] * pictures + [{"type": "text", "text": plain}]
-
-
-def _expand(text: str, image_token: str, counts: list[int]) -> str:
-    """Write each image token as often as its picture has features."""
-    parts = text.split(image_token)
-    if len(parts) - 1 != len(counts):
-        raise ValueError(
-            f"the chat template renders {len(parts) - 1} pictures, the question has {len(counts)}"
-        )
-    pairs = zip(counts, parts[1:], strict=True)
-    return parts[0] + "".join(image_token * count + part for count, part in pairs)
+        Args:
+            counts: image tokens of each image of each conversation.
+        """
+        texts = []
+        for text, sizes in zip(rendered, counts, strict=True):
+            first, *others = text.split(self.image_token)
+            if len(others) != len(sizes):
+                raise ValueError(
+                    f"the chat template renders {len(others)} pictures, "
+                    f"the question has {len(sizes)}"
+                )
+            pairs = zip(sizes, others, strict=True)
+            texts.append(first + "".join(self.image_token * size + part for size, part in pairs))
+        return self.prompt_ids(texts)
 
 
 KEPT_PICTURES = 500
@@ -228,7 +221,7 @@ class WholeBatch:
     """Families whose `generate` is called: left-padded batches by their own processor."""
 
     def __init__(self, prompts: PromptBuilder, device: torch.device) -> None:
-        self._chat = prompts.chat
+        self._chat = prompts
         self._device = device
 
     def rows(self, ready: Sequence[Ready]) -> dict[str, Any]:
@@ -285,8 +278,8 @@ class GeneralRows:
 
     def __init__(self, model: VisionLanguageModel, prompts: PromptBuilder, embed: Any) -> None:
         self._model = model
-        self._chat = copy.copy(prompts.chat)
-        self._chat.processor = processor = copy.copy(prompts.chat.processor)
+        self._chat = copy.copy(prompts)
+        self._chat.processor = processor = copy.copy(prompts.processor)
         self._images = _OnceAnImage(processor.image_processor)
         processor.image_processor = self._images
         self._embed = embed

@@ -113,9 +113,9 @@ def test_evaluation_sends_the_prompt_that_was_learnt(family: str, processor: Any
         count = sample["input_ids"].tolist().count(image_id)
         ids = prompts.encode([text], [[count]])[0]
     else:
-        ids = prompts.chat.processed([text], [[public.image()]])["input_ids"][0].tolist()
+        ids = prompts.processed([text], [[public.image()]])["input_ids"][0].tolist()
     assert before_answer(sample) == ids
-    assert prompts.chat.stop_ids == learnt(sample)[-1:]
+    assert prompts.stop_ids == learnt(sample)[-1:]
 
 
 def test_the_answer_is_tokenised_as_the_text_behind_the_prompt(family: str, processor: Any) -> None:
@@ -301,10 +301,10 @@ def test_evaluation_says_which_images_belong_together(family: str, processor: An
     sample = Encoder(processor).encode(said)
     prompts = PromptBuilder(processor)
     both = [public.image(), public.image()]
-    made = prompts.chat.processed([prompts.render(QUESTION, 2)], [both])
+    made = prompts.processed([prompts.render(QUESTION, 2)], [both])
     assert made["input_ids"][0].tolist() == before_answer(sample)
     if family == "llava-onevision":
-        alone = prompts.chat.processed([prompts.render(QUESTION, 1)], [both[:1]])
+        alone = prompts.processed([prompts.render(QUESTION, 1)], [both[:1]])
         image_id = processor.image_token_id
         # 4 tokens and a line's end each, against the tiles of one image alone.
         assert made["input_ids"][0].tolist().count(image_id) == 10
@@ -397,7 +397,7 @@ def test_a_prompt_that_answered_turns_do_not_have_is_refused(
         ChatFormat(chatml(kind, template))
     asked = PromptBuilder(chatml(kind, template))  # a thinking model can be evaluated
     assert "What?" in asked.render("What?", 1)
-    assert asked.chat.stop == "<|im_end|>"
+    assert asked.stop == "<|im_end|>"
     if "think" in change[1]:
         assert asked.render("What?", 1).endswith("assistant\n<think>\n")
 
