@@ -157,7 +157,7 @@ def verify(
         else:
             revision = f", revision {found.revision[:12]}" if found.revision else ""
             typer.echo(
-                f"{spec.id}: {found.documents:,} documents, {found.pictures:,} pictures{revision}"
+                f"{spec.id}: {found.documents:,} documents, {found.images:,} pictures{revision}"
             )
         broken += bool(found.problems)
     if broken:

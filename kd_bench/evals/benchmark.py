@@ -2,7 +2,7 @@
 
 Where lmms-eval's own behaviour would mislead, the exception is made here and nowhere else:
 submission writers are dropped, MMBench is scored without a judge model in both languages, MMMU
-keeps each picture at its own placeholder, GQA looks its pictures up instead of downloading them.
+keeps each image at its own placeholder, GQA looks its images up instead of downloading them.
 """
 
 import argparse
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 PLACEHOLDER = "<image>"
-"""Where a picture stands inside a question; a question without it has its pictures in front."""
+"""Where an image stands inside a question; a question without it has its images in front."""
 
 
 @dataclass(frozen=True, order=True)
@@ -58,15 +58,15 @@ class Question:
     Attributes:
         index: the asker's number for it; comes back with the answer.
         text: the question as the benchmark words it, without chat template.
-        pictures: decodes its pictures, in the order of their placeholders.
-        picture_key: equal for questions about the same pictures; empty means "do not share".
+        images: decodes its images, in the order of their placeholders.
+        image_key: equal for questions about the same images; empty means "do not share".
     """
 
     index: int
     text: str
-    pictures: Callable[[], Sequence["Image"]]
+    images: Callable[[], Sequence["Image"]]
     settings: Settings
-    picture_key: str = ""
+    image_key: str = ""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Answer:
     Attributes:
         tokens: generated tokens, the end mark included.
         confidence: probability of the first token, None where there was none.
-        image_digest: of the decoded pixels of the first picture; empty without one.
+        image_digest: of the decoded pixels of the first image; empty without one.
         error: what went wrong, when the status is `error`.
     """
 
@@ -217,8 +217,8 @@ class PreparedTask:
     Attributes:
         task: upstream's task object on our documents.
         prompts: the question of each document as upstream words it.
-        contents: digest of each document with its pictures.
-        pictures: digest of each document's stored picture files; empty where it has none.
+        content_digests: of each document with its images.
+        image_digests: of each document's stored image files; empty where it has none.
         generation: upstream's `generation_kwargs` with our cap, greedy.
         total: documents of the benchmark without the limit.
         fingerprint: the protocol; only results with equal fingerprints are comparable.
@@ -229,8 +229,8 @@ class PreparedTask:
     documents: Documents
     task: Any
     prompts: list[str]
-    contents: list[str]
-    pictures: list[str]
+    content_digests: list[str]
+    image_digests: list[str]
     generation: dict[str, Any]
     fingerprint: str
     total: int
@@ -284,8 +284,8 @@ def prepare(
         with _naming(spec, document, "has no prompt"):
             prompts.append(str(task.doc_to_text(document)))
     contents = documents.content_digests()
-    columns = [documents.picture_digests(column) for column in documents.picture_columns]
-    pictures = ["+".join(filter(None, row)) for row in zip(*columns, strict=True)]
+    columns = [documents.image_digests(column) for column in documents.image_columns]
+    images = ["+".join(filter(None, row)) for row in zip(*columns, strict=True)]
     fingerprint = digest_text(
         spec.id,
         name,
@@ -298,7 +298,7 @@ def prepare(
     )
     generation = config["generation_kwargs"]
     return PreparedTask(
-        spec, name, documents, task, prompts, contents, pictures, generation, fingerprint, total
+        spec, name, documents, task, prompts, contents, images, generation, fingerprint, total
     )
 
 
@@ -331,7 +331,7 @@ def unit_ids(spec: TaskSpec, documents: Documents) -> list[str]:
     if spec.unit == "document":
         return [str(number) for number in range(len(documents))]
     if spec.unit == "picture" and not spec.unit_columns:
-        return list(documents.picture_digests("image"))
+        return list(documents.image_digests("image"))
     rows = ([document[column] for column in spec.unit_columns] for document in documents)
     if spec.unit == "circular":
         # Rotations of one question differ by multiples of a million (MMBench_Evaluator).
@@ -386,7 +386,7 @@ def _static_circular(config: dict[str, Any]) -> None:
 
 
 def _own_placeholders(config: dict[str, Any]) -> None:
-    """MMMU names its pictures in the text; upstream sorts the names and fills places in order."""
+    """MMMU names its images in the text; upstream sorts the names and fills places in order."""
     render: Callable[..., str] = config["doc_to_text"]
     numbered = re.compile(r"<image ([1-7])>")
 
@@ -400,16 +400,16 @@ def _own_placeholders(config: dict[str, Any]) -> None:
     def doc_to_messages(
         doc: Document, lmms_eval_specific_kwargs: dict[str, Any] | None = None
     ) -> list[dict[str, Any]]:
-        """One user turn with each picture at its placeholder."""
-        pictures = doc_to_visual(doc)
+        """One user turn with each image at its placeholder."""
+        images = doc_to_visual(doc)
         content: list[dict[str, Any]] = []
         for number, text in enumerate(
             doc_to_text(doc, lmms_eval_specific_kwargs).split(PLACEHOLDER)
         ):
             if text.strip():
                 content.append({"type": "text", "text": text.strip()})
-            if number < len(pictures):
-                content.append({"type": "image", "url": pictures[number]})
+            if number < len(images):
+                content.append({"type": "image", "url": images[number]})
         return [{"role": "user", "content": content}]
 
     config.update(
@@ -444,7 +444,7 @@ def _task_class(chat: bool) -> type[Any]:
             split = self.config.test_split or self.config.validation_split
             assert split is not None
             self.dataset = {split: self._documents}
-            self.dataset_no_image = self.dataset  # pictures are decoded only when asked for
+            self.dataset_no_image = self.dataset  # images are decoded only when asked for
 
         def process_results(self, doc: Document, results: list[str], full_docs: Any = None) -> Any:
             metrics, guessed = self._scored(doc, results, full_docs)

@@ -1,6 +1,6 @@
 """Batched greedy decoding on a KV cache, with a common prefix computed once.
 
-    prefixes  [P, Lp]  system text + picture, one row a distinct picture
+    prefixes  [P, Lp]  system text + image, one row a distinct image
         |  prefill, then each row copied to its questions' places in the cache of the batch
     suffixes  [B, Ls]  the question, left-padded behind its prefix
         |  prefill, on a CPU a few rows at a time

@@ -2,7 +2,7 @@
 
     <folder>/<benchmark id>/<split>-*.parquet        (GQA: <folder>/gqa_images/<split>-*.parquet)
 
-Text columns are held in memory; pictures are read row group by row group when they are asked for.
+Text columns are held in memory; images are read row group by row group when they are asked for.
 """
 
 import bisect
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-class PictureError(ValueError):
-    """A picture cannot be decoded."""
+class ImageError(ValueError):
+    """An image cannot be decoded."""
 
 
 class Document(dict[str, Any]):
-    """One row. Columns that hold pictures are decoded at the first access, not before.
+    """One row. Columns that hold images are decoded at the first access, not before.
 
     Attributes:
         index: place in its `Documents`.
@@ -45,12 +45,12 @@ class Document(dict[str, Any]):
         self._owner = owner
 
     def __missing__(self, column: str) -> "Image | None":
-        if column not in self._owner.picture_columns:
+        if column not in self._owner.image_columns:
             raise KeyError(column)
         encoded = self._owner.encoded(self.index, column)
-        picture = None if encoded is None else open_picture(encoded)
-        self[column] = picture
-        return picture
+        image = None if encoded is None else decode_image(encoded)
+        self[column] = image
+        return image
 
 
 class Documents(Sequence[Document]):
@@ -60,13 +60,13 @@ class Documents(Sequence[Document]):
     """
 
     def __init__(
-        self, table: pa.Table, pictures: "dict[str, _Pictures]", order: list[int] | None = None
+        self, table: pa.Table, images: "dict[str, _Images]", order: list[int] | None = None
     ) -> None:
         self._table = table
-        self._pictures = pictures
+        self._images = images
         self._order = list(range(table.num_rows)) if order is None else order
-        self.picture_columns = tuple(pictures)
-        self.features = dict.fromkeys([*table.column_names, *pictures])
+        self.image_columns = tuple(images)
+        self.features = dict.fromkeys([*table.column_names, *images])
         self._digests: dict[str, list[str]] = {}
 
     def __len__(self) -> int:
@@ -74,7 +74,7 @@ class Documents(Sequence[Document]):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return Documents(self._table, self._pictures, self._order[index])
+            return Documents(self._table, self._images, self._order[index])
         row = self._order[index]
         values = self._table.slice(row, 1).to_pylist()[0]
         return Document(values, index if index >= 0 else len(self) + index, self)
@@ -88,34 +88,34 @@ class Documents(Sequence[Document]):
 
     def select(self, indices: list[int]) -> "Documents":
         """The chosen rows, in that order."""
-        return Documents(self._table, self._pictures, [self._order[index] for index in indices])
+        return Documents(self._table, self._images, [self._order[index] for index in indices])
 
     def encoded(self, index: int, column: str) -> bytes | None:
-        """The picture file as it is stored; None where the row has none."""
-        return self._pictures[column].encoded(self._order[index])
+        """The image file as it is stored; None where the row has none."""
+        return self._images[column].encoded(self._order[index])
 
-    def picture_digests(self, column: str) -> list[str]:
-        """sha256 of each row's stored picture file, shortened; empty where there is none."""
+    def image_digests(self, column: str) -> list[str]:
+        """sha256 of each row's stored image file, shortened; empty where there is none."""
         if column not in self._digests:
-            pictures = self._pictures[column]
-            self._digests[column] = [pictures.digest(row) for row in self._order]
+            images = self._images[column]
+            self._digests[column] = [images.digest(row) for row in self._order]
         return self._digests[column]
 
     def content_digests(self) -> list[str]:
-        """sha256 of each row with all its pictures, hexadecimal."""
-        columns = [self.picture_digests(column) for column in self.picture_columns]
+        """sha256 of each row with all its images, hexadecimal."""
+        columns = [self.image_digests(column) for column in self.image_columns]
         result = []
         for document in self:
             text = json.dumps(document, sort_keys=True, default=str, ensure_ascii=False)
             digest = hashlib.sha256(text.encode("utf-8", "surrogatepass"))
-            for name, digests in zip(self.picture_columns, columns, strict=True):
+            for name, digests in zip(self.image_columns, columns, strict=True):
                 digest.update(f"\0{name}:{digests[document.index]}".encode())
             result.append(digest.hexdigest())
         return result
 
 
-class _Pictures:
-    """Encoded pictures of one column over several files; `rows` maps table rows to picture rows."""
+class _Images:
+    """Encoded images of one column over several files; `rows` maps table rows to image rows."""
 
     def __init__(self, files: list[Path], column: str, rows: list[int] | None = None) -> None:
         self._files = [pq.ParquetFile(file) for file in files]
@@ -152,16 +152,16 @@ class _Pictures:
         ]
 
 
-def open_picture(encoded: bytes) -> "Image":
-    """Decode a picture as training does: RGB, upright by its EXIF tag.
+def decode_image(encoded: bytes) -> "Image":
+    """Decode an image as training does: RGB, upright by its EXIF tag.
 
     Raises:
-        PictureError: it is damaged or cut off.
+        ImageError: it is damaged or cut off.
     """
     try:
         return open_image(encoded)
     except Unreadable as error:
-        raise PictureError(f"the picture cannot be decoded: {error}") from error
+        raise ImageError(f"the image cannot be decoded: {error}") from error
 
 
 def load_documents(spec: TaskSpec, folder: Path, profile: str | None = None) -> Documents:
@@ -192,18 +192,18 @@ def load_documents(spec: TaskSpec, folder: Path, profile: str | None = None) -> 
     pa.default_memory_pool().release_unused()
     if table.num_rows == 0:
         raise UsageError(f"{spec.id}: {files[0]} holds no rows.", "Fetch or build the data again.")
-    pictures = {name: _Pictures(files, name) for name in media}
-    if spec.dataset.images and "image" not in pictures:
-        pictures["image"] = _joined(spec, folder, split, table)
+    images = {name: _Images(files, name) for name in media}
+    if spec.dataset.images and "image" not in images:
+        images["image"] = _joined(spec, folder, split, table)
     expected = variant.documents or spec.documents
-    _check_duplicates(spec, files, table, pictures, whole=table.num_rows == expected)
+    _check_duplicates(spec, files, table, images, whole=table.num_rows == expected)
     if table.num_rows > expected:
         raise UsageError(
             f"{spec.id}: {folder / spec.id} holds {table.num_rows:,} documents, the benchmark has "
             f"{expected:,}.",
             "Is a file there that does not belong? `kd-bench tasks verify` tells.",
         )
-    return Documents(table, pictures)
+    return Documents(table, images)
 
 
 def data_files(spec: TaskSpec, folder: Path, profile: str | None = None) -> list[Path]:
@@ -255,7 +255,7 @@ def _check_values(spec: TaskSpec, file: Path, rows: pa.Table, wanted: dict[str, 
     """Every row must say what is asked and what is right."""
     for column, kind in wanted.items():
         if kind == "image":
-            bad, problem = _rows_without_picture(file, column), "is missing"
+            bad, problem = _rows_without_image(file, column), "is missing"
         else:
             bad, problem = _rows_without_value(rows[column], kind), "is missing"
             if not bad and spec.answer == "yes_no" and column == "answer" and kind == "text":
@@ -294,15 +294,15 @@ def _true_rows(mask: Any) -> list[int]:
     return found
 
 
-def _rows_without_picture(file: Path, column: str) -> list[int]:
-    """Rows whose picture is null; only row groups whose statistics admit one are read."""
+def _rows_without_image(file: Path, column: str) -> list[int]:
+    """Rows whose image is null; only row groups whose statistics admit one are read."""
     bad: list[int] = []
     first = 0
     with pq.ParquetFile(file) as opened:
         for number in range(opened.num_row_groups):
             group = opened.metadata.row_group(number)
             leaves = [group.column(i) for i in range(group.num_columns)]
-            # A picture is bytes alone, or bytes beside a path that may be null.
+            # An image is bytes alone, or bytes beside a path that may be null.
             own = [c for c in leaves if c.path_in_schema in (column, f"{column}.bytes")]
             told = [c.statistics for c in own if c.is_stats_set]
             if any(s is None or not s.has_null_count or s.null_count for s in told):
@@ -319,13 +319,13 @@ def _check_duplicates(
     spec: TaskSpec,
     files: list[Path],
     table: pa.Table,
-    pictures: "dict[str, _Pictures]",
+    images: "dict[str, _Images]",
     *,
     whole: bool,
 ) -> None:
     """A question that is asked twice counts twice, and makes intervals too short.
 
-    The same document is one with the same id, question and pictures; without ids, one that is the
+    The same document is one with the same id, question and images; without ids, one that is the
     same in every column. A whole data set without ids may hold such rows of its own.
     """
     ids = [column for column in spec.id_columns if column in table.column_names]
@@ -335,14 +335,14 @@ def _check_duplicates(
     columns = asked if ids else table.column_names
     first: dict[tuple[Any, ...], int] = {}
     duplicates: list[tuple[int, int]] = []
-    digested = sorted(pictures)
+    digested = sorted(images)
     texts = [table[column].to_pylist() for column in columns]
     keys = [repr(key) for key in zip(*texts, strict=True)]
     repeated = {key for key, count in Counter(keys).items() if count > 1}
     for row, key in enumerate(keys):
         if key not in repeated:
             continue
-        seen = (key, *(pictures[column].digest(row) for column in digested))
+        seen = (key, *(images[column].digest(row) for column in digested))
         if seen in first:
             duplicates.append((first[seen], row))
         else:
@@ -426,8 +426,8 @@ def _fits(kind: pa.DataType, wanted: str) -> bool:
     return pa.types.is_string(inner) or pa.types.is_large_string(inner) or pa.types.is_null(inner)
 
 
-def _joined(spec: TaskSpec, folder: Path, split: str, table: pa.Table) -> _Pictures:
-    """GQA: the pictures lie once in their own files, found by `imageId`."""
+def _joined(spec: TaskSpec, folder: Path, split: str, table: pa.Table) -> _Images:
+    """GQA: the images lie once in their own files, found by `imageId`."""
     name = f"{spec.id}_images"
     files = _files(folder, name, split)
     for file in files:
@@ -440,8 +440,8 @@ def _joined(spec: TaskSpec, folder: Path, split: str, table: pa.Table) -> _Pictu
     absent = sorted({key for key in wanted if key not in places})
     if absent:
         raise UsageError(
-            f"{spec.id}: {folder / name} lacks the picture {absent[0]!r}"
+            f"{spec.id}: {folder / name} lacks the image {absent[0]!r}"
             + (f" and {len(absent) - 1} others." if len(absent) > 1 else "."),
-            "Fetch the pictures again.",
+            "Fetch the images again.",
         )
-    return _Pictures(files, "image", [places[key] for key in wanted])
+    return _Images(files, "image", [places[key] for key in wanted])

@@ -1,10 +1,10 @@
-"""Answer many questions with one model: group by picture, batch, encode each picture once.
+"""Answer many questions with one model: group by image, batch, encode each image once.
 
 Three paths, by what the family allows; `path` says which one a model takes:
 
-    prefix     one size of picture (LLaVA): quick prompts, shared prefixes
+    prefix     one size of image (LLaVA): quick prompts, shared prefixes
     general    any other family that takes embeddings: its own processor, shared prefixes
-    generate   families that look back at the picture from the question (PaliGemma, Gemma 3) or
+    generate   families that look back at the image from the question (PaliGemma, Gemma 3) or
                that are not known: `generate` of transformers on left-padded batches
 """
 
@@ -28,7 +28,7 @@ from kd_bench.evals.decoding import Constraints, Decoded, Decoder, PlainDecoder,
 from kd_bench.evals.inputs import (
     FixedRows,
     GeneralRows,
-    PictureStore,
+    ImageStore,
     Prepared,
     PromptBuilder,
     Ready,
@@ -49,8 +49,8 @@ class Engine:
         model: a transformers model.
         processor: its processor.
         batch_size: questions at a time; None for as many as the memory budget allows.
-        share: prefill what the questions of a picture have in common once.
-        pictures: store of prepared pictures, when several engines work on the same documents.
+        share: prefill what the questions of an image have in common once.
+        images: store of prepared images, when several engines work on the same documents.
         budget_bytes: memory above the model's own that a batch may take.
     """
 
@@ -61,7 +61,7 @@ class Engine:
         *,
         batch_size: int | None = None,
         share: bool = True,
-        pictures: PictureStore | None = None,
+        images: ImageStore | None = None,
         budget_bytes: int | None = None,
     ) -> None:
         self.model = model
@@ -70,7 +70,7 @@ class Engine:
         self._parts = _known(model)
         self._processor = processor
         self._prompts = PromptBuilder(processor)
-        self._pictures = pictures or PictureStore()
+        self._images = images or ImageStore()
         self.path = path_of(self._parts)
         self.share = share and self.path != "generate" and not _slides(model)
         ends = end_ids(model, processor.tokenizer, self._prompts.stop_ids)
@@ -112,7 +112,7 @@ class Engine:
                     answers = self._batch(ready, settings)
                 except Exception as error:
                     if len(ready) == 1:
-                        yield [_failure(ready[0].question, error, ready[0].pictures)]
+                        yield [_failure(ready[0].question, error, ready[0].images)]
                         continue
                     _free(error)
                     half = (len(ready) + 1) // 2
@@ -126,12 +126,12 @@ class Engine:
         processor = self._processor.image_processor if self.path == "prefix" else None
         for question in batch:
             try:
-                pictures = self._pictures.get(question.picture_key, question.pictures, processor)
-                prompt = self._prompts.render(question.text, len(pictures))
+                images = self._images.get(question.image_key, question.images, processor)
+                prompt = self._prompts.render(question.text, len(images))
             except Exception as error:
                 failed.append(_failure(question, error, []))
                 continue
-            ready.append(Ready(question, pictures, prompt))
+            ready.append(Ready(question, images, prompt))
         return ready, failed
 
     def _batch(self, ready: Sequence[Ready], settings: Settings) -> list[Answer]:
@@ -145,7 +145,7 @@ class Engine:
 
     def _answer(self, item: Ready, result: Decoded, settings: Settings) -> Answer:
         if result.broken:
-            return _failure(item.question, FloatingPointError(NOT_FINITE), item.pictures)
+            return _failure(item.question, FloatingPointError(NOT_FINITE), item.images)
         text = self._processor.tokenizer.decode(result.tokens, skip_special_tokens=True)
         for stop in settings.until:
             text = text.split(stop)[0] if stop else text
@@ -158,7 +158,7 @@ class Engine:
             status=status,  # type: ignore[arg-type]
             tokens=len(result.tokens),
             confidence=None if confidence != confidence else round(confidence, 4),
-            image_digest=item.pictures[0].digest if item.pictures else "",
+            image_digest=item.images[0].digest if item.images else "",
         )
 
 
@@ -185,14 +185,14 @@ def _slides(model: Any) -> bool:
 def plan_batches(
     questions: Sequence[Question], limit: Callable[[Question], int]
 ) -> Iterator[tuple[Settings, list[Question]]]:
-    """Questions in batches of equal settings, near in length, a picture's questions together.
+    """Questions in batches of equal settings, near in length, an image's questions together.
 
     Args:
         limit: rows of a batch whose longest question is the given one.
     """
     groups: dict[tuple[Settings, str], list[Question]] = {}
     for question in questions:
-        key = question.picture_key or f"alone {question.index}"
+        key = question.image_key or f"alone {question.index}"
         groups.setdefault((question.settings, key), []).append(question)
     pieces: list[list[Question]] = []
     for group in groups.values():
@@ -216,9 +216,9 @@ def _length(question: Question) -> int:
     return len(question.text.encode())
 
 
-def _failure(question: Question, error: Exception, pictures: Sequence[Prepared]) -> Answer:
+def _failure(question: Question, error: Exception, images: Sequence[Prepared]) -> Answer:
     text = f"{type(error).__name__}: {one_line(error)}"
-    digest = pictures[0].digest if pictures else ""
+    digest = images[0].digest if images else ""
     return Answer(question.index, "", "error", image_digest=digest, error=text[:500])
 
 

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from kd_bench.errors import IncompleteRunError, MissingExtraError, UsageError, one_line
-from kd_bench.evals.documents import PictureError, load_documents, open_picture
+from kd_bench.evals.documents import ImageError, decode_image, load_documents
 from kd_bench.files import digest_files, read_json, write_json
 from kd_bench.registry import TaskSpec
 
@@ -35,7 +35,7 @@ class Verified:
 
     task: str
     documents: int = 0
-    pictures: int = 0
+    images: int = 0
     revision: str = ""
     problems: list[str] = field(default_factory=list)
 
@@ -166,7 +166,7 @@ def _read_lock(folder: Path) -> dict[str, Any]:
 def verify(
     spec: TaskSpec, folder: Path, *, complete: bool = True, profile: str | None = None
 ) -> Verified:
-    """Check one benchmark's data: columns, rows, revision, digests, and that pictures decode.
+    """Check one benchmark's data: columns, rows, revision, digests, and that images decode.
 
     Args:
         complete: expect the real data set's number of documents.
@@ -184,17 +184,17 @@ def verify(
     lock = _read_lock(folder)
     found.revision = str(lock.get(spec.id, {}).get("revision", ""))
     found.problems += _changed_files(spec, folder, lock)
-    for column in documents.picture_columns:
+    for column in documents.image_columns:
         seen: set[str] = set()
-        for index, digest in enumerate(documents.picture_digests(column)):
+        for index, digest in enumerate(documents.image_digests(column)):
             if not digest or digest in seen:
                 continue
             seen.add(digest)
             try:
-                open_picture(documents.encoded(index, column) or b"")
-            except PictureError as error:
+                decode_image(documents.encoded(index, column) or b"")
+            except ImageError as error:
                 found.problems.append(f"{spec.id}: document {index}, {column}: {error}")
-        found.pictures += len(seen)
+        found.images += len(seen)
     return found
 
 

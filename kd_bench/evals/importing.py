@@ -2,8 +2,8 @@
 
     <time>_results.json      <time>_samples_<task>.jsonl
 
-The log holds no pictures and no rows of the data set. With the data folder beside it, units,
-questions and categories are those of a run of our own; without it, a picture's questions count as
+The log holds no images and no rows of the data set. With the data folder beside it, units,
+questions and categories are those of a run of our own; without it, an image's questions count as
 independent documents, and the note says so.
 
 A log is believed as far as it can be checked: every document once, scores between 0 and 1, and
@@ -357,7 +357,7 @@ def _scored(
     if len(samples) < spec.documents:
         notes.append(f"{len(samples):,} of the benchmark's {spec.documents:,} documents")
     if data is None and spec.unit == "picture":
-        notes.append("a picture's questions are counted as independent: the interval is too short")
+        notes.append("an image's questions are counted as independent: the interval is too short")
     prompts = [str(entry.get("input", "")) for entry in entries]
     result = TaskResult(
         task=spec.id,

@@ -1,7 +1,7 @@
 """From questions to rows of embeddings: the quick way of LLaVA, and the general one.
 
-LLaVA's pictures all have one size and one number of tokens, so many are encoded at once and the
-prompt is expanded here. Other families' own processors expand the prompt; a picture's features are
+LLaVA's images all have one size and one number of tokens, so many are encoded at once and the
+prompt is expanded here. Other families' own processors expand the prompt; an image's features are
 computed once and kept.
 """
 
@@ -68,27 +68,26 @@ class PromptBuilder(ChatFormat):
             first, *others = text.split(self.image_token)
             if len(others) != len(sizes):
                 raise ValueError(
-                    f"the chat template renders {len(others)} pictures, "
-                    f"the question has {len(sizes)}"
+                    f"the chat template renders {len(others)} images, the question has {len(sizes)}"
                 )
             pairs = zip(sizes, others, strict=True)
             texts.append(first + "".join(self.image_token * size + part for size, part in pairs))
         return self.prompt_ids(texts)
 
 
-KEPT_PICTURES = 500
+KEPT_IMAGES = 500
 KEPT_SIDE = 512  # pixels
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """One picture, ready for the vision tower.
+    """One image, ready for the vision tower.
 
     Attributes:
         digest: of its decoded RGB pixels.
         pixels: [channels, height, width], as the checkpoint's image processor makes them; empty
-            where the processor is given the picture itself.
-        image: the decoded picture, where the processor wants it.
+            where the processor is given the image itself.
+        image: the decoded image, where the processor wants it.
     """
 
     digest: str
@@ -96,31 +95,31 @@ class Prepared:
     image: "Image | None" = None
 
 
-def pixel_digest(picture: "Image") -> str:
-    """sha256 over size and RGB pixels, shortened; equal for equal pictures in any file format."""
-    rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
+def pixel_digest(image: "Image") -> str:
+    """sha256 over size and RGB pixels, shortened; equal for equal images in any file format."""
+    rgb = image if image.mode == "RGB" else image.convert("RGB")
     return hashlib.sha256(f"{rgb.size}".encode() + rgb.tobytes()).hexdigest()[:32]
 
 
-def keep_pictures(
+def keep_images(
     folder: Path, digests: Sequence[str], decode: Callable[[int], Sequence["Image"]]
 ) -> None:
-    """Keep a benchmark's pictures for people to look at, as `<first 16 digits of digest>.png`.
+    """Keep a benchmark's images for people to look at, as `<first 16 digits of digest>.png`.
 
     At most 500, those with the smallest digests: every model's run asks for the same ones.
 
     Args:
-        digests: of each document's first picture; empty without one.
-        decode: the pictures of the document with that number.
+        digests: of each document's first image; empty without one.
+        decode: the images of the document with that number.
     """
     numbers = {digest: number for number, digest in enumerate(digests) if digest}
-    for digest in sorted(numbers)[:KEPT_PICTURES]:
+    for digest in sorted(numbers)[:KEPT_IMAGES]:
         file = folder / f"{digest[:16]}.png"
         if not file.exists():
-            picture = decode(numbers[digest])[0].convert("RGB")
-            picture.thumbnail((KEPT_SIDE, KEPT_SIDE))
+            image = decode(numbers[digest])[0].convert("RGB")
+            image.thumbnail((KEPT_SIDE, KEPT_SIDE))
             with atomic_path(file) as temporary:
-                picture.save(temporary, format="png")
+                image.save(temporary, format="png")
 
 
 class Remembered(OrderedDict[Any, Any]):
@@ -152,8 +151,8 @@ def _bytes(value: Any) -> int:
     return sum(map(_bytes, value))
 
 
-class PictureStore:
-    """Prepared pictures by key.
+class ImageStore:
+    """Prepared images by key.
 
     Equal image processors share entries, so several checkpoints of one family prepare once.
     """
@@ -164,7 +163,7 @@ class PictureStore:
     def get(
         self, key: str, decode: Callable[[], Sequence["Image"]], processor: Any
     ) -> list[Prepared]:
-        """The pictures behind `key`; an empty key is prepared anew each time.
+        """The images behind `key`; an empty key is prepared anew each time.
 
         Without a processor they are decoded and kept as they are.
         """
@@ -172,14 +171,14 @@ class PictureStore:
         if key and place in self._entries:
             known: list[Prepared] = self._entries[place]
             return known
-        prepared = [_prepare(picture, processor) for picture in decode()]
+        prepared = [_prepare(image, processor) for image in decode()]
         if key:
             self._entries[place] = prepared
         return prepared
 
 
-def _prepare(picture: "Image", processor: Any) -> Prepared:
-    rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
+def _prepare(image: "Image", processor: Any) -> Prepared:
+    rgb = image if image.mode == "RGB" else image.convert("RGB")
     if processor is None:
         return Prepared(pixel_digest(rgb), torch.empty(0), rgb)
     pixels = processor(images=[rgb], return_tensors="pt")["pixel_values"]
@@ -199,22 +198,22 @@ def _identity(processor: Any) -> str:
     return str(known)
 
 
-PICTURES_AT_A_TIME = {"cpu": 8}
+IMAGES_AT_A_TIME = {"cpu": 8}
 """On a CPU the activations of more leave its caches: 24 % slower at 48 than at 8."""
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A question whose pictures are decoded and whose prompt is rendered."""
+    """A question whose images are decoded and whose prompt is rendered."""
 
     question: Question
-    pictures: list[Prepared]
+    images: list[Prepared]
     prompt: str
 
     @property
     def key(self) -> str:
-        """Equal for questions about the same pictures."""
-        return str([picture.digest for picture in self.pictures])
+        """Equal for questions about the same images."""
+        return str([image.digest for image in self.images])
 
 
 class WholeBatch:
@@ -228,7 +227,7 @@ class WholeBatch:
         """The model's inputs, one row a question, in order."""
         inputs = self._chat.processed(
             [item.prompt for item in ready],
-            [[picture.image for picture in item.pictures] for item in ready],
+            [[image.image for image in item.images] for item in ready],
             padding=True,
             padding_side="left",
         )
@@ -236,7 +235,7 @@ class WholeBatch:
 
 
 class FixedRows:
-    """Pictures of one size: encoded in batches, their places written out here."""
+    """Images of one size: encoded in batches, their places written out here."""
 
     def __init__(self, model: VisionLanguageModel, prompts: PromptBuilder, embed: Any) -> None:
         self._model = model
@@ -247,8 +246,8 @@ class FixedRows:
     def rows(self, ready: Sequence[Ready]) -> list[Row]:
         """One row a question, in order."""
         device = self._embed.weight.device
-        features = self._encode([p for item in ready for p in item.pictures], device)
-        found = [[features[picture.digest] for picture in item.pictures] for item in ready]
+        features = self._encode([p for item in ready for p in item.images], device)
+        found = [[features[image.digest] for image in item.images] for item in ready]
         counts = [[len(each) for each in of_row] for of_row in found]
         ids = self._prompts.encode([item.prompt for item in ready], counts)
         made = []
@@ -258,18 +257,18 @@ class FixedRows:
             made.append(row_of(self._model, self._embed, inputs, joined, item.key))
         return made
 
-    def _encode(self, pictures: Sequence[Prepared], device: torch.device) -> dict[str, Tensor]:
-        """Image embeddings [image tokens, hidden] by picture digest."""
-        wanted = {picture.digest: picture for picture in pictures}
+    def _encode(self, images: Sequence[Prepared], device: torch.device) -> dict[str, Tensor]:
+        """Image embeddings [image tokens, hidden] by image digest."""
+        wanted = {image.digest: image for image in images}
         found = {key: self._features[key] for key in wanted if key in self._features}
-        fresh = [picture for key, picture in wanted.items() if key not in found]
-        size = PICTURES_AT_A_TIME.get(device.type, 64)
+        fresh = [image for key, image in wanted.items() if key not in found]
+        size = IMAGES_AT_A_TIME.get(device.type, 64)
         for start in range(0, len(fresh), size):
             some = fresh[start : start + size]
             inputs = {"pixel_values": torch.stack([p.pixels for p in some]).to(device)}
             (projected,) = self._model.image_embeddings(inputs)
-            for picture, embedding in zip(some, projected.chunk(len(some)), strict=True):
-                found[picture.digest] = self._features[picture.digest] = embedding
+            for image, embedding in zip(some, projected.chunk(len(some)), strict=True):
+                found[image.digest] = self._features[image.digest] = embedding
         return found
 
 
@@ -291,17 +290,17 @@ class GeneralRows:
 
     def _row(self, item: Ready) -> Row:
         self._images.key = key = item.key
-        inputs = self._chat.processed([item.prompt], [[p.image for p in item.pictures]])
+        inputs = self._chat.processed([item.prompt], [[p.image for p in item.images]])
         device = self._embed.weight.device
         given = {name: value.to(device) for name, value in inputs.items()}
-        if item.pictures and key not in self._features:
+        if item.images and key not in self._features:
             self._features[key] = self._model.image_embeddings(given)
-        features = self._features[key] if item.pictures else None
+        features = self._features[key] if item.images else None
         return row_of(self._model, self._embed, given, features, key)
 
 
 class _OnceAnImage:
-    """An image processor that prepares the pictures of one key once; equal keys come in a row."""
+    """An image processor that prepares the images of one key once; equal keys come in a row."""
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
@@ -325,14 +324,14 @@ def row_of(
     features: tuple[Tensor, ...] | None,
     key: str,
 ) -> Row:
-    """The row of one prompt from its processor's output ([1, length] and its pictures).
+    """The row of one prompt from its processor's output ([1, length] and its images).
 
     Args:
-        features: `image_embeddings` of the inputs; None where there is no picture.
-        key: equal for equal pictures.
+        features: `image_embeddings` of the inputs; None where there is no image.
+        key: equal for equal images.
 
     Raises:
-        UsageError: the pictures do not fill their places.
+        UsageError: the images do not fill their places.
     """
     input_ids = inputs["input_ids"]  # [1, length]
     is_image = input_ids == model.image_token_id  # [1, length]
@@ -342,8 +341,8 @@ def row_of(
     found = 0 if features is None else len(features[0])
     if found != targets:
         raise UsageError(
-            f"The pictures give {found} image tokens, the text has {targets} places.",
-            "Use the processor of this checkpoint and do not truncate inside a picture.",
+            f"The images give {found} image tokens, the text has {targets} places.",
+            "Use the processor of this checkpoint and do not truncate inside an image.",
         )
     ids = input_ids[0].tolist()
     if features is None:

@@ -19,7 +19,7 @@ from kd_bench.errors import IncompleteRunError, UsageError, closest, explained, 
 from kd_bench.evals.benchmark import Answer, Question, Settings, lmms_eval, quiet, settings_of
 from kd_bench.evals.checkpoint import Checkpoint, StockModel, chosen_dtype
 from kd_bench.evals.engine import NOT_FINITE, Engine, MemoryMeter, measure, size_of
-from kd_bench.evals.inputs import PictureStore
+from kd_bench.evals.inputs import ImageStore
 from kd_bench.records import Cost, Protocol
 
 TOGETHER = "Do config.json, processor and weights belong together?"
@@ -48,7 +48,7 @@ class KdBench(_Generative):
         batch_size: questions at a time; `auto` or None for the default.
         dtype: auto, float32, bfloat16 or float16.
         quantize: nf4 or int8 rounds the weights while they are loaded.
-        share: prefill each picture once for all its questions.
+        share: prefill each image once for all its questions.
         prompt_template: instead of the checkpoint's own; a name, a file or Jinja text.
     """
 
@@ -62,7 +62,7 @@ class KdBench(_Generative):
         share: bool = True,
         model: Any = None,
         processor: Any = None,
-        pictures: PictureStore | None = None,
+        images: ImageStore | None = None,
         prompt_template: str = "",
         **unknown: Any,
     ) -> None:
@@ -85,7 +85,7 @@ class KdBench(_Generative):
             use_template(processor, prompt_template)
         size = None if batch_size in (None, "auto") else int(batch_size)
         self._tokenizer = processor.tokenizer
-        self.engine = Engine(model, processor, batch_size=size, share=share, pictures=pictures)
+        self.engine = Engine(model, processor, batch_size=size, share=share, images=images)
         self.device = self.engine.device
         self.batch_size = size
         # How the engine answers and what of generation_config.json counts, for the run's record.
@@ -133,13 +133,13 @@ class KdBench(_Generative):
             IncompleteRunError: an answer failed; it must not be scored as an empty one.
         """
         texts = [""] * len(requests)
-        # Without our own data source nothing tells cheaply whether two pictures are equal.
+        # Without our own data source nothing tells cheaply whether two images are equal.
         for batch in self.answers(requests, [""] * len(requests)):
             for answer in batch:
                 if answer.status == "error":
                     raise IncompleteRunError(
                         f"Question {answer.index} could not be answered: {answer.error}",
-                        "Check its picture.",
+                        "Check its image.",
                     )
                 texts[answer.index] = answer.text
         return texts
@@ -187,7 +187,7 @@ class Journalled(_Generative):
 
     Args:
         source: `KdBench` or `StockAdapter`.
-        key: document index -> journal key and picture key.
+        key: document index -> journal key and image key.
         known: answers by journal key.
         record: called with each batch of (key, answer) as it is produced.
     """
@@ -202,7 +202,7 @@ class Journalled(_Generative):
         super().__init__()
         self._source = source
         self._inner = inner = getattr(source, "model", source)
-        # lmms-eval hands chat models messages, simple ones a text and pictures.
+        # lmms-eval hands chat models messages, simple ones a text and images.
         self.is_simple = bool(getattr(inner, "is_simple", True))
         # Multi-process evaluation asks for it.
         self.device = getattr(inner, "device", torch.device("cpu"))
@@ -318,7 +318,7 @@ def load_switch(vision: Path, language: Path, dtype: str, quantize: str = "") ->
 
 
 # Prepared images, shared by all checkpoints that this process evaluates.
-_IMAGES = PictureStore()
+_IMAGES = ImageStore()
 
 
 def load_source(checkpoint: Checkpoint, protocol: Protocol, debug: bool = False) -> Any:
@@ -345,7 +345,7 @@ def load_source(checkpoint: Checkpoint, protocol: Protocol, debug: bool = False)
                 dtype=protocol.dtype,
                 quantize=protocol.quantize,
                 prompt_template=protocol.prompt_template,
-                pictures=_IMAGES,
+                images=_IMAGES,
             )
             model.check(named)
         return model

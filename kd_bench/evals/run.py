@@ -384,7 +384,7 @@ class Worker:
 
     def run_task(self, spec: TaskSpec) -> str:
         """Answer, score and commit one benchmark; returns a line that says how it went."""
-        from kd_bench.evals.inputs import keep_pictures
+        from kd_bench.evals.inputs import keep_images
 
         started = time.perf_counter()
         plan, run = self._plan, self._run
@@ -420,7 +420,7 @@ class Worker:
             file = f"submissions/{spec.id}.json"
             write_json(run.path / file, submission(prepared))
             outcome = f"not scored, wrote {file}"
-        keep_pictures(
+        keep_images(
             run.images,
             list(scored.samples["image_digest"]),
             lambda number: prepared.task.doc_to_visual(prepared.documents[number]),
@@ -540,7 +540,7 @@ def ask(
     before = len(known.keys() & set(keys))
     prepared.task.recorded.clear()
     prepared.task.guessed.clear()
-    places = list(zip(keys, prepared.pictures, strict=True))
+    places = list(zip(keys, prepared.image_digests, strict=True))
     model = Journalled(source, places.__getitem__, known, record)
     with tempfile.TemporaryDirectory() as scratch, quiet(debug):
         outcome = simple_evaluate(model, prepared.task, Path(scratch), reasoning_tags)
@@ -555,11 +555,11 @@ def ask(
 
 
 def answer_keys(prepared: PreparedTask, *model_digests: str) -> list[str]:
-    """Journal key of each document: model, document with pictures, prompt, settings."""
+    """Journal key of each document: model, document with images, prompt, settings."""
     settings = str(sorted(prepared.settings.model_dump().items()))
     return [
         digest_text(*model_digests, content, prompt, settings)[:40]
-        for content, prompt in zip(prepared.contents, prepared.prompts, strict=True)
+        for content, prompt in zip(prepared.content_digests, prepared.prompts, strict=True)
     ]
 
 

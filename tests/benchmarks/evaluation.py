@@ -81,7 +81,7 @@ def mini_questions() -> list[Question]:
         prepared = prepare(spec, data)
         settings = settings_of(spec.generation.model_dump())
         for document, prompt, key in zip(
-            prepared.documents, prepared.prompts, prepared.pictures, strict=True
+            prepared.documents, prepared.prompts, prepared.image_digests, strict=True
         ):
             visual = partial(prepared.task.doc_to_visual, document)
             questions.append(Question(len(questions), prompt, visual, settings, key))

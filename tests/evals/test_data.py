@@ -169,7 +169,7 @@ def test_fetched_files_are_locked_and_verified(hub: str, tmp_path: Path) -> None
     assert f"pope: lmms-lab-encoder/POPE at {pope}, the pinned revision\n" in told.stdout
     for task, rows in (("pope", 6), ("gqa", 1)):
         found = verify(load_task(task), folder, complete=False)
-        assert (found.documents, found.pictures, found.problems) == (rows, 1, [])
+        assert (found.documents, found.images, found.problems) == (rows, 1, [])
         assert found.revision == load_task(task).dataset.revision
     (problem,) = verify(load_task("pope"), folder).problems
     assert problem == "pope: 6 documents, 9000 expected"
@@ -267,7 +267,7 @@ def test_verify_finds_pictures_that_do_not_decode(tmp_path: Path) -> None:
     rows[2]["image"] = {"bytes": rows[2]["image"]["bytes"][:50], "path": None}
     folder = write_rows(tmp_path, "pope", rows)
     (problem,) = verify(load_task("pope"), folder, complete=False).problems
-    assert problem.startswith("pope: document 2, image: the picture cannot be decoded")
+    assert problem.startswith("pope: document 2, image: the image cannot be decoded")
     (problem,) = verify(load_task("gqa"), folder, complete=False).problems
     assert "has no gqa/testdev-*.parquet" in problem
 

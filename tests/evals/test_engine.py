@@ -97,7 +97,7 @@ def test_answers_equal_generate_of_transformers(model: Any, one_by_one: dict[int
         text = processor().apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True
         )
-        inputs = processor()(text=text, images=asked.pictures(), return_tensors="pt")
+        inputs = processor()(text=text, images=asked.images(), return_tensors="pt")
         cap = asked.settings.max_new_tokens
         with torch.inference_mode():
             ids = model.generate(**inputs, max_new_tokens=cap, do_sample=False)
@@ -161,7 +161,7 @@ def test_a_stop_string_cuts_and_finishes(model: Any, one_by_one: dict[int, Answe
     words = long.text.split()
     stop = next(word for word in words[2:] if word not in words[:2] and not words[0].endswith(word))
     asked = questions()[long.index]
-    cut = Question(0, asked.text, asked.pictures, Settings(24, (stop,)), asked.picture_key)
+    cut = Question(0, asked.text, asked.images, Settings(24, (stop,)), asked.image_key)
     answer = ask(Engine(model, processor()), [cut])[0]
     assert stop not in answer.text
     assert long.text.startswith(answer.text)
@@ -227,7 +227,7 @@ def test_batches_hold_equal_settings_and_whole_pictures() -> None:
         for settings, batch in plan_batches(questions(), lambda question: 16)
         if settings == SHORT
     ]
-    homes = [{asked.picture_key for asked in batch} for batch in batches]
+    homes = [{asked.image_key for asked in batch} for batch in batches]
     assert sum(map(len, homes)) == 11
 
 

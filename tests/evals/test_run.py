@@ -327,7 +327,7 @@ def test_unreadable_pictures_make_a_run_unhealthy_and_are_tried_again(
     assert (frame["status"][:3] == "error").all()
     failed = [entry for entry in entries(run) if entry["status"] == "error"]
     assert len(failed) == 3
-    assert all("picture cannot be decoded" in entry["error"] for entry in failed)
+    assert all("image cannot be decoded" in entry["error"] for entry in failed)
     again = go(checkpoint, damaged, tmp_path / "results", tasks=["pope", "gqa"])
     assert again.path == run.path
     assert again.result("pope").computed == 3
@@ -535,7 +535,7 @@ def test_wrong_columns_are_named(checkpoint: Path, data: Path, tmp_path: Path) -
     pictures = pq.read_table(gqa)
     pq.write_table(pictures.slice(3), gqa)
     line = problem(checkpoint=checkpoint, data=damaged, results=tmp_path / "r", tasks=["gqa"])
-    assert "lacks the picture" in line
+    assert "lacks the image" in line
 
 
 def test_two_processes_cannot_write_one_run(whole: Run, checkpoint: Path, data: Path) -> None:
