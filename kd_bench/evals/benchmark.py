@@ -14,6 +14,7 @@ import json
 import random
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -195,13 +196,14 @@ def simple_evaluate(
 
 def upstream_metrics(aggregates: Mapping[str, Any]) -> dict[str, float]:
     """Numbers of one task by their own names, out of lmms-eval's `results`."""
-    found = {}
-    for key, value in aggregates.items():
-        name, _, filtered = key.partition(",")
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if filtered and number and "_stderr" not in name:
-            found[name] = float(value)
-    return found
+    return {
+        key.partition(",")[0]: float(value)
+        for key, value in aggregates.items()
+        if "," in key
+        and "_stderr" not in key
+        and isinstance(value, int | float)
+        and not isinstance(value, bool)
+    }
 
 
 SCORING_VERSION = "1"
@@ -342,15 +344,14 @@ def unit_ids(spec: TaskSpec, documents: Documents) -> list[str]:
 def _first_units(spec: TaskSpec, documents: Documents, limit: int) -> list[int]:
     if spec.unit not in ("pair", "circular"):
         return list(range(limit))
-    members: dict[str, list[int]] = {}
-    for index, unit in enumerate(unit_ids(spec, documents)):
-        members.setdefault(unit, []).append(index)
-    chosen: list[int] = []
-    for rows in members.values():
-        if len(chosen) >= limit:
-            break
-        chosen += rows
-    return sorted(chosen)
+    units = unit_ids(spec, documents)
+    kept: set[str] = set()
+    rows = 0
+    for unit, count in Counter(units).items():  # in the order of their first rows
+        if rows < limit:
+            kept.add(unit)
+            rows += count
+    return [index for index, unit in enumerate(units) if unit in kept]
 
 
 def _configure(spec: TaskSpec, upstream: str, profile: str) -> dict[str, Any]:

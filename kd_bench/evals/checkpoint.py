@@ -162,6 +162,13 @@ def _inspect_stock(
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+def best_device() -> str:
+    """An accelerator where there is one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def chosen_dtype(path: str | Path, wanted: str, device: str) -> str:
     """The float type of an evaluation, `auto` resolved.
 

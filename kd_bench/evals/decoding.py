@@ -406,16 +406,13 @@ class Decoder:
 
     def _stopped(self, tokens: list[int], settings: Settings) -> bool:
         """Whether the newest token completed a stop string."""
-        if not settings.until:
-            return False
-        piece = self._piece(tokens[-1])
-        for stop in settings.until:
-            # Most tokens cannot end a stop string: look at the text only where one can.
-            if stop and stop[-1] in piece:
-                window = tokens[-(len(stop.encode()) + 4) :]
-                if stop in self._tokenizer.decode(window, skip_special_tokens=True):
-                    return True
-        return False
+        # Most tokens cannot end a stop string: look at the text only where one can.
+        near = [stop for stop in settings.until if stop and stop[-1] in self._piece(tokens[-1])]
+        windows = (tokens[-(len(stop.encode()) + 4) :] for stop in near)
+        return any(
+            stop in self._tokenizer.decode(window, skip_special_tokens=True)
+            for stop, window in zip(near, windows, strict=True)
+        )
 
     def _decoded(self, token: int) -> str:
         return str(self._tokenizer.decode([token], skip_special_tokens=True))

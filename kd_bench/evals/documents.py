@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -333,22 +332,19 @@ def _check_duplicates(
         return
     asked = [*ids, *(["question"] if "question" in table.column_names else [])]
     columns = asked if ids else table.column_names
-    first: dict[tuple[Any, ...], int] = {}
-    duplicates: list[tuple[int, int]] = []
-    digested = sorted(images)
     texts = [table[column].to_pylist() for column in columns]
-    keys = [repr(key) for key in zip(*texts, strict=True)]
-    repeated = {key for key, count in Counter(keys).items() if count > 1}
-    for row, key in enumerate(keys):
-        if key not in repeated:
-            continue
-        seen = (key, *(images[column].digest(row) for column in digested))
-        if seen in first:
-            duplicates.append((first[seen], row))
-        else:
-            first[seen] = row
+    alike: dict[str, list[int]] = {}
+    for row, key in enumerate(zip(*texts, strict=True)):
+        alike.setdefault(repr(key), []).append(row)
+    duplicates: list[tuple[int, int]] = []
+    for rows in alike.values():
+        first: dict[tuple[str, ...], int] = {}
+        for row in rows if len(rows) > 1 else ():
+            seen = tuple(images[column].digest(row) for column in sorted(images))
+            if first.setdefault(seen, row) != row:
+                duplicates.append((first[seen], row))
     if duplicates:
-        one, other = (_place(files, row) for row in duplicates[0])
+        one, other = (_place(files, row) for row in min(duplicates, key=lambda pair: pair[1]))
         raise UsageError(
             f"{spec.id}: {len(duplicates):,} documents are there twice, the first in {one} and "
             f"{other}.",

@@ -114,7 +114,10 @@ class Engine:
                     if len(ready) == 1:
                         yield [_failure(ready[0].question, error, ready[0].images)]
                         continue
-                    _free(error)
+                    # Let go of what the failed batch still holds before half of it is tried again.
+                    error.__traceback__ = None
+                    if torch.cuda.is_available():
+                        torch.cuda.empty_cache()
                     half = (len(ready) + 1) // 2
                     asked = [item.question for item in ready]
                     pending = [asked[:half], asked[half:], *pending]
@@ -220,13 +223,6 @@ def _failure(question: Question, error: Exception, images: Sequence[Prepared]) -
     text = f"{type(error).__name__}: {one_line(error)}"
     digest = images[0].digest if images else ""
     return Answer(question.index, "", "error", image_digest=digest, error=text[:500])
-
-
-def _free(error: Exception) -> None:
-    """Let go of what a failed batch still holds before half of it is tried again."""
-    error.__traceback__ = None
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 MOST_ROWS = {"cpu": 64, "cuda": 256}

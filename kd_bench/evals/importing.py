@@ -320,7 +320,7 @@ def _sample(path: Path, number: int, line: bytes) -> Entry:
     kept = {key: value for key, value in entry.items() if key not in ("doc", "arguments")}
     if b"\\ud" not in line.lower() and b"\xed" not in line:  # no surrogate, escaped or encoded
         return kept
-    whole: Entry = _whole(kept)
+    whole: Entry = json.loads(_text(json.dumps(kept, ensure_ascii=False)))
     return whole | {REPLACED: whole != kept}
 
 
@@ -413,17 +413,6 @@ def _text(value: Any) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
-
-
-def _whole(value: Any) -> Any:
-    """A JSON value with `_text` for every text in it."""
-    if isinstance(value, str):
-        return _text(value)
-    if isinstance(value, list):
-        return [_whole(each) for each in value]
-    if isinstance(value, dict):
-        return {_text(key): _whole(each) for key, each in value.items()}
-    return value
 
 
 def _answer(entry: Entry) -> str:

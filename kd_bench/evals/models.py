@@ -17,7 +17,7 @@ from kd_bench.distill.recipe import Term
 from kd_bench.distill.vision_language import VisionLanguageModel, check_pair, put_vision
 from kd_bench.errors import IncompleteRunError, UsageError, closest, explained, one_line
 from kd_bench.evals.benchmark import Answer, Question, Settings, lmms_eval, quiet, settings_of
-from kd_bench.evals.checkpoint import Checkpoint, StockModel, chosen_dtype
+from kd_bench.evals.checkpoint import Checkpoint, StockModel, best_device, chosen_dtype
 from kd_bench.evals.engine import NOT_FINITE, Engine, MemoryMeter, measure, size_of
 from kd_bench.evals.inputs import ImageStore
 from kd_bench.records import Cost, Protocol
@@ -76,7 +76,7 @@ class KdBench(_Generative):
         if model is None:
             if pretrained is None:
                 raise UsageError("No checkpoint was given.", "Pass pretrained=CHECKPOINT.")
-            place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+            place = device or best_device()
             kind = getattr(torch, chosen_dtype(pretrained, dtype, place))
             model = load_model(pretrained, dtype=kind, device=place, quantize=quantize)
             processor = load_processor(pretrained)
@@ -305,8 +305,7 @@ def load_switch(vision: Path, language: Path, dtype: str, quantize: str = "") ->
     Raises:
         UsageError: the two do not fit each other; both values are named.
     """
-    place = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = getattr(torch, dtype)
+    place, kind = best_device(), getattr(torch, dtype)
     student = load_model(vision, dtype=kind, device=place, quantize=quantize)
     teacher = load_model(language, dtype=kind, device=place, quantize=quantize)
     student_processor, processor = load_processor(vision), load_processor(language)

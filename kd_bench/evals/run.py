@@ -20,13 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kd_bench.distill import processes
 from kd_bench.distill.chat import read_template
@@ -41,7 +35,14 @@ from kd_bench.evals.benchmark import (
     simple_evaluate,
     upstream_metrics,
 )
-from kd_bench.evals.checkpoint import Checkpoint, Model, chosen_dtype, inspect_model, with_role
+from kd_bench.evals.checkpoint import (
+    Checkpoint,
+    Model,
+    best_device,
+    chosen_dtype,
+    inspect_model,
+    with_role,
+)
 from kd_bench.evals.documents import load_documents
 from kd_bench.evals.scoring import Thinking, headline, rates, score, submission
 from kd_bench.files import Journal, digest_text, write_json
@@ -177,7 +178,7 @@ def _subject(model: Model, suite: Suite, settings: EvalSettings) -> tuple[Checkp
         suite.name,
         dict(settings.profiles),
         settings.limit,
-        "" if known.stock else chosen_dtype(known.path, settings.dtype, _device()),
+        "" if known.stock else chosen_dtype(known.path, settings.dtype, best_device()),
         settings.batch_size,
         ENGINE,
         settings.quantize,
@@ -189,12 +190,6 @@ def _subject(model: Model, suite: Suite, settings: EvalSettings) -> tuple[Checkp
         setup = digest_text(known.setup_digest, protocol.prompt_template)
         known = replace(known, setup_digest=setup)
     return known, protocol
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _with_recorded_role(known: Checkpoint, results: Path) -> Checkpoint:
