@@ -367,23 +367,14 @@ def _configure(spec: TaskSpec, upstream: str, profile: str) -> dict[str, Any]:
     wording = config.setdefault("lmms_eval_specific_kwargs", {})
     wording.setdefault("default", {}).update(variant.prompt)
     if spec.id == "mmbench_cn":
-        _static_circular(config)
+        # By rules in Chinese too: without a key upstream would draw random letters.
+        from lmms_eval.tasks.mmbench.en_utils import mmbench_aggregate_dev_results_static
+
+        by_rules = {"aggregation": mmbench_aggregate_dev_results_static, "higher_is_better": True}
+        config["metric_list"] = [{"metric": "gpt_eval_score", **by_rules}]
     if spec.id == "mmmu":
         _own_placeholders(config)
     return config
-
-
-def _static_circular(config: dict[str, Any]) -> None:
-    """Score MMBench by rules in Chinese too: without a key upstream would draw random letters."""
-    from lmms_eval.tasks.mmbench.en_utils import mmbench_aggregate_dev_results_static
-
-    config["metric_list"] = [
-        {
-            "metric": "gpt_eval_score",
-            "aggregation": mmbench_aggregate_dev_results_static,
-            "higher_is_better": True,
-        }
-    ]
 
 
 def _own_placeholders(config: dict[str, Any]) -> None:

@@ -104,10 +104,13 @@ def inspect_model(
     classes = read_config(base or path).get("architectures")
     lineage = _lineage(path)
     told = lineage or {}
+    text = str(given)
+    named = Path(text).expanduser().exists() or text.startswith("embedded:")
+    own = trained_name(str(path.resolve())) if named else text.partition("@")[0].rpartition("/")[2]
     method = method or str(told.get("method") or "")
     seed = seed if seed is not None else told.get("seed")
     reference = ModelRef(
-        name=name or str(told.get("name") or "") or _name(given, path),
+        name=name or str(told.get("name") or "") or own,
         role=_role(role or _told_role(path, told)),
         path=str(given),
         weights_digest=weights_digest(path),
@@ -228,13 +231,6 @@ def _role(role: str) -> Role:
             f"There is no role {role!r}.{closest(role, list(ROLES))}", f"Roles: {', '.join(ROLES)}."
         )
     return role  # type: ignore[return-value]
-
-
-def _name(given: str | Path, path: Path) -> str:
-    """A model's name in tables: of its folder, or what the hub calls it."""
-    if not Path(given).expanduser().exists() and not str(given).startswith("embedded:"):
-        return str(given).partition("@")[0].rpartition("/")[2]
-    return trained_name(str(path.resolve()))
 
 
 def trained_name(path: str) -> str:

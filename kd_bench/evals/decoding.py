@@ -311,7 +311,10 @@ class Decoder:
         before = torch.zeros(len(rows), 0, dtype=torch.long, device=device)
         which = None
         if share:
-            prefixes, which = _distinct_prefixes(rows)
+            distinct = {row.prefix_key: row for row in rows}
+            places = {key: place for place, key in enumerate(distinct)}
+            which = torch.tensor([places[row.prefix_key] for row in rows], device=device)  # [B]
+            prefixes = _side_by_side([row.part(0, row.prefix) for row in distinct.values()])
             self._forward(prefixes, prefixes.mask, first)
             before = prefixes.mask[which]  # [B, Lp]
             rows = [row.part(row.prefix, len(row.ids)) for row in rows]
@@ -379,16 +382,12 @@ class Decoder:
                 state.keep(keep)
                 tokens = tokens[keep]
                 active = [active[row] for row in going]
-            state.logits = self._lm_head(self._step(state, tokens))
+            ones = state.mask.new_ones(len(tokens), 1)
+            state.mask = torch.cat([state.mask, ones], dim=1)
+            state.positions = state.positions + 1
+            block = _Block(self._embed(tokens[:, None]), state.positions[..., None], ones)
+            state.logits = self._lm_head(self._forward(block, state.mask, state.cache))
         return results
-
-    def _step(self, state: "_State", tokens: Tensor) -> Tensor:
-        """Hidden states [rows, hidden] behind one more token a row."""
-        ones = state.mask.new_ones(len(tokens), 1)
-        state.mask = torch.cat([state.mask, ones], dim=1)
-        state.positions = state.positions + 1
-        block = _Block(self._embed(tokens[:, None]), state.positions[..., None], ones)
-        return self._forward(block, state.mask, state.cache)
 
     def _forward(self, block: "_Block", mask: Tensor, cache: Cache) -> Tensor:
         """Hidden states of the last column [rows, hidden]; the cache grows."""
@@ -485,15 +484,6 @@ def _side_by_side(rows: Sequence[Row]) -> _Block:
             "deepstack_visual_embeds": [torch.cat(layer) for layer in layers],
         }
     return block
-
-
-def _distinct_prefixes(rows: Sequence[Row]) -> tuple[_Block, Tensor]:
-    """Each distinct prefix once, and which of them every row begins with [B]."""
-    distinct = {row.prefix_key: row for row in rows}
-    places = {key: place for place, key in enumerate(distinct)}
-    block = _side_by_side([row.part(0, row.prefix) for row in distinct.values()])
-    which = torch.tensor([places[row.prefix_key] for row in rows], device=block.mask.device)
-    return block, which
 
 
 def _worth_sharing(rows: Sequence[Row]) -> bool:

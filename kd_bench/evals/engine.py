@@ -72,7 +72,10 @@ class Engine:
         self._prompts = PromptBuilder(processor)
         self._images = images or ImageStore()
         self.path = path_of(self._parts)
-        self.share = share and self.path != "generate" and not _slides(model)
+        # Where attention is cut to a window, padding behind a prefix would count.
+        layers = getattr(model.config.get_text_config(), "layer_types", None) or ()
+        slides = any("sliding" in kind for kind in layers)
+        self.share = share and self.path != "generate" and not slides
         ends = end_ids(model, processor.tokenizer, self._prompts.stop_ids)
         settings = getattr(model, "generation_config", None)
         self.constraints = Constraints(settings, ends, self.device)
@@ -179,12 +182,6 @@ def path_of(parts: VisionLanguageModel | None) -> str:
     return "prefix" if parts.architecture in ONE_SIZE else "general"
 
 
-def _slides(model: Any) -> bool:
-    """Whether attention is cut to a window, in which padding behind a prefix would count."""
-    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
-    return any("sliding" in kind for kind in kinds)
-
-
 def plan_batches(
     questions: Sequence[Question], limit: Callable[[Question], int]
 ) -> Iterator[tuple[Settings, list[Question]]]:
@@ -254,7 +251,12 @@ class MemoryBudget:
         self._working_token = (6 * config.hidden_size + 3 * wide) * size
         self._logits = 3 * config.vocab_size * 4
         self._image_tokens = image_tokens or 1024
-        self.bytes = budget_bytes or _free_share(self._device)
+        if budget_bytes is None and self._device == "cuda":
+            budget_bytes = torch.cuda.mem_get_info()[0] // 2
+        elif budget_bytes is None:
+            free = _linux_bytes("/proc/meminfo", "MemAvailable:")
+            budget_bytes = 1 << 30 if free is None else min(2 << 30, free // 4)
+        self.bytes = budget_bytes
 
     def rows(self, question: Question) -> int:
         """How many questions as long as this one fit, at least one."""
@@ -266,13 +268,6 @@ class MemoryBudget:
         cache = int(1.5 * kept * self._cache_token)
         need = cache + prompt * self._working_token + self._logits
         return max(1, min(MOST_ROWS.get(self._device, 64), self.bytes // need))
-
-
-def _free_share(device: str) -> int:
-    if device == "cuda":
-        return int(torch.cuda.mem_get_info()[0] // 2)
-    free = _linux_bytes("/proc/meminfo", "MemAvailable:")
-    return 1 << 30 if free is None else min(2 << 30, free // 4)
 
 
 def _linux_bytes(file: str, field: str) -> int | None:

@@ -74,7 +74,9 @@ def _fetch_part(
     known = lock.get(name, {})
     pinned, locked = spec.dataset.revision, known.get("revision")
     commit, wanted = _listing(spec, config, split, str(pinned or locked or "main"))
-    report(f"{name}: {spec.dataset.repo} at {commit}, {_why(commit, pinned, locked)}")
+    why = f"as {LOCK} says" if commit == locked else f"the newest: none is pinned, {LOCK} keeps it"
+    why = "the pinned revision" if pinned else why
+    report(f"{name}: {spec.dataset.repo} at {commit}, {why}")
     files = dict(known.get("files", {}))
     if locked != commit:
         # Under other names, files of another revision would be read beside the new ones.
@@ -91,15 +93,6 @@ def _fetch_part(
         files[target.name] = digest_files([target])
         lock[name] = {"repo": spec.dataset.repo, "revision": commit, "files": files}
         write_json(folder / LOCK, lock)
-
-
-def _why(commit: str, pinned: str | None, locked: str | None) -> str:
-    """Where the commit comes from, in words."""
-    if pinned:
-        return "the pinned revision"
-    if commit == locked:
-        return f"as {LOCK} says"
-    return f"the newest: none is pinned, {LOCK} keeps it"
 
 
 def _listing(

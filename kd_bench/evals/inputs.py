@@ -171,19 +171,17 @@ class ImageStore:
         if key and place in self._entries:
             known: list[Prepared] = self._entries[place]
             return known
-        prepared = [_prepare(image, processor) for image in decode()]
+        prepared = []
+        for image in decode():
+            rgb = image if image.mode == "RGB" else image.convert("RGB")
+            if processor is None:
+                prepared.append(Prepared(pixel_digest(rgb), torch.empty(0), rgb))
+                continue
+            pixels = processor(images=[rgb], return_tensors="pt")["pixel_values"]
+            prepared.append(Prepared(pixel_digest(rgb), torch.as_tensor(pixels[0])))
         if key:
             self._entries[place] = prepared
         return prepared
-
-
-def _prepare(image: "Image", processor: Any) -> Prepared:
-    rgb = image if image.mode == "RGB" else image.convert("RGB")
-    if processor is None:
-        return Prepared(pixel_digest(rgb), torch.empty(0), rgb)
-    pixels = processor(images=[rgb], return_tensors="pt")["pixel_values"]
-    tensor = torch.as_tensor(pixels[0])  # [channels, height, width]
-    return Prepared(pixel_digest(rgb), tensor)
 
 
 def _identity(processor: Any) -> str:

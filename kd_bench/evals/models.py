@@ -270,7 +270,11 @@ def load_stock(wanted: StockModel, batch_size: int | None) -> StockAdapter:
     try:
         kind: Any = get_model(name)
         extra: dict[str, Any] = {} if batch_size is None else {"batch_size": batch_size}
-        extra |= _on_this_machine(kind, arguments)
+        if not torch.cuda.is_available():  # upstream's defaults place models on an accelerator
+            known_names = inspect.signature(kind.__init__).parameters
+            given = {part.partition("=")[0] for part in arguments.split(",")}
+            places = {"device", "device_map"} & known_names.keys() - given
+            extra |= dict.fromkeys(sorted(places), "cpu")
         model = kind.create_from_arg_string(arguments, extra)
     except (ImportError, ModuleNotFoundError) as error:
         lacking = (error.name or "").partition(".")[0]
@@ -285,15 +289,6 @@ def load_stock(wanted: StockModel, batch_size: int | None) -> StockAdapter:
             "Correct --model-args.",
         ) from error
     return StockAdapter(model, batch_size)
-
-
-def _on_this_machine(kind: Any, arguments: str) -> dict[str, str]:
-    """Arguments for a CPU: upstream's defaults place models on an accelerator, or nowhere."""
-    if torch.cuda.is_available():
-        return {}
-    known = inspect.signature(kind.__init__).parameters
-    given = {part.partition("=")[0] for part in arguments.split(",")}
-    return {name: "cpu" for name in ("device", "device_map") if name in known and name not in given}
 
 
 def load_switch(vision: Path, language: Path, dtype: str, quantize: str = "") -> dict[str, Any]:

@@ -387,13 +387,17 @@ class Worker:
         prepared = self._prepare(spec, profile)
         digests = (plan.checkpoint.ref.weights_digest, plan.checkpoint.setup_digest, ENGINE)
         keys = answer_keys(prepared, *digests)
-        known, own = _known_answers(run, spec.id), _own_journal(run, spec.id)
+        known, rank = _known_answers(run, spec.id), processes.rank()
+        own = run.journal(spec.id if rank == 0 else f"{spec.id}.{rank}")
         missing = len(set(keys) - known.keys())
         self._bars.start(spec.id, -(-missing // processes.world_size()))
         failures: Counter[str] = Counter()
 
         def record(pairs: list[tuple[str, Answer]]) -> None:
-            own.append({"key": key, **_fields(answer)} for key, answer in pairs)
+            own.append(
+                {"key": key, **{name: getattr(answer, name) for name in _FIELDS}}
+                for key, answer in pairs
+            )
             failures.update(answer.error for _, answer in pairs if answer.status == "error")
             self._bars.advance(len(pairs))
 
@@ -559,16 +563,6 @@ def answer_keys(prepared: PreparedTask, *model_digests: str) -> list[str]:
 
 
 _FIELDS = tuple(each.name for each in fields(Answer) if each.name != "index")
-
-
-def _fields(answer: Answer) -> dict[str, Any]:
-    return {name: getattr(answer, name) for name in _FIELDS}
-
-
-def _own_journal(run: Run, task: str) -> Journal:
-    """The answers of this process to a benchmark."""
-    number = processes.rank()
-    return run.journal(task if number == 0 else f"{task}.{number}")
 
 
 def _known_answers(run: Run, task: str) -> dict[str, Answer]:

@@ -276,15 +276,32 @@ def score(
     thinking: Thinking,
     count_tokens: Callable[[str], int] | None = None,
 ) -> "tuple[pd.DataFrame, dict[str, float]]":
-    """Samples as they are stored, and upstream's metrics with ours beside them.
+    """Samples as they are stored, and upstream's metrics with ours beside them, on the scale 0-1.
+
+    A profile's own rule reads the answers without their thoughts.
 
     Raises:
         IncompleteRunError: samples and upstream disagree.
     """
     samples = samples_frame(prepared, answers, thinking, count_tokens)
-    _agree(prepared, samples, upstream)
+    spec, variant = prepared.spec, prepared.variant
+    if not variant.scored:
+        return samples, upstream
+    _agree(spec, samples, upstream)
+    metrics = {**upstream, CONTENT_SCORE: aggregate(prepared.aggregator, by_content(samples)) / 100}
+    if spec.id == "mmmu":
+        metrics["kd_bench_mmmu_acc_strict"] = aggregate("strict", samples) / 100
     said = [thinking.answer(answer) for answer in samples["answer"]]
-    return _rescored(prepared, samples, said), upstream | _own_metrics(prepared, samples, said)
+    if spec.id == "pope":
+        bare = samples.assign(parsed=[_bare_word(answer) for answer in said])
+        first = samples.assign(parsed=[_pope_llava(answer) for answer in said])
+        metrics["kd_bench_pope_f1_normalised"] = aggregate("f1", bare) / 100
+        metrics["kd_bench_pope_f1_llava"] = aggregate("f1_mean", first) / 100
+    if variant.rescore is not None:
+        samples["parsed"] = [RULES[variant.rescore](answer) for answer in said]
+        samples["score"] = (samples["parsed"] == samples["target"]).astype(float)
+        samples.loc[samples["status"] == "error", "score"] = 0.0
+    return samples, metrics
 
 
 def samples_frame(
@@ -361,35 +378,6 @@ def headline(prepared: PreparedTask, samples: "pd.DataFrame") -> float:
     return aggregate(prepared.aggregator, samples) if prepared.variant.scored else float("nan")
 
 
-def _rescored(prepared: PreparedTask, samples: "pd.DataFrame", said: list[str]) -> "pd.DataFrame":
-    """The samples under a profile's own rule over the answers without their thoughts."""
-    rule = prepared.variant.rescore
-    if rule is None:
-        return samples
-    result = samples.copy()
-    result["parsed"] = [RULES[rule](answer) for answer in said]
-    result["score"] = (result["parsed"] == result["target"]).astype(float)
-    result.loc[result["status"] == "error", "score"] = 0.0
-    return result
-
-
-def _own_metrics(
-    prepared: PreparedTask, samples: "pd.DataFrame", said: list[str]
-) -> dict[str, float]:
-    """Numbers beside upstream's, on the scale 0-1, under names that say whose they are."""
-    if not prepared.variant.scored:
-        return {}
-    found = {CONTENT_SCORE: aggregate(prepared.aggregator, by_content(samples)) / 100}
-    if prepared.spec.id == "mmmu":
-        found["kd_bench_mmmu_acc_strict"] = aggregate("strict", samples) / 100
-    if prepared.spec.id == "pope":
-        bare = samples.assign(parsed=[_bare_word(answer) for answer in said])
-        first = samples.assign(parsed=[_pope_llava(answer) for answer in said])
-        found["kd_bench_pope_f1_normalised"] = aggregate("f1", bare) / 100
-        found["kd_bench_pope_f1_llava"] = aggregate("f1_mean", first) / 100
-    return found
-
-
 def submission(prepared: PreparedTask) -> list[dict[str, Any]]:
     """What the evaluation server wants, one entry a document, in document order."""
     recorded = prepared.task.recorded
@@ -459,10 +447,9 @@ def _options(task: str, document: Document) -> dict[str, str]:
 RULES: dict[str, Callable[[str], str]] = {"pope_llava": _pope_llava}
 
 
-def _agree(prepared: PreparedTask, samples: "pd.DataFrame", upstream: dict[str, float]) -> None:
+def _agree(spec: TaskSpec, samples: "pd.DataFrame", upstream: dict[str, float]) -> None:
     """Check that the stored samples give upstream's own number again."""
-    spec = prepared.spec
-    if not prepared.variant.scored or spec.metric not in upstream:  # MME cut to cognition
+    if spec.metric not in upstream:  # MME cut to cognition
         return
     expected = points_of(spec, samples, upstream)
     ours = aggregate(spec.aggregator, samples)
