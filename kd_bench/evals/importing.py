@@ -129,8 +129,10 @@ def _check(
         ):
             limits.append(len(entries))
         told = outcome["results"].get(upstream)
-        log = (upstream, logs[upstream], upstream_metrics(told) if isinstance(told, dict) else {})
-        scored.append(_scored(spec, entries, *log, data, trust_samples))
+        metrics = upstream_metrics(told) if isinstance(told, dict) else {}
+        samples = _samples(spec, entries, data, logs[upstream])
+        notes = _agreement(spec, upstream, samples, metrics, logs[upstream], trust_samples)
+        scored.append((_result(spec, entries, samples, metrics, notes, data is None), samples))
     model = _model(file, outcome["config"], name, labels, list(logs.values()))
     protocol = Protocol("imported", limit=max(limits, default=None), engine="lmms-eval, imported")
     return _Import(file, outcome, model, protocol, scored)
@@ -171,9 +173,22 @@ def _read_results(file: Path) -> Entry:
 
 
 def _store(checked: _Import, results: Path, named: bool) -> Run:
+    """Store the run under a name that no other answers to the same benchmarks have."""
+    file, outcome, model = checked.file, checked.outcome, checked.model
     tasks = [result.task for result, _ in checked.scored]
-    wanted = wanted_run(_own_name(results, checked.model, tasks, named), checked.protocol, tasks)
-    file, outcome = checked.file, checked.outcome
+    if any(
+        other.model.name == model.name
+        and other.model.weights_digest != model.weights_digest
+        and set(other.tasks) & set(tasks)
+        for _, other in catalogue(results).runs
+    ):
+        if named:
+            raise UsageError(
+                f"A run named {model.name!r} with other answers is there already.",
+                "Give this one another --name.",
+            )
+        model = replace(model, name=f"{model.name}-{model.weights_digest[:6]}")
+    wanted = wanted_run(model, checked.protocol, tasks)
     versions = {"lmms-eval": str(outcome.get("lmms_eval_version", "unknown"))}
     with held_run(results, wanted) as run:
         run.begin(wanted, "running")
@@ -185,24 +200,6 @@ def _store(checked: _Import, results: Path, named: bool) -> Run:
             provenance=collect() | {"imported": {"file": file.name, "versions": versions}},
         )
     return run
-
-
-def _own_name(results: Path, model: ModelRef, tasks: list[str], asked: bool) -> ModelRef:
-    """The model under a name that no other answers to the same benchmarks have."""
-    taken = any(
-        other.model.name == model.name
-        and other.model.weights_digest != model.weights_digest
-        and set(other.tasks) & set(tasks)
-        for _, other in catalogue(results).runs
-    )
-    if not taken:
-        return model
-    if asked:
-        raise UsageError(
-            f"A run named {model.name!r} with other answers is there already.",
-            "Give this one another --name.",
-        )
-    return replace(model, name=f"{model.name}-{model.weights_digest[:6]}")
 
 
 def _unknown(logs: dict[str, Path]) -> list[str]:
@@ -320,46 +317,32 @@ def _sample(path: Path, number: int, line: bytes) -> Entry:
     kept = {key: value for key, value in entry.items() if key not in ("doc", "arguments")}
     if b"\\ud" not in line.lower() and b"\xed" not in line:  # no surrogate, escaped or encoded
         return kept
-    whole: Entry = json.loads(_text(json.dumps(kept, ensure_ascii=False)))
-    return whole | {REPLACED: whole != kept}
+    text = json.dumps(kept, ensure_ascii=False)
+    whole: Entry = json.loads(_text(text))
+    return whole | {REPLACED: _text(text) != text}
 
 
 # --- samples and score ---------------------------------------------------------------------------
 
 
-def _scored(
+def _result(
     spec: TaskSpec,
     entries: list[Entry],
-    upstream: str,
-    log: Path,
+    samples: "pd.DataFrame",
     metrics: dict[str, float],
-    data: Path | None,
-    trust_samples: bool,
-) -> "tuple[TaskResult, pd.DataFrame]":
-    """Result and samples of one benchmark, compared with what lmms-eval made of them."""
-    try:
-        samples = _samples(spec, entries, data)
-    except KdBenchError:
-        raise
-    except Exception as error:  # the log's values run through upstream's own functions
-        problem = f"{log} cannot be read as {spec.id}: {type(error).__name__}: {one_line(error)}"
-        raise IncompleteRunError(f"{problem[:300]}.", "Give the log as it was written.") from None
-    wrong = samples.loc[~samples["score"].between(0, 1), ["document_id", "score"]]
-    if len(wrong):
-        name, score = wrong.iloc[0]
-        raise IncompleteRunError(
-            f"{log}: the score {score:g} of document {name} is not between 0 and 1.",
-            "Give the log as it was written.",
-        )
-    notes = ["imported", *_agreement(spec, upstream, samples, metrics, log, trust_samples)]
+    told: list[str],
+    alone: bool,
+) -> TaskResult:
+    """One benchmark's result; `alone` without the documents."""
+    notes = ["imported", *told]
     if replaced := sum(entry.get(REPLACED, False) for entry in entries):
         notes.append(f"{replaced} samples hold half a character, which is shown as \ufffd")
     if len(samples) < spec.documents:
         notes.append(f"{len(samples):,} of the benchmark's {spec.documents:,} documents")
-    if data is None and spec.unit == "picture":
+    if alone and spec.unit == "picture":
         notes.append("an image's questions are counted as independent: the interval is too short")
     prompts = [str(entry.get("input", "")) for entry in entries]
-    result = TaskResult(
+    return TaskResult(
         task=spec.id,
         # Prompts and their number are known, data and settings are not: equal only to itself.
         fingerprint=digest_text("imported", spec.id, *prompts),
@@ -374,7 +357,6 @@ def _scored(
         notes=notes,
         settings={"aggregator": spec.aggregator, "engine": "lmms-eval, imported"},
     )
-    return result, samples
 
 
 def _agreement(
@@ -423,12 +405,32 @@ def _answer(entry: Entry) -> str:
     return str(value)
 
 
-def _samples(spec: TaskSpec, entries: list[Entry], data: Path | None) -> "pd.DataFrame":
+def _samples(spec: TaskSpec, entries: list[Entry], data: Path | None, log: Path) -> "pd.DataFrame":
     """Samples from the log; the documents' own columns where there is a data folder."""
+    try:
+        samples = (
+            _logged_samples(spec, entries)
+            if data is None
+            else _samples_with_documents(spec, entries, data)
+        )
+    except KdBenchError:
+        raise
+    except Exception as error:  # the log's values run through upstream's own functions
+        problem = f"{log} cannot be read as {spec.id}: {type(error).__name__}: {one_line(error)}"
+        raise IncompleteRunError(f"{problem[:300]}.", "Give the log as it was written.") from None
+    wrong = samples.loc[~samples["score"].between(0, 1), ["document_id", "score"]]
+    if len(wrong):
+        name, score = wrong.iloc[0]
+        raise IncompleteRunError(
+            f"{log}: the score {score:g} of document {name} is not between 0 and 1.",
+            "Give the log as it was written.",
+        )
+    return samples
+
+
+def _logged_samples(spec: TaskSpec, entries: list[Entry]) -> "pd.DataFrame":
     import pandas as pd
 
-    if data is not None:
-        return _samples_with_documents(spec, entries, data)
     rows = []
     for entry in entries:
         answer = _answer(entry)
