@@ -221,7 +221,6 @@ class PreparedTask:
         prompts: the question of each document as upstream words it.
         content_digests: of each document with its images.
         image_digests: of each document's stored image files; empty where it has none.
-        generation: upstream's `generation_kwargs` with our cap, greedy.
         total: documents of the benchmark without the limit.
         fingerprint: the protocol; only results with equal fingerprints are comparable.
     """
@@ -233,7 +232,6 @@ class PreparedTask:
     prompts: list[str]
     content_digests: list[str]
     image_digests: list[str]
-    generation: dict[str, Any]
     fingerprint: str
     total: int
 
@@ -298,10 +296,7 @@ def prepare(
         json.dumps(spec.generation_of(name).model_dump(), sort_keys=True),
         f"{upstream} lmms-eval {version('lmms-eval')} scoring {SCORING_VERSION}",
     )
-    generation = config["generation_kwargs"]
-    return PreparedTask(
-        spec, name, documents, task, prompts, contents, images, generation, fingerprint, total
-    )
+    return PreparedTask(spec, name, documents, task, prompts, contents, images, fingerprint, total)
 
 
 def data_digest(spec: TaskSpec, folder: Path, profile: str | None) -> str:

@@ -222,38 +222,31 @@ class Row:
     Attributes:
         ids: token ids.
         embeddings: [length, hidden], image features already at their places.
+        positions: [axes, length]; some families count on several axes.
         prefix: number of leading tokens that equal prompts share; 0 for none.
         prefix_key: equal for rows whose prefixes are equal.
-        positions: [axes, length] where a family counts them its own way; None counts tokens.
         deep: features that enter deeper layers (DeepStack), [image tokens, hidden] each.
         places: bool [length], where the image tokens are; needed with `deep` only.
     """
 
     ids: Sequence[int]
     embeddings: Tensor
+    positions: Tensor
     prefix: int = 0
     prefix_key: str = ""
-    positions: Tensor | None = None
     deep: tuple[Tensor, ...] = ()
     places: Tensor | None = None
 
     def part(self, start: int, end: int) -> "Row":
         """Tokens `start` to `end`; the image tokens must lie wholly inside or outside."""
-        positions = self.counted()[:, start:end]
         inside = self.places is not None and bool(self.places[start:end].any())
         return Row(
             self.ids[start:end],
             self.embeddings[start:end],
-            positions=positions,
+            self.positions[:, start:end],
             deep=self.deep if inside else (),
             places=None if self.places is None else self.places[start:end],
         )
-
-    def counted(self) -> Tensor:
-        """Positions [axes, length]."""
-        if self.positions is not None:
-            return self.positions
-        return torch.arange(len(self.ids), device=self.embeddings.device)[None]
 
 
 @dataclass
@@ -465,7 +458,7 @@ def _side_by_side(rows: Sequence[Row]) -> _Block:
     """The rows padded in front."""
     longest = max(len(row.ids) for row in rows)
     like = rows[0].embeddings
-    axes = max(len(row.counted()) for row in rows)
+    axes = max(len(row.positions) for row in rows)
     embeddings = like.new_zeros(len(rows), longest, like.shape[-1])
     mask = torch.zeros(len(rows), longest, dtype=torch.long, device=like.device)
     positions = mask.new_zeros(axes, len(rows), longest)
@@ -473,7 +466,7 @@ def _side_by_side(rows: Sequence[Row]) -> _Block:
     for number, row in enumerate(rows):
         start = longest - len(row.ids)
         embeddings[number, start:] = row.embeddings
-        positions[:, number, start:] = row.counted()
+        positions[:, number, start:] = row.positions
         mask[number, start:] = 1
         if row.deep and row.places is not None:
             places[number, start:] = row.places

@@ -66,7 +66,6 @@ class Documents(Sequence[Document]):
         self._order = list(range(table.num_rows)) if order is None else order
         self.image_columns = tuple(images)
         self.features = dict.fromkeys([*table.column_names, *images])
-        self._digests: dict[str, list[str]] = {}
 
     def __len__(self) -> int:
         return len(self._order)
@@ -95,10 +94,7 @@ class Documents(Sequence[Document]):
 
     def image_digests(self, column: str) -> list[str]:
         """sha256 of each row's stored image file, shortened; empty where there is none."""
-        if column not in self._digests:
-            images = self._images[column]
-            self._digests[column] = [images.digest(row) for row in self._order]
-        return self._digests[column]
+        return [self._images[column].digest(row) for row in self._order]
 
     def content_digests(self) -> list[str]:
         """sha256 of each row with all its images, hexadecimal."""
@@ -401,25 +397,27 @@ def _check_columns(
 
 
 def _fits(kind: pa.DataType, wanted: str) -> bool:
-    text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-    if pa.types.is_null(kind):
-        return True
-    if wanted == "image":
-        return pa.types.is_binary(kind) or (
-            pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-        )
-    if wanted == "text":
-        return text
-    if wanted == "integer":
-        return pa.types.is_integer(kind)
-    if wanted == "id":
-        return text or pa.types.is_integer(kind)
-    inner = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else None
-    if inner is None:
-        return False
-    if wanted == "answers":
-        return pa.types.is_struct(inner) and inner.get_field_index("answer") >= 0
-    return pa.types.is_string(inner) or pa.types.is_large_string(inner) or pa.types.is_null(inner)
+    types = pa.types
+
+    def is_text(each: pa.DataType) -> bool:
+        return bool(types.is_string(each) or types.is_large_string(each))
+
+    def has(each: pa.DataType, field: str) -> bool:
+        return bool(types.is_struct(each) and each.get_field_index(field) >= 0)
+
+    is_list = types.is_list(kind) or types.is_large_list(kind)
+    inner = kind.value_type if is_list else None
+    return (
+        types.is_null(kind)
+        or {
+            "image": types.is_binary(kind) or has(kind, "bytes"),
+            "text": is_text(kind),
+            "integer": types.is_integer(kind),
+            "id": is_text(kind) or types.is_integer(kind),
+            "answers": is_list and has(inner, "answer"),
+            "texts": is_list and (is_text(inner) or types.is_null(inner)),
+        }[wanted]
+    )
 
 
 def _joined(spec: TaskSpec, folder: Path, split: str, table: pa.Table) -> _Images:

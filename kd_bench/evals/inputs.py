@@ -343,33 +343,27 @@ def row_of(
             "Use the processor of this checkpoint and do not truncate inside an image.",
         )
     ids = input_ids[0].tolist()
-    if features is None:
-        return Row(ids, embeddings[0], places=is_image[0])
-    spread = is_image.unsqueeze(-1).expand_as(embeddings)
-    embeddings = embeddings.masked_scatter(spread, features[0].to(embeddings.dtype))
-    prefix = int(is_image[0].nonzero()[-1]) + 1
-    return Row(
-        ids,
-        embeddings[0],
-        prefix,
-        f"{key}{ids[:prefix]}",
-        _positions(model, inputs, is_image),
-        features[1:],
-        is_image[0],
-    )
+    prefix = 0
+    deep: tuple[Tensor, ...] = ()
+    if features is not None:
+        spread = is_image.unsqueeze(-1).expand_as(embeddings)
+        embeddings = embeddings.masked_scatter(spread, features[0].to(embeddings.dtype))
+        prefix, deep = int(is_image[0].nonzero()[-1]) + 1, features[1:]
+    shared = f"{key}{ids[:prefix]}" if prefix else ""
+    positions = _positions(model, inputs, is_image)
+    return Row(ids, embeddings[0], positions, prefix, shared, deep, is_image[0])
 
 
-def _positions(
-    model: VisionLanguageModel, inputs: dict[str, Any], is_image: Tensor
-) -> Tensor | None:
-    """Positions [axes, length] of one prompt where the family counts them its own way (Qwen)."""
+def _positions(model: VisionLanguageModel, inputs: dict[str, Any], is_image: Tensor) -> Tensor:
+    """Positions [axes, length] of one prompt; some families (Qwen) count them their own way."""
+    ids = inputs["input_ids"]
     count = getattr(model.core, "get_rope_index", None)
-    if count is None:
-        return None
+    if count is None or not bool(is_image.any()):
+        return torch.arange(ids.shape[1], device=ids.device)[None]
     kinds = inputs.get("mm_token_type_ids")
     positions: Tensor
     positions, _ = count(
-        inputs["input_ids"],
+        ids,
         image_grid_thw=inputs["image_grid_thw"],
         attention_mask=inputs.get("attention_mask"),
         mm_token_type_ids=is_image.int() if kinds is None else kinds,

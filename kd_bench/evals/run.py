@@ -332,8 +332,6 @@ class SuiteProgress:
             disable=not (shown and self._console.is_terminal),
         )
         self._suite = self._bars.add_task(title, total=tasks, speed="")
-        self._tasks = tasks
-        self._done = 0
 
     def __enter__(self) -> "SuiteProgress":
         self._bars.start()
@@ -354,11 +352,11 @@ class SuiteProgress:
 
     def finish(self, line: str) -> None:
         """A task ended; `line` says how."""
-        self._done += 1
         for task in self._bars.tasks[1:]:
             self._bars.remove_task(task.id)
         self._bars.advance(self._suite)
-        self._console.print(f"[{self._done}/{self._tasks}] {line}", markup=False)
+        suite = self._bars.tasks[0]
+        self._console.print(f"[{suite.completed:.0f}/{suite.total:.0f}] {line}", markup=False)
 
 
 # --- one benchmark ------------------------------------------------------------------------------

@@ -102,8 +102,8 @@ def test_the_thinking_profile_leaves_room_and_no_stop_inside_a_thought(replicas)
     assert profiles_of(["pope=llava", "thinking"], specs)["pope"] == "llava"
     prepared = prepare(load_task("mme"), replicas, profile="thinking", limit=4)
     plain = prepare(load_task("mme"), replicas, limit=4)
-    assert prepared.generation["max_new_tokens"] > 1000
-    assert prepared.generation["until"] == []
+    assert prepared.task.config.generation_kwargs["max_new_tokens"] > 1000
+    assert prepared.task.config.generation_kwargs["until"] == []
     assert prepared.prompts == plain.prompts
     assert prepared.fingerprint != plain.fingerprint
     assert answer_keys(prepared, "x") != answer_keys(plain, "x")

@@ -185,7 +185,7 @@ def test_a_batch_may_mix_rows_with_pictures_and_without(
             features = parts.image_embeddings(inputs)
             rows.append(row_of(parts, embed, inputs, features, "picture"))
             words = inputs["input_ids"][0][inputs["input_ids"][0] != IMAGE]
-            rows.append(decoding.Row(words.tolist(), embed(words)))
+            rows.append(decoding.Row(words.tolist(), embed(words), torch.arange(len(words))[None]))
     decoder = Decoder(parts.language_model, parts.lm_head, embed, NoStops(), [2])
     settings = Settings(GENERATED)
     alone = [decoder.decode([row], settings)[0].tokens for row in rows]
