@@ -14,14 +14,13 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.generation import logits_process as logits
 
 from kd_bench.errors import UsageError, one_line
 from kd_bench.evals.benchmark import Settings
@@ -35,32 +34,32 @@ class _Row:
     longest: int
     ends: Tensor
 
+    @property
+    def device(self) -> str:
+        return str(self.ends.device)
+
 
 # In the order in which `generate` applies them.
 _MAKERS: dict[str, Callable[[Any, _Row], LogitsProcessor]] = {
-    "sequence_bias": lambda value, row: transformers.SequenceBiasLogitsProcessor(value),
-    "repetition_penalty": lambda value, row: transformers.RepetitionPenaltyLogitsProcessor(value),
-    "no_repeat_ngram_size": lambda value, row: transformers.NoRepeatNGramLogitsProcessor(value),
-    "bad_words_ids": lambda value, row: transformers.NoBadWordsLogitsProcessor(value, row.ends),
-    "min_length": lambda value, row: transformers.MinLengthLogitsProcessor(
-        value, row.ends, device=str(row.ends.device)
+    "sequence_bias": lambda value, row: logits.SequenceBiasLogitsProcessor(value),
+    "repetition_penalty": lambda value, row: logits.RepetitionPenaltyLogitsProcessor(value),
+    "no_repeat_ngram_size": lambda value, row: logits.NoRepeatNGramLogitsProcessor(value),
+    "bad_words_ids": lambda value, row: logits.NoBadWordsLogitsProcessor(value, row.ends),
+    "min_length": lambda value, row: logits.MinLengthLogitsProcessor(value, row.ends, row.device),
+    "min_new_tokens": lambda value, row: logits.MinNewTokensLengthLogitsProcessor(
+        row.prompt, value, row.ends, row.device
     ),
-    "min_new_tokens": lambda value, row: transformers.MinNewTokensLengthLogitsProcessor(
-        row.prompt, value, row.ends, device=str(row.ends.device)
+    "forced_bos_token_id": lambda value, row: logits.ForcedBOSTokenLogitsProcessor(value),
+    "forced_eos_token_id": lambda value, row: logits.ForcedEOSTokenLogitsProcessor(
+        row.longest, value, row.device
     ),
-    "forced_bos_token_id": lambda value, row: transformers.ForcedBOSTokenLogitsProcessor(value),
-    "forced_eos_token_id": lambda value, row: transformers.ForcedEOSTokenLogitsProcessor(
-        row.longest, value, device=str(row.ends.device)
+    "remove_invalid_values": lambda value, row: logits.InfNanRemoveLogitsProcessor(),
+    "exponential_decay_length_penalty": lambda value, row: logits.ExponentialDecayLengthPenalty(
+        tuple(value), row.ends, row.prompt
     ),
-    "remove_invalid_values": lambda value, row: transformers.InfNanRemoveLogitsProcessor(),
-    "exponential_decay_length_penalty": lambda value, row: (
-        transformers.ExponentialDecayLengthPenalty(tuple(value), row.ends, row.prompt)
-    ),
-    "suppress_tokens": lambda value, row: transformers.SuppressTokensLogitsProcessor(
-        value, device=str(row.ends.device)
-    ),
-    "begin_suppress_tokens": lambda value, row: transformers.SuppressTokensAtBeginLogitsProcessor(
-        value, row.prompt, device=str(row.ends.device)
+    "suppress_tokens": lambda value, row: logits.SuppressTokensLogitsProcessor(value, row.device),
+    "begin_suppress_tokens": lambda value, row: logits.SuppressTokensAtBeginLogitsProcessor(
+        value, row.prompt, row.device
     ),
 }
 
@@ -313,36 +312,30 @@ class Decoder:
             rows = [row.part(row.prefix, len(row.ids)) for row in rows]
         width = before.shape[1] + max(len(row.ids) for row in rows)
         mask = torch.cat([before, before.new_zeros(len(rows), width - before.shape[1])], dim=1)
-        if not grows_by_column(first):
-            if which is not None:
-                first.batch_select_indices(which)
-            hidden, positions = self._prefill_part(rows, mask, lambda _: first)
-            return _State(first, mask, positions, self._lm_head(hidden))
-        whole = BatchCache(len(first.layers), len(rows), width + settings.max_new_tokens)
-        if which is not None:
+        whole: BatchCache | None = None
+        size = len(rows)
+        if grows_by_column(first):
+            whole = BatchCache(len(first.layers), len(rows), width + settings.max_new_tokens)
+            size = PREFILL_ROWS.get(device.type, size)
+        if which is not None and whole is None:
+            first.batch_select_indices(which)
+        elif which is not None and whole is not None:
             whole.put(first, which)
-        size = PREFILL_ROWS.get(device.type, len(rows))
-        parts = [slice(start, start + size) for start in range(0, len(rows), size)]
-        done = [
-            self._prefill_part(rows[part], mask[part], partial(whole.part, part)) for part in parts
-        ]
-        hidden = torch.cat([hidden for hidden, _ in done])
-        axes = max(len(positions) for _, positions in done)
-        positions = torch.cat([positions[:1] for _, positions in done], dim=1).expand(axes, -1)
-        return _State(whole.part(slice(None), width), mask, positions, self._lm_head(hidden))
-
-    def _prefill_part(
-        self, rows: Sequence[Row], mask: Tensor, cache: Callable[[int], Cache]
-    ) -> tuple[Tensor, Tensor]:
-        """Last hidden states [rows, hidden] and positions [axes, rows]; fills in the mask.
-
-        Args:
-            cache: gives the cache to fill from a column on.
-        """
-        block = _side_by_side(rows)
-        start = mask.shape[1] - block.mask.shape[1]
-        mask[:, start:] = block.mask
-        return self._forward(block, mask, cache(start)), block.last_positions()
+        hidden, positions = [], []
+        for part in (slice(start, start + size) for start in range(0, len(rows), size)):
+            block = _side_by_side(rows[part])
+            start = width - block.mask.shape[1]
+            mask[part, start:] = block.mask
+            cache = first if whole is None else whole.part(part, start)
+            hidden.append(self._forward(block, mask[part], cache))
+            positions.append(block.last_positions())
+        axes = max(map(len, positions))
+        return _State(
+            first if whole is None else whole.part(slice(None), width),
+            mask,
+            torch.cat([each[:1] for each in positions], dim=1).expand(axes, -1),
+            self._lm_head(torch.cat(hidden)),
+        )
 
     def _continue(self, state: "_State", rows: Sequence[Row], settings: Settings) -> list[Decoded]:
         """Append one token a step until every row has ended."""
