@@ -32,7 +32,7 @@ from kd_bench.evals.inputs import (
     Prepared,
     PromptBuilder,
     Ready,
-    WholeBatch,
+    padded_batch,
 )
 from kd_bench.records import Cost
 
@@ -83,12 +83,12 @@ class Engine:
         self._rows: Any
         self._decoder: Any
         if self.path == "generate" or self._parts is None:
-            self._rows = WholeBatch(self._prompts, self.device)
+            self._rows = partial(padded_batch, self._prompts, self.device)
             self._decoder = PlainDecoder(model, tokenizer, ends, self.constraints)
         else:
             embed = model.get_input_embeddings()
             kind = FixedRows if self.path == "prefix" else GeneralRows
-            self._rows = kind(self._parts, self._prompts, embed)
+            self._rows = kind(self._parts, self._prompts, embed).rows
             parts = (self._parts.language_model, self._parts.lm_head, embed)
             self._decoder = Decoder(*parts, tokenizer, ends, self.constraints)
         tokens = None if self._parts is None else self._parts.image_token_count
@@ -112,7 +112,11 @@ class Engine:
                 if not ready:
                     continue
                 try:
-                    answers = self._batch(ready, settings)
+                    with torch.inference_mode():
+                        rows = self._rows(ready)
+                    decoded = self._decoder.decode(rows, settings, self.share)
+                    found = zip(ready, decoded, strict=True)
+                    answers = [self._answer(item, result, settings) for item, result in found]
                 except Exception as error:
                     if len(ready) == 1:
                         yield [_failure(ready[0].question, error, ready[0].images)]
@@ -139,15 +143,6 @@ class Engine:
                 continue
             ready.append(Ready(question, images, prompt))
         return ready, failed
-
-    def _batch(self, ready: Sequence[Ready], settings: Settings) -> list[Answer]:
-        with torch.inference_mode():
-            rows = self._rows.rows(ready)
-        decoded = self._decoder.decode(rows, settings, self.share)
-        return [
-            self._answer(item, result, settings)
-            for item, result in zip(ready, decoded, strict=True)
-        ]
 
     def _answer(self, item: Ready, result: Decoded, settings: Settings) -> Answer:
         if result.broken:

@@ -214,22 +214,15 @@ class Ready:
         return str([image.digest for image in self.images])
 
 
-class WholeBatch:
-    """Families whose `generate` is called: left-padded batches by their own processor."""
-
-    def __init__(self, prompts: PromptBuilder, device: torch.device) -> None:
-        self._chat = prompts
-        self._device = device
-
-    def rows(self, ready: Sequence[Ready]) -> dict[str, Any]:
-        """The model's inputs, one row a question, in order."""
-        inputs = self._chat.processed(
-            [item.prompt for item in ready],
-            [[image.image for image in item.images] for item in ready],
-            padding=True,
-            padding_side="left",
-        )
-        return {name: value.to(self._device) for name, value in inputs.items()}
+def padded_batch(prompts: PromptBuilder, device: Any, ready: Sequence[Ready]) -> dict[str, Any]:
+    """Inputs of a family whose `generate` is called, one row a question, padded in front."""
+    inputs = prompts.processed(
+        [item.prompt for item in ready],
+        [[image.image for image in item.images] for item in ready],
+        padding=True,
+        padding_side="left",
+    )
+    return {name: value.to(device) for name, value in inputs.items()}
 
 
 class FixedRows:
@@ -284,17 +277,17 @@ class GeneralRows:
 
     def rows(self, ready: Sequence[Ready]) -> list[Row]:
         """One row a question, in order."""
-        return [self._row(item) for item in ready]
-
-    def _row(self, item: Ready) -> Row:
-        self._images.key = key = item.key
-        inputs = self._chat.processed([item.prompt], [[p.image for p in item.images]])
         device = self._embed.weight.device
-        given = {name: value.to(device) for name, value in inputs.items()}
-        if item.images and key not in self._features:
-            self._features[key] = self._model.image_embeddings(given)
-        features = self._features[key] if item.images else None
-        return row_of(self._model, self._embed, given, features, key)
+        made = []
+        for item in ready:
+            self._images.key = key = item.key
+            inputs = self._chat.processed([item.prompt], [[p.image for p in item.images]])
+            given = {name: value.to(device) for name, value in inputs.items()}
+            if item.images and key not in self._features:
+                self._features[key] = self._model.image_embeddings(given)
+            features = self._features[key] if item.images else None
+            made.append(row_of(self._model, self._embed, given, features, key))
+        return made
 
 
 class _OnceAnImage:

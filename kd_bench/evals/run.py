@@ -260,6 +260,14 @@ def _told(score: float) -> str:
     return "not scored" if math.isnan(score) else f"{score:.1f}"
 
 
+def _extent(result: TaskResult) -> str:
+    """Documents and seconds, and how many answers failed or never ended."""
+    failed = f", {result.rates['error']:.1%} failed" if result.rates["error"] else ""
+    endless = result.rates.get("truncated", 0.0)
+    cut = f", {endless:.1%} never ended" if endless > 0.01 else ""
+    return f"({result.documents} documents, {result.seconds:.1f} s{failed}{cut})"
+
+
 def _attempt(worker: "Worker", spec: TaskSpec, debug: bool) -> tuple[str, bool]:
     """Run one task; its failure is a line and does not cost the others."""
     try:
@@ -412,11 +420,9 @@ class Worker:
             return spec.id
         result = self._result(prepared, scored, time.perf_counter() - started)
         result.notes.extend(f"{FAILURE}{reason}" for reason, _ in failures.most_common(1))
-        outcome = _told(result.score)
+        file = f"submissions/{spec.id}.json"
         if not prepared.variant.scored:
-            file = f"submissions/{spec.id}.json"
             write_json(run.path / file, submission(prepared))
-            outcome = f"not scored, wrote {file}"
         keep_images(
             run.images,
             list(scored.samples["image_digest"]),
@@ -428,13 +434,8 @@ class Worker:
                 "Run the same eval command again: the changed data makes a new run.",
             )
         run.commit(result, scored.samples)
-        failed = f", {result.rates['error']:.1%} failed" if result.rates["error"] else ""
-        endless = result.rates.get("truncated", 0.0)
-        cut = f", {endless:.1%} never ended" if endless > 0.01 else ""
-        return (
-            f"{spec.id}: {outcome} "
-            f"({result.documents} documents, {result.seconds:.1f} s{failed}{cut})"
-        )
+        wrote = "" if prepared.variant.scored else f", wrote {file}"
+        return f"{spec.id}: {_told(result.score)}{wrote} {_extent(result)}"
 
     def _prepare(self, spec: TaskSpec, profile: str | None) -> PreparedTask:
         """`tasks.prepare`, remembered while the data stays as it is."""

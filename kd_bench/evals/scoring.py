@@ -5,14 +5,15 @@ from upstream's own judging functions. What is ours: ids, units, targets and the
 """
 
 import ast
-import json
 import re
 import string
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from kd_bench.aggregators import MME_PERCEPTION, aggregate, by_content
 from kd_bench.errors import IncompleteRunError, UsageError
@@ -36,25 +37,16 @@ class Thinking:
     """
 
     def __init__(self, tags: str) -> None:
-        self.pairs: list[list[str]] = []
-        if tags == "none":
-            return
-        try:
-            pairs = json.loads(tags)
-        except ValueError:
-            pairs = None
-        sound = isinstance(pairs, list) and all(
-            isinstance(pair, list)
-            and len(pair) == 2
-            and all(isinstance(t, str) and t for t in pair)
-            for pair in pairs
-        )
-        if not sound:
-            raise UsageError(
-                f"--reasoning-tags {tags!r} is no list of [open, close] pairs.",
-                """Write none, or e.g. '[["<think>", "</think>"]]'.""",
-            )
-        self.pairs = pairs
+        self.pairs: list[tuple[str, str]] = []
+        if tags != "none":
+            tag = Annotated[str, Field(min_length=1)]
+            try:
+                self.pairs = TypeAdapter(list[tuple[tag, tag]]).validate_json(tags)
+            except ValidationError:
+                raise UsageError(
+                    f"--reasoning-tags {tags!r} is no list of [open, close] pairs.",
+                    """Write none, or e.g. '[["<think>", "</think>"]]'.""",
+                ) from None
 
     def answer(self, text: str) -> str:
         """The text without its thoughts, as lmms_eval/api/reasoning.py leaves them out."""
