@@ -115,13 +115,10 @@ def _listing(
             f"{spec.id}: {repo} cannot be listed: {one_line(error)[:200]}",
             "Check the network; the same command goes on where it stopped.",
         ) from error
-    names = [PurePosixPath(entry.rfilename) for entry in info.siblings or []]
+    names = (PurePosixPath(entry.rfilename) for entry in info.siblings or [])
+    found = (name for name in names if name.match(f"{split}-*.parquet"))
     folders = {config} if config else {"data", "default"}
-    chosen = [
-        str(name)
-        for name in names
-        if name.parent.name in folders and name.match(f"{split}-*.parquet")
-    ]
+    chosen = [str(name) for name in found if name.parent.name in folders]
     if not chosen:
         raise UsageError(
             f"{spec.id}: {repo} has no {config or 'data'}/{split}-*.parquet.",

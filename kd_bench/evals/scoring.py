@@ -2,6 +2,12 @@
 
 Scores come from upstream's `process_results`, and where that gives none for a row (MMBench, MMMU)
 from upstream's own judging functions. What is ours: ids, units, targets and the parsed answer.
+
+Upstream reads an answer as its benchmark's script does: POPE takes `Yes.` for wrong, ScienceQA
+takes `(B)` for wrong. Beside upstream's score, every sample has a second one of what was said, so
+that a gain of form and a gain of knowledge can be told apart (form gap = content - upstream). One
+rule for all benchmarks: it reads only what is stated outright; where two readings are possible
+there is none, and no reading is a wrong answer.
 """
 
 import ast
@@ -10,7 +16,6 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -68,22 +73,6 @@ class Thinking:
         return text[: max(ends, default=0)]
 
 
-@dataclass(frozen=True)
-class Reading:
-    """What was understood.
-
-    Attributes:
-        said: `yes`, `no`, an option's letter, or the short answer; "" where nothing was.
-        ambiguous: more than one reading was possible.
-    """
-
-    said: str = ""
-    ambiguous: bool = False
-
-
-NOTHING = Reading()
-AMBIGUOUS = Reading(ambiguous=True)
-
 _BOXED = re.compile(r"\$?\\(?:boxed|fbox)\{((?:[^{}]|\{[^{}]*\})*)\}\$?")
 _LATEX_TEXT = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}")
 _TAGS = re.compile(r"</?(?:answer|final_answer|result)>", re.IGNORECASE)
@@ -118,78 +107,74 @@ _THERE = re.compile(
 _HEDGED = re.compile(r"\b(?:chance|may|might|maybe|perhaps|possibl\w+|probabl\w+|seems?)\b", re.I)
 
 
-def read_yes_no(answer: str) -> Reading:
-    """`yes` or `no` out of the first sentence, or out of a stated answer.
+def read_yes_no(answer: str) -> str:
+    """`yes` or `no` out of the first sentence, or out of a stated answer; else nothing.
 
-    >>> read_yes_no("**No**, there is none.").said
+    >>> read_yes_no("**No**, there is none.")
     'no'
     """
     text = _plain(answer)
     sentence = re.split(r"[.!?。\n]", text.lstrip(_CLOSERS), maxsplit=1)[0]
     opening = _polarity(_LEAD.sub("", sentence))
-    stated = {_polarity(text[match.end() :]).said for match in _STATED.finditer(text)} - {""}
-    if opening.said or opening.ambiguous:
-        return opening
-    if len(stated) > 1:
-        return AMBIGUOUS
+    stated = {_polarity(text[match.end() :]) or "" for match in _STATED.finditer(text)} - {""}
+    if opening or opening is None or len(stated) > 1:
+        return opening or ""
     if stated and not _HEDGED.search(text):
-        return Reading(stated.pop())
+        return stated.pop()
     there = _THERE.match(sentence)
     if there and not _HEDGED.search(sentence) and not _UNSURE.search(sentence):
         if there.group(1):
-            return Reading("no")
-        return Reading("yes") if there.group(0).split()[-1] not in ("is", "are") else NOTHING
-    return NOTHING
+            return "no"
+        return "yes" if there.group(0).split()[-1] not in ("is", "are") else ""
+    return ""
 
 
-def _polarity(text: str) -> Reading:
-    """yes or no where a text begins with it."""
+def _polarity(text: str) -> str | None:
+    """yes or no where a text begins with it; None where it begins with both."""
     text = text.lstrip(_CLOSERS)
     if _UNSURE.match(text):
-        return NOTHING
+        return ""
     found = re.match(r"[a-z]+|[\u4e00-\u9fff]+?(?=[,，]|$|[^\u4e00-\u9fff])", text, re.IGNORECASE)
     if found is None:
-        return NOTHING
+        return ""
     word, rest = found.group(0).lower(), text[found.end() :]
     if word not in _YES | _NO:
-        return NOTHING
+        return ""
     other = re.match(r"\s*(?:/|\bor\b|\band\b|或|和)\s*(\w+)", rest, re.IGNORECASE)
     if other and other.group(1).lower() in _YES | _NO:
-        return AMBIGUOUS
-    return Reading("yes" if word in _YES else "no")
+        return None
+    return "yes" if word in _YES else "no"
 
 
-def read_choice(answer: str, options: Mapping[str, str]) -> Reading:
-    """An option's letter, stated as a letter or by the option's own text.
+def read_choice(answer: str, options: Mapping[str, str]) -> str:
+    """An option's letter, stated as a letter or by the option's own text; else nothing.
 
     Args:
         options: text by letter, in order.
 
-    >>> read_choice("The answer is (B).", {"A": "red", "B": "blue"}).said
+    >>> read_choice("The answer is (B).", {"A": "red", "B": "blue"})
     'B'
     """
     text = _plain(answer)
     stated = [_choice_at(text[match.end() :], options) for match in _STATED.finditer(text)]
     if re.search(r"final answer", text, re.IGNORECASE):
         stated = stated[-1:]
-    found = {each.said for each in stated if each.said}
-    if any(each.ambiguous for each in stated) or len(found) > 1:
-        return AMBIGUOUS
+    found = {each for each in stated if each}
     opening = _choice_at(text, options)
-    if opening.ambiguous:
-        return opening
-    if found and opening.said and opening.said not in found:
-        return AMBIGUOUS
-    return Reading(found.pop()) if found else opening
+    if None in stated or opening is None or len(found) > 1:
+        return ""
+    if found and opening and opening not in found:
+        return ""
+    return found.pop() if found else opening
 
 
-def _choice_at(text: str, options: Mapping[str, str]) -> Reading:
-    """The option that a text begins with."""
+def _choice_at(text: str, options: Mapping[str, str]) -> str | None:
+    """The option that a text begins with; None where it may be one of several."""
     text = text.strip().lstrip("\"'([{<【「“‘").lstrip()
     by_text = _letters_of(text, options)
     if len(by_text) > 1:
-        return AMBIGUOUS
-    without_letter = Reading(by_text[0]) if by_text else NOTHING
+        return None
+    without_letter = by_text[0] if by_text else ""
     letters = "".join(options)
     found = re.match(rf"([{letters}])(?![A-Za-z0-9'])", text, re.IGNORECASE)
     if found is None:
@@ -197,18 +182,18 @@ def _choice_at(text: str, options: Mapping[str, str]) -> Reading:
     letter, rest = found.group(1).upper(), text[found.end() :]
     is_capital, is_alone = found.group(1).isupper(), not rest.strip(_CLOSERS)
     if is_capital and re.match(r"[\s)\]]*(?:/|(?:or|and)\b|或|和|&)", rest):
-        return AMBIGUOUS  # "A or B"
+        return None  # "A or B"
     is_closed = is_alone or rest.lstrip(" \t").startswith(tuple(")]}】」.:,、-\n\"'"))
     is_confirmed = re.match(r"\s*(?:选项|是?正确|is (?:correct|right|the)\b)", rest, re.IGNORECASE)
     if not is_closed and not is_confirmed:
         return without_letter  # "A dog", "A is wrong"
     if not is_capital and not is_alone:
-        return NOTHING  # a word of one letter
+        return ""  # a word of one letter
     mark = rf"(?<![A-Za-z0-9])([{letters}])(?:[.):、]\s*\S|\s*$)"  # "A. red B. blue", "A, B"
     if set(re.findall(mark, rest)) - {letter}:
-        return AMBIGUOUS
+        return None
     beside = _letters_of(re.sub(r"^\s*is\s+", "", rest).strip(_CLOSERS), options)
-    return AMBIGUOUS if beside and letter not in beside else Reading(letter)
+    return None if beside and letter not in beside else letter
 
 
 def _letters_of(text: str, options: Mapping[str, str]) -> list[str]:
@@ -223,10 +208,10 @@ def _letters_of(text: str, options: Mapping[str, str]) -> list[str]:
     return [*named, *(letter for letter in others if letter not in named)] if named else []
 
 
-def read_short(answer: str) -> Reading:
+def read_short(answer: str) -> str:
     """A short answer without its wrapping, for upstream's own normaliser.
 
-    >>> read_short("The answer is **red**.").said
+    >>> read_short("The answer is **red**.")
     'red'
     """
     text = _plain(answer)
@@ -238,7 +223,7 @@ def read_short(answer: str) -> Reading:
     text = re.sub(r"^\((.*)\)$", r"\1", text, flags=re.DOTALL)
     if not re.search(r"\b[A-Za-z]\.[A-Za-z]\.$|\d\.\d+$", text):
         text = text.rstrip(".!,;:")
-    return Reading(text.strip(" \"'"))
+    return text.strip(" \"'")
 
 
 def _plain(answer: str) -> str:
@@ -407,13 +392,13 @@ def _content(
     if not prepared.variant.scored:
         return "", float("nan")
     if spec.answer == "yes_no":
-        said = read_yes_no(text).said
+        said = read_yes_no(text)
         return said, float(bool(said) and said == target.strip().lower())
     options = _options(spec.id, document) if spec.answer == "letter" else {}
     if options:
-        said = read_choice(text, options).said
+        said = read_choice(text, options)
         return said, float(bool(said) and said == target.strip().upper())
-    said = read_short(text).said
+    said = read_short(text)
     if said == text.strip() or (said.lower() == text.strip().lower() and OWN_WORDS.fullmatch(said)):
         return said, score  # nothing to take off: upstream has scored these very words
     return said, prepared.task.score_of(document, said, spec.metric)
