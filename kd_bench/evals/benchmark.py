@@ -20,7 +20,9 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from PIL.Image import Image
 
 from kd_bench.aggregators import AGGREGATORS
 from kd_bench.errors import (
@@ -34,11 +36,7 @@ from kd_bench.errors import (
 from kd_bench.evals.documents import Document, Documents, data_files, load_documents
 from kd_bench.files import digest_files, digest_text
 from kd_bench.records import Status
-from kd_bench.registry import Generation, Profile, TaskSpec
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
+from kd_bench.registry import Profile, TaskSpec
 
 PLACEHOLDER = "<image>"
 """Where an image stands inside a question; a question without it has its images in front."""
@@ -65,7 +63,7 @@ class Question:
 
     index: int
     text: str
-    images: Callable[[], Sequence["Image"]]
+    images: Callable[[], Sequence[Image]]
     settings: Settings
     image_key: str = ""
 
@@ -239,11 +237,6 @@ class PreparedTask:
     def variant(self) -> Profile:
         """The profile itself."""
         return self.spec.profile(self.profile)
-
-    @property
-    def settings(self) -> Generation:
-        """How answers are generated."""
-        return self.spec.generation_of(self.profile)
 
     @property
     def aggregator(self) -> str:

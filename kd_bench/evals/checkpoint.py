@@ -1,7 +1,7 @@
 """What is known about a model before it is loaded: identity, lineage, role and name."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +162,7 @@ def best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def chosen_dtype(path: str | Path, wanted: str, device: str) -> str:
+def chosen_dtype(path: str | Path, wanted: str, device: str | None = None) -> str:
     """The float type of an evaluation, `auto` resolved.
 
     `auto` is the checkpoint's own type on an accelerator, and float32 on a CPU, where the short
@@ -174,10 +174,12 @@ def chosen_dtype(path: str | Path, wanted: str, device: str) -> str:
     from kd_bench.distill.checkpoints import locate, stored_dtype
 
     if wanted == "auto":
-        return "float32" if device == "cpu" else stored_dtype(locate(path))
+        on_cpu = (device or best_device()) == "cpu"
+        return "float32" if on_cpu else stored_dtype(locate(path))
     if wanted not in DTYPES:
-        known = f"Use one of auto, {', '.join(DTYPES)}."
-        raise UsageError(f"dtype {wanted!r} is not known.", known)
+        raise UsageError(
+            f"dtype {wanted!r} is not known.", f"Use one of auto, {', '.join(DTYPES)}."
+        )
     return wanted
 
 
@@ -190,11 +192,6 @@ def _lineage(path: Path) -> dict[str, Any] | None:
                 raise UsageError(f"{error}.", "Restore or delete that file.") from None
             return value if isinstance(value, dict) else None
     return None
-
-
-def with_role(checkpoint: Checkpoint, role: str) -> Checkpoint:
-    """The same checkpoint in another role."""
-    return replace(checkpoint, ref=replace(checkpoint.ref, role=_role(role)))
 
 
 def _told_role(path: Path, lineage: dict[str, Any]) -> str:

@@ -386,8 +386,7 @@ class Decoder:
             use_cache=True,
             **block.deep,
         )
-        last: Tensor = output.last_hidden_state[:, -1]
-        return last
+        return output.last_hidden_state[:, -1]
 
     def _stopped(self, tokens: list[int], settings: Settings) -> bool:
         """Whether the newest token completed a stop string."""

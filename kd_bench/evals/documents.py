@@ -13,18 +13,16 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from PIL.Image import Image
 
 from kd_bench.distill.data import Unreadable, open_image
 from kd_bench.errors import UsageError, closest, one_line
 from kd_bench.registry import TaskSpec
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 
 class ImageError(ValueError):
@@ -43,7 +41,7 @@ class Document(dict[str, Any]):
         self.index = index
         self._owner = owner
 
-    def __missing__(self, column: str) -> "Image | None":
+    def __missing__(self, column: str) -> Image | None:
         if column not in self._owner.image_columns:
             raise KeyError(column)
         encoded = self._owner.encoded(self.index, column)
@@ -147,7 +145,7 @@ class _Images:
         ]
 
 
-def decode_image(encoded: bytes) -> "Image":
+def decode_image(encoded: bytes) -> Image:
     """Decode an image as training does: RGB, upright by its EXIF tag.
 
     Raises:
@@ -249,14 +247,15 @@ def _check_shards(task: str, files: list[Path]) -> None:
 def _check_values(spec: TaskSpec, file: Path, rows: pa.Table, wanted: dict[str, Any]) -> None:
     """Every row must say what is asked and what is right."""
     for column, kind in wanted.items():
+        problem = "is missing"
         if kind == "image":
-            bad, problem = _rows_without_image(file, column), "is missing"
+            bad = _rows_without_image(file, column)
         else:
-            bad, problem = _rows_without_value(rows[column], kind), "is missing"
-            if not bad and spec.answer == "yes_no" and column == "answer" and kind == "text":
-                said = pc.utf8_lower(pc.utf8_trim_whitespace(rows[column]))
-                known = pc.is_in(said, value_set=pa.array(["yes", "no"]))
-                bad, problem = _true_rows(pc.invert(known)), "is neither yes nor no"
+            bad = _rows_without_value(rows[column], kind)
+        if not bad and spec.answer == "yes_no" and column == "answer" and kind == "text":
+            said = pc.utf8_lower(pc.utf8_trim_whitespace(rows[column]))
+            known = pc.is_in(said, value_set=pa.array(["yes", "no"]))
+            bad, problem = _true_rows(pc.invert(known)), "is neither yes nor no"
         if bad:
             shown = ", ".join(map(str, bad[:5]))
             more = f" and {len(bad) - 5:,} more" if len(bad) > 5 else ""
@@ -285,8 +284,7 @@ def _rows_without_value(column: pa.ChunkedArray, kind: str) -> list[int]:
 
 
 def _true_rows(mask: Any) -> list[int]:
-    found: list[int] = pc.indices_nonzero(pc.fill_null(mask, False)).to_pylist()
-    return found
+    return pc.indices_nonzero(pc.fill_null(mask, False)).to_pylist()
 
 
 def _rows_without_image(file: Path, column: str) -> list[int]:

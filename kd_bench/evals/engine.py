@@ -67,7 +67,9 @@ class Engine:
         self.model = model
         self.batch_size = batch_size
         self.device = next(model.parameters()).device
-        self._parts = _known(model)
+        self._parts: VisionLanguageModel | None = None
+        with contextlib.suppress(UsageError):
+            self._parts = VisionLanguageModel(model)
         self._processor = processor
         self._prompts = PromptBuilder(processor)
         self._images = images or ImageStore()
@@ -161,13 +163,6 @@ class Engine:
             confidence=None if confidence != confidence else round(confidence, 4),
             image_digest=item.images[0].digest if item.images else "",
         )
-
-
-def _known(model: Any) -> VisionLanguageModel | None:
-    try:
-        return VisionLanguageModel(model)
-    except UsageError:
-        return None
 
 
 def path_of(parts: VisionLanguageModel | None) -> str:

@@ -168,8 +168,7 @@ def _read_results(file: Path) -> Entry:
         told = f"{error} is missing" if isinstance(error, KeyError) else one_line(error)
         problem = f"{file} is not lmms-eval's results: {told}."
         raise IncompleteRunError(problem, "Give a *_results.json of lmms-eval.") from None
-    checked: Entry = outcome
-    return checked
+    return outcome
 
 
 def _store(checked: _Import, results: Path, named: bool) -> Run:
@@ -408,11 +407,7 @@ def _answer(entry: Entry) -> str:
 def _samples(spec: TaskSpec, entries: list[Entry], data: Path | None, log: Path) -> "pd.DataFrame":
     """Samples from the log; the documents' own columns where there is a data folder."""
     try:
-        samples = (
-            _logged_samples(spec, entries)
-            if data is None
-            else _samples_with_documents(spec, entries, data)
-        )
+        samples = _from_log(spec, entries) if data is None else _from_documents(spec, entries, data)
     except KdBenchError:
         raise
     except Exception as error:  # the log's values run through upstream's own functions
@@ -428,7 +423,7 @@ def _samples(spec: TaskSpec, entries: list[Entry], data: Path | None, log: Path)
     return samples
 
 
-def _logged_samples(spec: TaskSpec, entries: list[Entry]) -> "pd.DataFrame":
+def _from_log(spec: TaskSpec, entries: list[Entry]) -> "pd.DataFrame":
     import pandas as pd
 
     rows = []
@@ -482,7 +477,7 @@ _LOGGED: dict[str, tuple[str, Callable[[Entry], Entry]]] = {
 }
 
 
-def _samples_with_documents(spec: TaskSpec, entries: list[Entry], data: Path) -> "pd.DataFrame":
+def _from_documents(spec: TaskSpec, entries: list[Entry], data: Path) -> "pd.DataFrame":
     """Score the logged answers again, on the documents themselves."""
     from kd_bench.evals.benchmark import Answer, prepare
     from kd_bench.evals.scoring import Thinking, samples_frame

@@ -12,9 +12,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from kd_bench.distill.chat import ChatFormat
@@ -23,9 +24,6 @@ from kd_bench.errors import UsageError
 from kd_bench.evals.benchmark import PLACEHOLDER, Question
 from kd_bench.evals.decoding import Row
 from kd_bench.files import atomic_path
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 
 class PromptBuilder(ChatFormat):
@@ -92,17 +90,17 @@ class Prepared:
 
     digest: str
     pixels: Tensor
-    image: "Image | None" = None
+    image: Image | None = None
 
 
-def pixel_digest(image: "Image") -> str:
+def pixel_digest(image: Image) -> str:
     """sha256 over size and RGB pixels, shortened; equal for equal images in any file format."""
     rgb = image if image.mode == "RGB" else image.convert("RGB")
     return hashlib.sha256(f"{rgb.size}".encode() + rgb.tobytes()).hexdigest()[:32]
 
 
 def keep_images(
-    folder: Path, digests: Sequence[str], decode: Callable[[int], Sequence["Image"]]
+    folder: Path, digests: Sequence[str], decode: Callable[[int], Sequence[Image]]
 ) -> None:
     """Keep a benchmark's images for people to look at, as `<first 16 digits of digest>.png`.
 
@@ -161,7 +159,7 @@ class ImageStore:
         self._entries = Remembered()
 
     def get(
-        self, key: str, decode: Callable[[], Sequence["Image"]], processor: Any
+        self, key: str, decode: Callable[[], Sequence[Image]], processor: Any
     ) -> list[Prepared]:
         """The images behind `key`; an empty key is prepared anew each time.
 
@@ -169,8 +167,7 @@ class ImageStore:
         """
         place = (_identity(processor), key)
         if key and place in self._entries:
-            known: list[Prepared] = self._entries[place]
-            return known
+            return self._entries[place]
         prepared = []
         for image in decode():
             rgb = image if image.mode == "RGB" else image.convert("RGB")
@@ -354,7 +351,6 @@ def _positions(model: VisionLanguageModel, inputs: dict[str, Any], is_image: Ten
     if count is None or not bool(is_image.any()):
         return torch.arange(ids.shape[1], device=ids.device)[None]
     kinds = inputs.get("mm_token_type_ids")
-    positions: Tensor
     positions, _ = count(
         ids,
         image_grid_thw=inputs["image_grid_thw"],

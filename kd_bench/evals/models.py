@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -120,11 +121,8 @@ class KdBench(_Generative):
 
     def answers(self, requests: Sequence[Any], keys: Sequence[str]) -> Iterator[list[Answer]]:
         """Answers batch by batch; `index` is the request's place in `requests`."""
-        questions = [
-            _question(self, number, request, key)
-            for number, (request, key) in enumerate(zip(requests, keys, strict=True))
-        ]
-        return self.engine.answers(questions)
+        asked = zip(count(), requests, keys)
+        return self.engine.answers([_question(self.task_dict, *each) for each in asked])
 
     def generate_until(self, requests: list[Any]) -> list[str]:
         """Texts in the order of the requests (the stock command line comes through here).
@@ -228,18 +226,15 @@ class Journalled(_Generative):
             self._record(pairs)
             self._known.update(pairs)
             self.computed += len(pairs)
-        texts = []
         for request, (key, _) in zip(requests, keys, strict=True):
-            answer = self._known[key]
-            self.answered[int(request.args[3])] = answer
-            texts.append(answer.text)
-        return texts
+            self.answered[int(request.args[3])] = self._known[key]
+        return [self._known[key].text for key, _ in keys]
 
 
-def _question(model: _Generative, number: int, request: Any, key: str) -> Question:
+def _question(task_dict: Any, number: int, request: Any, key: str) -> Question:
     """lmms-eval's request (prompt, settings, doc_to_visual, document, task, split) as ours."""
     text, generation, to_visual, document, task, split = request.args
-    documents = model.task_dict[task][split]
+    documents = task_dict[task][split]
 
     def images() -> list[Any]:
         return list(to_visual(documents[document]) or [])

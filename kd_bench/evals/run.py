@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -35,19 +35,12 @@ from kd_bench.evals.benchmark import (
     simple_evaluate,
     upstream_metrics,
 )
-from kd_bench.evals.checkpoint import (
-    Checkpoint,
-    Model,
-    best_device,
-    chosen_dtype,
-    inspect_model,
-    with_role,
-)
+from kd_bench.evals.checkpoint import Checkpoint, Model, chosen_dtype, inspect_model
 from kd_bench.evals.documents import load_documents
 from kd_bench.evals.scoring import Thinking, headline, rates, score, submission
 from kd_bench.files import Journal, digest_text, write_json
 from kd_bench.provenance import collect
-from kd_bench.records import Cost, Protocol, RunManifest, RunStatus, TaskResult
+from kd_bench.records import Cost, Protocol, Role, RunManifest, RunStatus, TaskResult
 from kd_bench.registry import Suite, TaskSpec, load_suite, load_task
 from kd_bench.stats import score_interval
 from kd_bench.store import Run, catalogue, held_run, wanted_run
@@ -178,7 +171,7 @@ def _subject(model: Model, suite: Suite, settings: EvalSettings) -> tuple[Checkp
         suite.name,
         dict(settings.profiles),
         settings.limit,
-        "" if known.stock else chosen_dtype(known.path, settings.dtype, best_device()),
+        "" if known.stock else chosen_dtype(known.path, settings.dtype),
         settings.batch_size,
         ENGINE,
         settings.quantize,
@@ -205,7 +198,9 @@ def _with_recorded_role(known: Checkpoint, results: Path) -> Checkpoint:
     recorded = there.role_of(known.ref.name, weights)
     if not recorded and known.ref.role == "model" and there.teaches(weights):
         recorded = "teacher"
-    return with_role(known, recorded) if recorded else known
+    if not recorded:
+        return known
+    return replace(known, ref=replace(known.ref, role=cast(Role, recorded)))
 
 
 def _suite_data(suite: Suite) -> Path:
@@ -473,7 +468,7 @@ class Worker:
             settings={
                 "aggregator": aggregator,
                 "setup_digest": self._plan.checkpoint.setup_digest,
-                "generation": prepared.settings.model_dump(),
+                "generation": spec.generation_of(prepared.profile).model_dump(),
                 "checkpoint_generation": self._source.generation,
                 "batch_size": self._source.batch_size,
                 "engine": ENGINE,
@@ -483,8 +478,7 @@ class Worker:
 
     def cost(self) -> Cost:
         """What the model costs to run."""
-        cost: Cost = self._source.cost(self._memory)
-        return cost
+        return self._source.cost(self._memory)
 
 
 _PREPARED: dict[str, PreparedTask] = {}
@@ -554,7 +548,8 @@ def ask(
 
 def answer_keys(prepared: PreparedTask, *model_digests: str) -> list[str]:
     """Journal key of each document: model, document with images, prompt, settings."""
-    settings = str(sorted(prepared.settings.model_dump().items()))
+    generation = prepared.spec.generation_of(prepared.profile).model_dump()
+    settings = str(sorted(generation.items()))
     return [
         digest_text(*model_digests, content, prompt, settings)[:40]
         for content, prompt in zip(prepared.content_digests, prepared.prompts, strict=True)

@@ -7,9 +7,11 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from kd_bench.distill.vision_language import VisionLanguageModel
 from kd_bench.evals import decoding
 from kd_bench.evals.benchmark import PLACEHOLDER, Answer, Question, Settings
 from kd_bench.evals.engine import Engine, plan_batches
+from kd_bench.evals.inputs import FixedRows, ImageStore, PromptBuilder, Ready
 from tests.support.eval_world import processor, talker
 
 SHORT = Settings(24, ("\n\n",))
@@ -134,8 +136,14 @@ def test_pictures_inside_the_question_stand_where_they_are_named(model: Any) -> 
         Question(3, f"two in front, none named {PLACEHOLDER}", of(3, 4), SHORT),
     ]
     engine = Engine(model, processor(), batch_size=4)
-    rows = engine._rows.rows(engine._ready(asked)[0])
-    image, each = engine._parts.image_token_id, engine._parts.image_token_count
+    parts, prompts, store = VisionLanguageModel(model), PromptBuilder(processor()), ImageStore()
+    ready = []
+    for question in asked:
+        images = store.get(question.image_key, question.images, processor().image_processor)
+        ready.append(Ready(question, images, prompts.render(question.text, len(images))))
+    with torch.inference_mode():
+        rows = FixedRows(parts, prompts, model.get_input_embeddings()).rows(ready)
+    image, each = parts.image_token_id, parts.image_token_count
     for row, pictures in zip(rows, (2, 2, 0, 2), strict=True):
         assert list(row.ids).count(image) == pictures * each
     ids = list(rows[0].ids)
