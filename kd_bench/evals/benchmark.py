@@ -88,13 +88,6 @@ class Answer:
     error: str = ""
 
 
-def settings_of(generation: dict[str, Any]) -> Settings:
-    """Settings from lmms-eval's `generation_kwargs`; without a cap, 1024 as its own models do."""
-    until = generation.get("until") or ()
-    stops = (until,) if isinstance(until, str) else tuple(until)
-    return Settings(int(generation.get("max_new_tokens") or 1024), stops)
-
-
 def lmms_eval() -> Any:
     """The module `lmms_eval.evaluator`; importing it costs seconds and about a gigabyte."""
     already = "lmms_eval.evaluator" in sys.modules
@@ -538,8 +531,8 @@ def validate(spec: TaskSpec) -> list[str]:
             )
         aggregator = profile.aggregator or spec.aggregator
         if aggregator not in AGGREGATORS:
-            known = list(AGGREGATORS)
-            problems.append(f"{where}: no aggregator {aggregator!r}.{closest(aggregator, known)}")
+            hint = closest(aggregator, list(AGGREGATORS))
+            problems.append(f"{where}: no aggregator {aggregator!r}.{hint}")
         if profile.rescore is not None and profile.rescore not in RULES:
             problems.append(f"{where}: no rule {profile.rescore!r} for raw answers")
         if config.get("output_type") != "generate_until":

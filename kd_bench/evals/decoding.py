@@ -560,9 +560,9 @@ class _RowByRow(LogitsProcessor):
 
     def __init__(self, mask: Tensor, constraints: Constraints, new_tokens: int) -> None:
         self._starts = (mask != 0).int().argmax(dim=1).tolist()  # first real token of each row
-        width = mask.shape[1]
         self._constraints = constraints
-        self._own = constraints.of_rows([width - start for start in self._starts], new_tokens)
+        prompts = [mask.shape[1] - start for start in self._starts]
+        self._own = constraints.of_rows(prompts, new_tokens)
         self.broken: set[int] = set()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

@@ -25,10 +25,6 @@ from kd_bench.errors import UsageError, closest, one_line
 from kd_bench.registry import TaskSpec
 
 
-class ImageError(ValueError):
-    """An image cannot be decoded."""
-
-
 class Document(dict[str, Any]):
     """One row. Columns that hold images are decoded at the first access, not before.
 
@@ -149,12 +145,12 @@ def decode_image(encoded: bytes) -> Image:
     """Decode an image as training does: RGB, upright by its EXIF tag.
 
     Raises:
-        ImageError: it is damaged or cut off.
+        Unreadable: it is damaged or cut off.
     """
     try:
         return open_image(encoded)
     except Unreadable as error:
-        raise ImageError(f"the image cannot be decoded: {error}") from error
+        raise Unreadable(f"the image cannot be decoded: {error}") from error
 
 
 def load_documents(spec: TaskSpec, folder: Path, profile: str | None = None) -> Documents:

@@ -72,7 +72,7 @@ class Engine:
             self._parts = VisionLanguageModel(model)
         self._processor = processor
         self._prompts = PromptBuilder(processor)
-        self._images = images or ImageStore()
+        self._images = ImageStore() if images is None else images
         self.path = path_of(self._parts)
         # Where attention is cut to a window, padding behind a prefix would count.
         layers = getattr(model.config.get_text_config(), "layer_types", None) or ()
@@ -138,7 +138,7 @@ class Engine:
         processor = self._processor.image_processor if self.path == "prefix" else None
         for question in batch:
             try:
-                images = self._images.get(question.image_key, question.images, processor)
+                images = self._images.prepared(question.image_key, question.images, processor)
                 prompt = self._prompts.render(question.text, len(images))
             except Exception as error:
                 failed.append(_failure(question, error, []))

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from kd_bench.distill.data import Unreadable
 from kd_bench.errors import IncompleteRunError, MissingExtraError, UsageError, one_line
-from kd_bench.evals.documents import ImageError, decode_image, load_documents
+from kd_bench.evals.documents import decode_image, load_documents
 from kd_bench.files import digest_files, read_json, write_json
 from kd_bench.registry import TaskSpec
 
@@ -70,13 +71,15 @@ def fetch(
 def _fetch_part(
     spec: TaskSpec, name: str, config: str | None, split: str, folder: Path, report: Report
 ) -> None:
-    lock = _read_lock(folder)
+    from huggingface_hub import hf_hub_download
+
+    repo, lock = spec.dataset.repo, _read_lock(folder)
     known = lock.get(name, {})
     pinned, locked = spec.dataset.revision, known.get("revision")
     commit, wanted = _listing(spec, config, split, str(pinned or locked or "main"))
     why = f"as {LOCK} says" if commit == locked else f"the newest: none is pinned, {LOCK} keeps it"
     why = "the pinned revision" if pinned else why
-    report(f"{name}: {spec.dataset.repo} at {commit}, {why}")
+    report(f"{name}: {repo} at {commit}, {why}")
     files = dict(known.get("files", {}))
     if locked != commit:
         # Under other names, files of another revision would be read beside the new ones.
@@ -89,9 +92,20 @@ def _fetch_part(
             report(f"{name}: {target.name} ({number} of {len(wanted)}) is there")
             continue
         report(f"{name}: {target.name} ({number} of {len(wanted)})")
-        _download(spec.dataset.repo, path, commit, target)
+        scratch = folder / ".incomplete" / name
+        try:
+            got = hf_hub_download(
+                repo, path, repo_type="dataset", revision=commit, local_dir=scratch
+            )
+        except Exception as error:
+            raise IncompleteRunError(
+                f"{repo}/{path} was not downloaded: {one_line(error)[:200]}",
+                "The same command goes on where it stopped.",
+            ) from error
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(got, target)
         files[target.name] = digest_files([target])
-        lock[name] = {"repo": spec.dataset.repo, "revision": commit, "files": files}
+        lock[name] = {"repo": repo, "revision": commit, "files": files}
         write_json(folder / LOCK, lock)
 
 
@@ -125,21 +139,6 @@ def _listing(
             "The data set has moved; correct repo, config or split in its YAML.",
         )
     return str(info.sha), sorted(chosen)
-
-
-def _download(repo: str, path: str, commit: str, target: Path) -> None:
-    from huggingface_hub import hf_hub_download
-
-    scratch = target.parent.parent / ".incomplete" / target.parent.name
-    try:
-        got = hf_hub_download(repo, path, repo_type="dataset", revision=commit, local_dir=scratch)
-    except Exception as error:
-        raise IncompleteRunError(
-            f"{repo}/{path} was not downloaded: {one_line(error)[:200]}",
-            "The same command goes on where it stopped.",
-        ) from error
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.move(got, target)
 
 
 def _read_lock(folder: Path) -> dict[str, Any]:
@@ -182,7 +181,7 @@ def verify(
             seen.add(digest)
             try:
                 decode_image(documents.encoded(index, column) or b"")
-            except ImageError as error:
+            except Unreadable as error:
                 found.problems.append(f"{spec.id}: document {index}, {column}: {error}")
         found.images += len(seen)
     return found

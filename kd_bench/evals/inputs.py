@@ -143,22 +143,18 @@ def _bytes(value: Any) -> int:
     if isinstance(value, Tensor):
         return value.nbytes
     if isinstance(value, Prepared):
-        return value.pixels.nbytes + (
-            3 * value.image.width * value.image.height if value.image else 0
-        )
+        width, height = value.image.size if value.image else (0, 0)
+        return value.pixels.nbytes + 3 * width * height
     return sum(map(_bytes, value))
 
 
-class ImageStore:
+class ImageStore(Remembered):
     """Prepared images by key.
 
     Equal image processors share entries, so several checkpoints of one family prepare once.
     """
 
-    def __init__(self) -> None:
-        self._entries = Remembered()
-
-    def get(
+    def prepared(
         self, key: str, decode: Callable[[], Sequence[Image]], processor: Any
     ) -> list[Prepared]:
         """The images behind `key`; an empty key is prepared anew each time.
@@ -166,19 +162,19 @@ class ImageStore:
         Without a processor they are decoded and kept as they are.
         """
         place = (_identity(processor), key)
-        if key and place in self._entries:
-            return self._entries[place]
-        prepared = []
+        if key and place in self:
+            return self[place]
+        made = []
         for image in decode():
             rgb = image if image.mode == "RGB" else image.convert("RGB")
             if processor is None:
-                prepared.append(Prepared(pixel_digest(rgb), torch.empty(0), rgb))
+                made.append(Prepared(pixel_digest(rgb), torch.empty(0), rgb))
                 continue
             pixels = processor(images=[rgb], return_tensors="pt")["pixel_values"]
-            prepared.append(Prepared(pixel_digest(rgb), torch.as_tensor(pixels[0])))
+            made.append(Prepared(pixel_digest(rgb), torch.as_tensor(pixels[0])))
         if key:
-            self._entries[place] = prepared
-        return prepared
+            self[place] = made
+        return made
 
 
 def _identity(processor: Any) -> str:

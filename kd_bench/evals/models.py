@@ -17,7 +17,7 @@ from kd_bench.distill.models import quiet as silence
 from kd_bench.distill.recipe import Term
 from kd_bench.distill.vision_language import VisionLanguageModel, check_pair, put_vision
 from kd_bench.errors import IncompleteRunError, UsageError, closest, explained, one_line
-from kd_bench.evals.benchmark import Answer, Question, Settings, lmms_eval, quiet, settings_of
+from kd_bench.evals.benchmark import Answer, Question, Settings, lmms_eval, quiet
 from kd_bench.evals.checkpoint import Checkpoint, StockModel, best_device, chosen_dtype
 from kd_bench.evals.engine import NOT_FINITE, Engine, MemoryMeter, measure, size_of
 from kd_bench.evals.inputs import ImageStore
@@ -31,11 +31,10 @@ class _Generative(lmms):
 
     is_simple = True
 
-    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        raise NotImplementedError("kd-bench answers questions; it does not rank given answers")
+    def loglikelihood(self, requests: list[Any]) -> Any:
+        raise NotImplementedError("kd-bench asks one question at a time and ranks no given answers")
 
-    def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
-        raise NotImplementedError("kd-bench asks one question at a time")
+    generate_until_multi_round = loglikelihood
 
     def clean(self) -> None:
         """lmms-eval would delete the model after the first task."""
@@ -235,11 +234,15 @@ def _question(task_dict: Any, number: int, request: Any, key: str) -> Question:
     """lmms-eval's request (prompt, settings, doc_to_visual, document, task, split) as ours."""
     text, generation, to_visual, document, task, split = request.args
     documents = task_dict[task][split]
+    until = generation.get("until") or ()
+    stops = (until,) if isinstance(until, str) else tuple(until)
+    # Without a cap, 1024 as lmms-eval's own models have it.
+    settings = Settings(int(generation.get("max_new_tokens") or 1024), stops)
 
     def images() -> list[Any]:
         return list(to_visual(documents[document]) or [])
 
-    return Question(number, text, images, settings_of(generation), key)
+    return Question(number, text, images, settings, key)
 
 
 # Packages whose module has another name, as far as lmms-eval's models import them.

@@ -22,7 +22,7 @@ from PIL import Image
 
 from kd_bench.distill.build import build_processor
 from kd_bench.evals import inputs
-from kd_bench.evals.benchmark import Question, Settings, lmms_eval, prepare, quiet, settings_of
+from kd_bench.evals.benchmark import Question, Settings, lmms_eval, prepare, quiet
 from kd_bench.evals.engine import Engine
 from kd_bench.evals.models import KdBench
 from kd_bench.registry import load_suite, load_task
@@ -79,7 +79,7 @@ def mini_questions() -> list[Question]:
     for task in load_suite("mini").tasks:
         spec = load_task(task)
         prepared = prepare(spec, data)
-        settings = settings_of(spec.generation.model_dump())
+        settings = Settings(spec.generation.max_new_tokens, tuple(spec.generation.until))
         for document, prompt, key in zip(
             prepared.documents, prepared.prompts, prepared.image_digests, strict=True
         ):

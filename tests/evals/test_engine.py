@@ -139,7 +139,7 @@ def test_pictures_inside_the_question_stand_where_they_are_named(model: Any) -> 
     parts, prompts, store = VisionLanguageModel(model), PromptBuilder(processor()), ImageStore()
     ready = []
     for question in asked:
-        images = store.get(question.image_key, question.images, processor().image_processor)
+        images = store.prepared(question.image_key, question.images, processor().image_processor)
         ready.append(Ready(question, images, prompts.render(question.text, len(images))))
     with torch.inference_mode():
         rows = FixedRows(parts, prompts, model.get_input_embeddings()).rows(ready)
