@@ -92,11 +92,9 @@ def _fetch_part(
             report(f"{name}: {target.name} ({number} of {len(wanted)}) is there")
             continue
         report(f"{name}: {target.name} ({number} of {len(wanted)})")
-        scratch = folder / ".incomplete" / name
+        aside = folder / ".incomplete" / name
         try:
-            got = hf_hub_download(
-                repo, path, repo_type="dataset", revision=commit, local_dir=scratch
-            )
+            got = hf_hub_download(repo, path, repo_type="dataset", revision=commit, local_dir=aside)
         except Exception as error:
             raise IncompleteRunError(
                 f"{repo}/{path} was not downloaded: {one_line(error)[:200]}",
