@@ -258,7 +258,7 @@ CONTENT_COLUMNS: dict[str, Any] = {
 }
 """Further columns of a sample, with what they hold in runs that were stored without them.
 
-What the answer says whatever its form (`evals.content`), what that is worth in [0, 1], and the
+What the answer says whatever its form (`evals.scoring`), what that is worth in [0, 1], and the
 generated tokens, those of a thought among them.
 """
 
