@@ -112,15 +112,14 @@ def test_answers_equal_generate_of_transformers(model: Any, one_by_one: dict[int
 
 
 def test_each_picture_is_encoded_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(model, processor(), batch_size=4)
-    encode, seen = engine._parts.image_embeddings, []
+    encode, seen = VisionLanguageModel.image_embeddings, []
 
-    def counted(inputs: Any) -> Any:
+    def counted(self: VisionLanguageModel, inputs: Any) -> Any:
         seen.append(len(inputs["pixel_values"]))
-        return encode(inputs)
+        return encode(self, inputs)
 
-    monkeypatch.setattr(engine._parts, "image_embeddings", counted)
-    ask(engine, questions())
+    monkeypatch.setattr(VisionLanguageModel, "image_embeddings", counted)
+    ask(Engine(model, processor(), batch_size=4), questions())
     assert sum(seen) == 11
 
 
@@ -192,31 +191,30 @@ def test_an_unreadable_picture_is_a_counted_error(model: Any) -> None:
 def test_out_of_memory_at_any_batch_gives_the_same_answers(
     model: Any, one_by_one: dict[int, Answer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = Engine(model, processor(), batch_size=32)
-    decode = engine._decoder.decode
+    decode = decoding.Decoder.decode
 
-    def small_memory(rows: Any, settings: Any, share: bool) -> Any:
+    def small_memory(self: Any, rows: Any, settings: Any, share: bool) -> Any:
         if len(rows) > 5:
             raise torch.OutOfMemoryError("out of memory")
-        return decode(rows, settings, share)
+        return decode(self, rows, settings, share)
 
-    monkeypatch.setattr(engine._decoder, "decode", small_memory)
+    monkeypatch.setattr(decoding.Decoder, "decode", small_memory)
+    engine = Engine(model, processor(), batch_size=32)
     assert facts(ask(engine, questions())) == facts(one_by_one)
 
 
 def test_a_failing_question_does_not_cost_its_neighbours(
     model: Any, one_by_one: dict[int, Answer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = Engine(model, processor(), batch_size=32)
-    rows = engine._rows.rows
+    rows = FixedRows.rows
 
-    def poisoned(ready: Any) -> Any:
+    def poisoned(self: FixedRows, ready: Any) -> Any:
         if any(item.question.index == 17 for item in ready):
             raise RuntimeError("device-side assert")
-        return rows(ready)
+        return rows(self, ready)
 
-    monkeypatch.setattr(engine._rows, "rows", poisoned)
-    answers = facts(ask(engine, questions()))
+    monkeypatch.setattr(FixedRows, "rows", poisoned)
+    answers = facts(ask(Engine(model, processor(), batch_size=32), questions()))
     assert answers.pop(17)[1] == "error"
     expected = facts(one_by_one)
     del expected[17]
