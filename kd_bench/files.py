@@ -26,7 +26,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as folder:
             aside = Path(folder) / path.name
             yield aside
-            _write_into(path, aside.read_bytes())
+            try:  # nothing is made, cut short or renamed
+                with os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND), "wb") as stream:
+                    stream.write(aside.read_bytes())
+            except OSError as error:
+                error.filename = error.filename or str(path)
+                raise
         return
     if path.is_symlink():
         path = Path(os.path.realpath(path))
@@ -38,7 +43,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
-        temporary.chmod(0o666 & ~_umask())
+        os.umask(mask := os.umask(0))  # it can only be read by setting it
+        temporary.chmod(0o666 & ~mask)
         temporary.replace(path)
     except OSError as error:
         if error.filename is None or error.filename == name:  # a full disk names no file
@@ -104,22 +110,6 @@ def _is_stream(path: Path) -> bool:
         return False
     # `/dev/stdout` is a regular file after `> file`, which the shell still holds open.
     return not path.is_file() or path.parts[:2] in (("/", "dev"), ("/", "proc"))
-
-
-def _write_into(path: Path, data: bytes) -> None:
-    """Append to what is there; nothing is made, cut short or renamed."""
-    try:
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND), "wb") as stream:
-            stream.write(data)
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 MARKER = ".kd-bench"

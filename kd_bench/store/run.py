@@ -414,7 +414,8 @@ def held_run(results: Path, wanted: RunManifest) -> Iterator[Run]:
 
 def _place(results: Path, wanted: RunManifest) -> Run:
     """The folder that holds, or will hold, the results of this identity under this name."""
-    tail = _tail_of(wanted)
+    weights, identity = wanted.model.weights_digest, wanted.identity.digest
+    tail = f"{slug(wanted.model.name)}-{weights[:8]}-{identity[:8]}"
     for path in sorted((results / "runs").glob("*/manifest.json"), reverse=True):
         run = Run(path.parent)
         try:
@@ -429,11 +430,6 @@ def _place(results: Path, wanted: RunManifest) -> Run:
     # A folder whose manifest was lost still has its journal.
     kept = sorted(path for path in (results / "runs").glob(f"*-{tail}") if _tail(path) == tail)
     return Run(kept[-1] if kept else results / "runs" / f"{datetime.now(UTC):%Y%m%d}-{tail}")
-
-
-def _tail_of(wanted: RunManifest) -> str:
-    weights, identity = wanted.model.weights_digest, wanted.identity.digest
-    return f"{slug(wanted.model.name)}-{weights[:8]}-{identity[:8]}"
 
 
 def _tail(path: Path) -> str:

@@ -10,6 +10,7 @@ import ast
 import re
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -202,6 +203,7 @@ def vqav2_rows(scene: Scene, rng: Random) -> list[Row]:
     question = ask(scene, rng, (*SEEING, "same", "background"))
     assert question is not None
     answers = ten_answers(question.english, question.answer, 0.2, rng)
+    kinds, number = dict.fromkeys(("yes", "no"), "yes/no"), question.answer.isdigit()
     return [
         {
             "question_type": " ".join(question.english.lower().split()[:2]),
@@ -211,16 +213,12 @@ def vqav2_rows(scene: Scene, rng: Random) -> list[Row]:
                 for k, answer in enumerate(answers)
             ],
             "image_id": 0,
-            "answer_type": _answer_type(question.answer),
+            "answer_type": kinds.get(question.answer, "number" if number else "other"),
             "question_id": 0,
             "question": question.english,
             "image": scene,
         }
     ]
-
-
-def _answer_type(answer: str) -> str:
-    return "yes/no" if answer in ("yes", "no") else "number" if answer.isdigit() else "other"
 
 
 def gqa_rows(scene: Scene, rng: Random) -> list[Row]:
@@ -392,14 +390,6 @@ def vizwiz_scene(rng: Random, split: str) -> Scene:
     return sample_scene(rng, split, rng.choice(["single", "single", "sign"]), blur)
 
 
-def _full(rng: Random, split: str) -> Scene:
-    return sample_scene(rng, split)
-
-
-def _signed(rng: Random, split: str) -> Scene:
-    return sample_scene(rng, split, "sign")
-
-
 def _either(rng: Random, split: str) -> Scene:
     return sample_scene(rng, split, "sign" if rng.randrange(4) == 0 else "full")
 
@@ -410,13 +400,13 @@ BUILDERS: dict[str, tuple[Builder, Callable[[Random, str], Scene]]] = {
     "mme": (mme_rows, _either),
     "mmbench_en": (mmbench_en_rows, _either),
     "mmbench_cn": (mmbench_cn_rows, _either),
-    "vqav2": (vqav2_rows, _full),
-    "gqa": (gqa_rows, _full),
-    "scienceqa_img": (scienceqa_rows, _full),
-    "mmmu": (mmmu_rows, _full),
-    "textvqa": (textvqa_rows, _signed),
+    "vqav2": (vqav2_rows, sample_scene),
+    "gqa": (gqa_rows, sample_scene),
+    "scienceqa_img": (scienceqa_rows, sample_scene),
+    "mmmu": (mmmu_rows, sample_scene),
+    "textvqa": (textvqa_rows, partial(sample_scene, kind="sign")),
     "vizwiz_vqa": (vizwiz_rows, vizwiz_scene),
-    "pope": (pope_rows, _full),
+    "pope": (pope_rows, sample_scene),
 }
 BENCHMARKS = tuple(BUILDERS)
 

@@ -7,7 +7,8 @@ into the user's cache folder on first use.
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from random import Random
@@ -31,8 +32,7 @@ ERROR = 0.25
 STUDY_ERRORS = (0.0, 0.1, 0.25, 0.4)
 # What is learnt before that: folder -> kinds of conversation, how many of each. One file a stage,
 # a little of the earlier stages in each.
-Files = dict[str, dict[str, int]]
-TEACHER_FILES: Files = {
+TEACHER_FILES: dict[str, dict[str, int]] = {
     "teacher/letters": {"letters": 10000},
     "teacher/captions": {"captions": 8000, "letters": 2000},
     "teacher/lists": {"shuffled": 11000, "shuffled_cn": 5500, "letters": 3000, "captions": 2000},
@@ -61,38 +61,32 @@ def build_world(folder: Path, seed: int = 0, *, teacher: bool = False, study: bo
         study: add the labelled conversations at the error rates of `STUDY_ERRORS`.
     """
     folder = Path(folder)
-    _once(folder, f"world-{VERSION}-seed-{seed}", lambda: _write_world(folder, seed))
-    if teacher:
-        done = f"teacher-{VERSION}-seed-{seed}"
-        _once(folder, done, lambda: _write_files(folder, TEACHER_FILES, seed))
-    if study:
-        done = f"study-{VERSION}-seed-{seed}"
-        _once(folder, done, lambda: _write_study(folder, seed))
+    with _missing(folder, f"world-{VERSION}-seed-{seed}") as missing:
+        if missing:
+            write_conversations(folder / "train", labelled_conversations(ERROR, seed))
+            for split in ("validation", "test"):
+                write_test_sets(folder / split, split, seed)
+    with _missing(folder, f"teacher-{VERSION}-seed-{seed}", teacher) as missing:
+        for name, kinds in TEACHER_FILES.items() if missing else ():
+            made = [conversations(name, kind, count, seed) for kind, count in kinds.items()]
+            write_conversations(folder / name, [(one, one[1]) for kind in made for one in kind])
+    with _missing(folder, f"study-{VERSION}-seed-{seed}", study) as missing:
+        for error in STUDY_ERRORS if missing else ():
+            name = f"study/errors-{round(100 * error):02d}"
+            write_conversations(folder / name, labelled_conversations(error, seed))
 
 
-def _once(folder: Path, marker: str, write: Callable[[], None]) -> None:
-    """Run `write` unless the marker, written last, says that it has been run."""
+@contextmanager
+def _missing(folder: Path, marker: str, wanted: bool = True) -> Iterator[bool]:
+    """Whether something that is wanted has still to be written; the marker then says that it is."""
     done = folder / f".{marker}"
-    if done.exists():
+    if done.exists() or not wanted:
+        yield False
         return
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
-        if done.exists():
-            return
-        write()
+        yield not done.exists()
         done.touch()
-
-
-def _write_world(folder: Path, seed: int) -> None:
-    write_conversations(folder / "train", labelled_conversations(ERROR, seed))
-    for split in ("validation", "test"):
-        write_test_sets(folder / split, split, seed)
-
-
-def _write_study(folder: Path, seed: int) -> None:
-    for error in STUDY_ERRORS:
-        name = f"study/errors-{round(100 * error):02d}"
-        write_conversations(folder / name, labelled_conversations(error, seed))
 
 
 def labelled_conversations(
@@ -105,12 +99,6 @@ def labelled_conversations(
     rng = Random(f"kd-bench world {seed} annotators")
     made = conversations("train", "mixture", count, seed)
     return [((scenes, turns), labelled(turns, error, rng)) for scenes, turns in made]
-
-
-def _write_files(folder: Path, files: Files, seed: int) -> None:
-    for name, kinds in files.items():
-        made = [conversations(name, kind, count, seed) for kind, count in kinds.items()]
-        write_conversations(folder / name, [(one, one[1]) for kind in made for one in kind])
 
 
 def write_conversations(folder: Path, items: Sequence[tuple[Conversation, list[Turn]]]) -> None:

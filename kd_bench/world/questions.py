@@ -75,11 +75,6 @@ def _of_a_shape(kind: str, scene: Scene, rng: Random) -> Question | None:
     return Question(kind, english.format(word), zh.format(chinese(word)), answer, wrong)
 
 
-def _counted(rng: Random, answer: int) -> tuple[str, ...]:
-    near = [str(n) for n in (answer - 1, answer + 1) if n >= 0]
-    return _others(rng, str(answer), [str(n) for n in range(4)], near)
-
-
 def count(scene: Scene, rng: Random) -> Question | None:
     """Ask how many shapes there are, in all or of one kind or colour."""
     what = rng.randrange(3)
@@ -93,7 +88,9 @@ def count(scene: Scene, rng: Random) -> Question | None:
         colour = rng.choice(scene.shapes).colour
         n = sum(s.colour == colour for s in scene.shapes)
         english, zh = f"How many shapes are {colour}?", f"图中有几个{chinese(colour)}的图形?"
-    return Question("count", english, zh, str(n), _counted(rng, n))
+    near = [str(k) for k in (n - 1, n + 1) if k >= 0]
+    wrong = _others(rng, str(n), [str(k) for k in range(4)], near)
+    return Question("count", english, zh, str(n), wrong)
 
 
 def plural(name: str) -> str:

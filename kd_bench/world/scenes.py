@@ -134,24 +134,7 @@ class Scene:
         return "Wall" if a.row == b.row else "Stairs"
 
 
-def _shape(rng: Random, name: str, cell: int) -> Shape:
-    return Shape(name, rng.choice(COLOURS), rng.choice(SIZES), cell)
-
-
-def _sign(rng: Random, cell: int, number: bool) -> Sign:
-    text = str(rng.randrange(10, 100)) if number else rng.choice(SIGN_WORDS)
-    return Sign(text, cell)
-
-
-def _names(rng: Random, count: int) -> list[str]:
-    """Mostly different kinds, sometimes one kind twice."""
-    names = rng.sample(SHAPES, count)
-    if count > 2 and rng.randrange(5) < 2:
-        names[1] = names[0]
-    return names
-
-
-def _draft(rng: Random, kind: str) -> Scene:
+def _draft(rng: Random, kind: str, blur: int) -> Scene:
     """Sample one scene of any split; kind is full | single | sign | plate."""
     background = rng.choice(BACKGROUNDS)
     frame = rng.choice(FRAMES) if rng.randrange(4) == 0 else ""
@@ -165,23 +148,26 @@ def _draft(rng: Random, kind: str) -> Scene:
     else:
         count, signs = rng.randint(2, 3), int(rng.randrange(3) == 0)
     cells = rng.sample(range(GRID * GRID), count)
+    names = rng.sample(SHAPES, count)
+    if count > 2 and rng.randrange(5) < 2:  # mostly different kinds, sometimes one kind twice
+        names[1] = names[0]
     shapes = tuple(
-        _shape(rng, name, cell) for name, cell in zip(_names(rng, count), cells, strict=True)
+        Shape(name, rng.choice(COLOURS), rng.choice(SIZES), cell)
+        for name, cell in zip(names, cells, strict=True)
     )
     free = [cell for cell in range(GRID * GRID) if cell not in cells]
-    first_number = bool(rng.randrange(2))
-    plates = tuple(
-        _sign(rng, cell, number=first_number != bool(k))
-        for k, cell in enumerate(rng.sample(free, signs))
-    )
-    return Scene(background, shapes, plates, frame, 0, grain)
+    number = bool(rng.randrange(2))
+    plates = []
+    for cell in rng.sample(free, signs):
+        plates.append(Sign(str(rng.randrange(10, 100)) if number else rng.choice(SIGN_WORDS), cell))
+        number = not number
+    return Scene(background, shapes, tuple(plates), frame, blur, grain)
 
 
 def sample_scene(rng: Random, split: str, kind: str = "full", blur: int = 0) -> Scene:
     """Sample a scene of a split: kind is full, sign, single (one shape) or plate (one sign)."""
     while True:
-        draft = _draft(rng, kind)
-        scene = Scene(draft.background, draft.shapes, draft.signs, draft.frame, blur, draft.grain)
+        scene = _draft(rng, kind, blur)
         if scene.split() == split:
             return scene
 
