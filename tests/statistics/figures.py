@@ -1,6 +1,6 @@
 """The figures behind the gate, measured by simulation and printed as one table.
 
-python -m tests.statistics.figures            2,000 simulated pairs, half an hour on 2 cores
+python -m tests.statistics.figures            2,000 simulated pairs, an hour or more on 2 cores
 python -m tests.statistics.figures --quick    a tenth of that
 """
 
