@@ -68,18 +68,9 @@ app.add_typer(runs.app, name="runs")
 
 # Packages that the extras `train` and, with lmms_eval, `eval` install.
 _OPTIONAL = {
-    "torch",
-    "torchvision",
-    "transformers",
-    "accelerate",
-    "peft",
-    "safetensors",
-    "datasets",
-    "tokenizers",
-    "huggingface_hub",
-    "lmms_eval",
-    "decord",
-}
+    "torch", "torchvision", "transformers", "accelerate", "peft", "safetensors", "datasets",
+    "tokenizers", "huggingface_hub", "lmms_eval", "decord",
+}  # fmt: skip
 _TRAIN_IS_ENOUGH = ("train", "convert", "data show", "tasks fetch")
 
 
@@ -104,29 +95,10 @@ def main() -> None:
         if not isinstance(stop.__context__, OSError):
             raise
         code = _explain(stop.__context__, arguments)
-    except (
-        KdBenchError,
-        ModuleNotFoundError,
-        KeyboardInterrupt,
-        typer.Abort,
-        OSError,
-        MemoryError,
-    ) as error:
+    except (Exception, KeyboardInterrupt) as error:
         if debug:
             raise
         code = _explain(error, arguments)
-    except UnicodeEncodeError as error:  # pyarrow wants names in UTF-8
-        if debug:
-            raise
-        name = error.object.encode("utf-8", "replace").decode()
-        _complain(f"{name!r} is not UTF-8 in this locale. Rename it, or set LC_ALL=C.UTF-8.")
-        code = ExitCode.USAGE
-    except Exception as error:
-        if debug:
-            raise
-        _complain(f"Internal error: {type(error).__name__}: {one_line(error)}")
-        _complain("Run the command again with --debug and report the traceback.")
-        code = ExitCode.INTERNAL
     if (lost := process.lost_output()) is not None:
         _complain(f"Standard output: {lost.strerror}; what was printed is not whole. Make room.")
         code = code or ExitCode.INCOMPLETE  # a verdict stays the verdict's
@@ -159,18 +131,18 @@ def _recipe_setting(error: Any) -> str | None:
 
 def _explain(error: BaseException, arguments: list[str]) -> int:
     """Print what went wrong and the hint; the exit code."""
-    missing, extra = None, ""
-    if isinstance(error, MissingExtraError):
-        missing, extra = error.module, error.extra
-    elif isinstance(error, ModuleNotFoundError):
-        missing = error.name or ""
-        if missing.partition(".")[0] not in _OPTIONAL:
-            _complain(f"Internal error: {one_line(error)}")
-            return ExitCode.INTERNAL
-    if missing is not None:  # only here it is known what the user typed
+    module = ""
+    if isinstance(error, MissingExtraError | ModuleNotFoundError):
+        module = error.module if isinstance(error, MissingExtraError) else error.name or ""
+        module = module.partition(".")[0]
+    if isinstance(error, MissingExtraError) or module in _OPTIONAL:
+        # Only here it is known what the user typed.
         command = " ".join(arguments[: 2 if arguments[0] in ("data", "tasks", "runs") else 1])
+        extra = error.extra if isinstance(error, MissingExtraError) else ""
         extra = extra or ("train" if command in _TRAIN_IS_ENOUGH else "eval")
-        error = MissingExtraError(command, extra, missing.partition(".")[0])
+        error = MissingExtraError(command, extra, module)
+    if isinstance(error, OSError):
+        error = _os_error(error)
     if isinstance(error, KdBenchError):
         _complain(one_line(error))
         return error.exit_code
@@ -180,10 +152,13 @@ def _explain(error: BaseException, arguments: list[str]) -> int:
     if isinstance(error, MemoryError):
         _complain("Out of memory. Use a smaller --batch-size or batch_size=; nothing done is lost.")
         return ExitCode.INCOMPLETE
-    assert isinstance(error, OSError)
-    told = _os_error(error)
-    _complain(one_line(told))
-    return told.exit_code
+    if isinstance(error, UnicodeEncodeError):  # pyarrow wants names in UTF-8
+        name = error.object.encode("utf-8", "replace").decode()
+        _complain(f"{name!r} is not UTF-8 in this locale. Rename it, or set LC_ALL=C.UTF-8.")
+        return ExitCode.USAGE
+    _complain(f"Internal error: {type(error).__name__}: {one_line(error)}")
+    _complain("Run the command again with --debug and report the traceback.")
+    return ExitCode.INTERNAL
 
 
 # What a full or failing disk raises: something that was under way is lost.

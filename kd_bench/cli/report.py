@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from kd_bench.cli.options import RESULTS, Results
+from kd_bench.cli.options import RESULTS, Results, comma_separated
 from kd_bench.errors import UsageError
 
 
@@ -96,7 +96,9 @@ def report(
             suite=suite,
             compare=compare,
             main=main,
-            paper=Paper(_names(benchmarks), _names(methods)) if latex else None,
+            paper=Paper(comma_separated(benchmarks) or [], comma_separated(methods) or [])
+            if latex
+            else None,
             console=Console(),
             allow_empty=False,
         )
@@ -121,8 +123,3 @@ def _not_among_runs(to: Path, results: Path) -> None:
         runs = folder.name == "runs" and any(folder.glob("*/manifest.json"))
         if runs or folder == (results / "runs").resolve():
             raise UsageError(f"{to} lies in {folder}, which holds runs.", "Give another --to.")
-
-
-def _names(text: str | None) -> list[str]:
-    """`a, b` -> [a, b]."""
-    return [name.strip() for name in (text or "").split(",") if name.strip()]
