@@ -137,13 +137,16 @@ class Student:
 
     @property
     def folder(self) -> Path:
+        """Where its training writes."""
         return self.root / f"{self.method}-seed{self.seed}"
 
     @property
     def checkpoint(self) -> str:
+        """The finished student."""
         return str(self.folder / "final")
 
     def train(self) -> list[str]:
+        """The command that trains it."""
         settings = [f"method={self.method}", f"seed={self.seed}", f"output={self.folder}"]
         return ["train", "mini", *settings, *self.settings]
 
@@ -235,9 +238,11 @@ class Cell:
 
     @property
     def name(self) -> str:
+        """Of its folders."""
         return f"errors{self.error:02d}-labels{self.count}"
 
     def student(self, method: str, seed: int) -> Student:
+        """A training on the labels of this cell."""
         data = f"embedded:data/study/errors-{self.error:02d}/conversations.json"
         settings = (f"data.path={data}", f"data.limit={self.count}")
         return Student(method, seed, STUDY / self.name, settings)

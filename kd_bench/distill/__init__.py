@@ -1,0 +1,1 @@
+"""Training: terms over student, teacher and visual switch, on transformers' Trainer."""

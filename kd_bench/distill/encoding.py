@@ -415,6 +415,7 @@ class Collator:
         self.padding = {"input_ids": pad_token_id, "labels": IGNORED}
 
     def __call__(self, made: Sequence[EncodedSample | UnreadableSample]) -> dict[str, Any]:
+        """One batch, with the indices and reasons of samples that are unreadable."""
         samples = [sample for sample in made if isinstance(sample, dict)]
         lost = [(each.index, each.reason) for each in made if isinstance(each, UnreadableSample)]
         if not samples:  # nothing to learn, but every device has to take its step

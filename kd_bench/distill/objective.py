@@ -23,8 +23,9 @@ from kd_bench.distill.recipe import KNEE_OPTIONS, Term
 
 
 def count_items(batch: Mapping[str, Tensor], image_token_id: int) -> dict[str, Tensor]:
-    """What the sums of the terms are divided by, so that they are the same on any number of
-    micro-batches and devices once these counts are added up over them.
+    """What the sums of the terms are divided by.
+
+    Added up over micro-batches and devices, the terms are the same on any number of them.
 
     Returns:
         answers: positions whose next token is supervised.

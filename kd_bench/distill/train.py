@@ -81,6 +81,7 @@ class TrainingState:
             write_json(self.folder / "lineage.json", self.lineage)
 
     def say(self, text: str) -> None:
+        """Print a line, on the main process alone."""
         if self.is_main:
             self.console.print(text, highlight=False, soft_wrap=True)
 

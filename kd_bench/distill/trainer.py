@@ -133,6 +133,7 @@ class ProgressReport(TrainerCallback):
     _step: int = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Start clock and bar; cut the log back to the step that is resumed from."""
         self._clock, self._step = time.perf_counter(), state.global_step
         if not state.is_world_process_zero:
             return
@@ -168,10 +169,12 @@ class ProgressReport(TrainerCallback):
         write_text(path, "".join(kept))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Move the bar."""
         if self._bar is not None:
             self._bar.update(self._task, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Write a line of the log and show it."""
         if not logs or "loss" not in logs:
             return
         now = time.perf_counter()
@@ -202,6 +205,7 @@ class ProgressReport(TrainerCallback):
             )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Close the bar."""
         self.close()
 
     def close(self) -> None:
@@ -267,9 +271,11 @@ class EpochOrderCallback(TrainerCallback):
         self.order = order
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Set the order of the epoch that the step lies in."""
         self.order.set_epoch(state.global_step // self.order.steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Log the last step, and leave saving to the stage."""
         if state.global_step >= state.max_steps:
             control.should_log = True
             control.should_save = False  # the stage's own model follows at once

@@ -177,6 +177,7 @@ class VisionLanguageModel:
 
     @property
     def image_token_id(self) -> int:
+        """The id that stands for an image in `input_ids`."""
         return int(self.config.image_token_id)
 
     @property
@@ -242,8 +243,10 @@ class VisionLanguageModel:
         return output.last_hidden_state
 
     def image_embeddings(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """Projected image tokens [image tokens, hidden]: for the input, then for each DeepStack
-        layer (arXiv 2406.04334)."""
+        """Projected image tokens [image tokens, hidden]: for the input, then for each layer.
+
+        Layers are those of DeepStack (arXiv 2406.04334).
+        """
         get = self.core.get_image_features
         output = get(**self._given(inputs, get))
         embeddings = getattr(output, "pooler_output", output)

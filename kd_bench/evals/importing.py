@@ -287,7 +287,7 @@ def _entries(spec: TaskSpec, log: Path, counts: dict[str, int]) -> list[Entry]:
 
 
 def _read_log(path: Path) -> Iterator[Entry]:
-    """Samples line by line: a line ends at `\\n` alone, whatever Unicode has besides."""
+    r"""Samples line by line: a line ends at `\n` alone, whatever Unicode has besides."""
     blank = 0
     with path.open("rb") as stream:
         for number in range(1, 1 << 62):
