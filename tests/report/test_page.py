@@ -16,6 +16,7 @@ import pytest
 
 from kd_bench.report import render_report
 from kd_bench.report.history import render_training
+from kd_bench.report.page import run_facts
 from tests.support.report_store import (
     TASKS,
     Model,
@@ -314,3 +315,15 @@ def test_sft_rows_beside_the_floor_are_filtered_by_a_button_of_their_own(tmp_pat
     assert sorted(rows) == ["kd", "sft", "sft-other", "sft-other"]
     heads = re.findall(r'<tbody data-role="([^"]*)">.*?<span>([^<]*)</span>', page, re.DOTALL)
     assert all(dict(buttons)[role] == title for role, title in heads)
+
+
+def test_run_facts_tell_how_to_make_the_number_again(tmp_path: Path) -> None:
+    training = {"method": "switch-kd", "teacher": {"weights_sha256": "ab" * 32}, "stages": {}}
+    model = Model("mine", "kd", "switch-kd", 0.5, 7)
+    run = add_run(tmp_path, model, tasks=("gqa",), units=2, training=training)
+    facts = dict(run_facts(run.manifest))
+    assert facts["Command"] == "kd-bench eval checkpoints/mine --suite mini"
+    assert facts["Seed"] == "7"
+    assert facts["Weights digest"] == run.manifest.model.weights_digest
+    assert facts["Training teacher weights sha256"] == "ab" * 32
+    assert facts["Hardware cpu"] == "2 cores"
