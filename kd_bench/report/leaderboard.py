@@ -1,8 +1,7 @@
 """Tables of measured rows: the leaderboard in three views, and the runs of a store."""
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 from kd_bench.errors import KdBenchError
 from kd_bench.records import AVERAGE, Interval, RunManifest
@@ -20,21 +19,29 @@ from kd_bench.report.tables import (
 )
 from kd_bench.store import Catalogue, Run, missing_tasks
 
-if TYPE_CHECKING:
-    pass
-
 Mode = Literal["scores", "differences", "retention"]
-MODES: tuple[tuple[Mode, str], ...] = (
-    ("scores", "Scores"),
-    ("differences", "Difference from SFT"),
-    ("retention", "Retention"),
-)
-KINDS: dict[Mode, Kind] = {"scores": "score", "differences": "difference", "retention": "percent"}
-TITLES: dict[Mode, str] = {
-    "scores": "Leaderboard",
-    "differences": "Differences from SFT, in points",
-    "retention": "Retention: share of the teacher's score, in percent",
-}
+
+
+class View(NamedTuple):
+    """What the columns of benchmarks show: the button's name, the table's title, the numbers."""
+
+    name: str
+    title: str
+    kind: Kind
+    of: Callable[[Entry], dict[str, Score]]
+
+
+VIEWS: dict[Mode, View] = {
+    "scores": View("Scores", "Leaderboard", "score", lambda entry: entry.scores),
+    "differences": View(
+        "Difference from SFT", "Differences from SFT, in points", "difference",
+        lambda entry: entry.differences,
+    ),
+    "retention": View(
+        "Retention", "Retention: share of the teacher's score, in percent", "percent",
+        lambda entry: entry.retentions,
+    ),
+}  # fmt: skip
 MINI = "Embedded mini world: not the real benchmarks."
 BOLD = "Bold: the best student, and all that are not shown to be behind it; {second}: the next."
 # Relations and costs: the same in every view.
@@ -56,11 +63,12 @@ SUMMARY = (
 
 def leaderboard(board: Board, mode: Mode = "scores") -> Table:
     """Every column of the leaderboard: benchmarks, average, relations, cost."""
-    kind = KINDS[mode]
+    view = VIEWS[mode]
     benchmarks = [
-        Column(task.id, task.short, kind, task.group, (), True, task.title) for task in board.tasks
+        Column(task.id, task.short, view.kind, task.group, (), True, task.title)
+        for task in board.tasks
     ]
-    return _table(board, TITLES[mode], mode, [*benchmarks, _average(board, kind)])
+    return _table(board, view.title, mode, [*benchmarks, _average(board, view.kind)])
 
 
 def terminal_tables(board: Board) -> list[Table]:
@@ -196,7 +204,7 @@ def _cell(board: Board, entry: Entry, column: Column, mode: Mode, notes: Notes) 
             return Cell()
         detail = (interval_text(found, column.kind),)
         return Cell(found.value, None, found.interval, detail=detail)
-    score = _values_of(entry, mode).get(key)
+    score = VIEWS[mode].of(entry).get(key)
     doubt = not entry.score(key).comparable
     if score is None or not score.known:
         return Cell(None, doubt=doubt)
@@ -222,15 +230,6 @@ def _range(board: Board, entry: Entry, cost: str) -> Interval | None:
     return Interval(values[0], values[-1], 1.0)
 
 
-def _values_of(entry: Entry, mode: Mode) -> dict[str, Score]:
-    """An entry's numbers by benchmark in one of the three views."""
-    return {
-        "scores": entry.scores,
-        "differences": entry.differences,
-        "retention": entry.retentions,
-    }[mode]
-
-
 def _emphasis(board: Board, entry: Entry, key: str) -> Literal["", "best", "second"]:
     """Best and second by rank among the students; none where nobody can be told apart."""
     ranks = sorted({r for e in board.students if (r := e.score(key).rank) is not None})
@@ -242,10 +241,10 @@ def _emphasis(board: Board, entry: Entry, key: str) -> Literal["", "best", "seco
 
 def _detail(board: Board, entry: Entry, key: str, mode: Mode) -> tuple[str, ...]:
     """Interval, n, seeds, protocol, health."""
-    score = _values_of(entry, mode)[key]
+    score = VIEWS[mode].of(entry)[key]
     task = next((t for t in board.tasks if t.id == key), None)
     name = task.short if task else board.average_title
-    lines = [f"{clean(entry.name)}, {clean(name)}", interval_text(score, KINDS[mode])]
+    lines = [f"{clean(entry.name)}, {clean(name)}", interval_text(score, VIEWS[mode].kind)]
     if (documents := entry.score(key).documents) > 0:
         lines.append(f"{documents:,} samples" + (" a seed" if len(entry.runs) > 1 else ""))
     if mode == "scores":
@@ -288,10 +287,10 @@ def run_table(there: Catalogue) -> tuple[Table, list[KdBenchError]]:
     A run that does not stand for its model has a note that says why. The average is over the
     whole suite or not at all.
     """
-    columns = [Column(title.lower(), title, "text") for title in (
-        "Model", "Role", "Suite", "Average", "Documents", "Limit", "Status", "Date", "Run"
-    )]  # fmt: skip
-    columns[3] = replace(columns[3], kind="score")
+    titles = "Model", "Role", "Suite", "Average", "Documents", "Limit", "Status", "Date", "Run"
+    columns = tuple(
+        Column(title.lower(), title, "score" if title == "Average" else "text") for title in titles
+    )
     rows: list[Row] = []
     notes = Notes()
     errors: list[KdBenchError] = []
@@ -316,7 +315,7 @@ def run_table(there: Catalogue) -> tuple[Table, list[KdBenchError]]:
         errors.append(lost)
         marked = Cell("damaged", notes=notes(lost.problem))
         rows.append(Row.of(run.path.name, *["–"] * 6, marked, "–", run.path.name))
-    return Table("Runs", tuple(columns), tuple(rows), notes=tuple(notes.texts)), errors
+    return Table("Runs", columns, tuple(rows), notes=tuple(notes.texts)), errors
 
 
 def _numbers(run: Run, manifest: RunManifest) -> tuple[float | None, str]:

@@ -16,12 +16,7 @@ from kd_bench.compare.estimates import Evidence
 from kd_bench.files import claim_folder, write_text
 from kd_bench.records import AVERAGE, RunManifest
 from kd_bench.report.board import Board, Entry, Score
-from kd_bench.report.leaderboard import (
-    MODES,
-    Mode,
-    interval_text,
-    leaderboard,
-)
+from kd_bench.report.leaderboard import VIEWS, Mode, interval_text, leaderboard
 from kd_bench.report.papers import paper_table, published_tables, to_whole
 from kd_bench.report.plots import Logs, board_plots
 from kd_bench.report.relations import category_tables
@@ -178,7 +173,7 @@ def render(
     claim_report(destination, names, [name for *_, names in PLOTS for name in names])
     plots = board_plots(board, evidence, logs)
     chosen = choose_samples(board)
-    tables = {mode: leaderboard(board, mode) for mode, _ in MODES}
+    tables = {mode: leaderboard(board, mode) for mode in VIEWS}
     table, categories = tables["scores"], category_tables(board)
     first, related = published_tables()
     files = dict(zip(TABLES, (to_markdown(table), to_csv(table), to_whole(board, table),
@@ -199,7 +194,7 @@ def render(
         **head(board),
         "board": board,
         "seeds": {len(entry.runs) for entry in board.entries},
-        "modes": MODES if board.floor and board.teacher else MODES[:1],
+        "views": VIEWS if board.floor and board.teacher else {"scores": VIEWS["scores"]},
         "roles": list(dict.fromkeys((row.role, clean(row.section)) for row in table.rows)),
         "table": table,
         "column_groups": column_groups(table),
