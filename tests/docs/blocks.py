@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 LANGUAGES = ("sh", "python", "yaml")
-NEEDS = ("a GPU", "a download")
+NEEDS = ("a GPU", "a download", "hours")
 """What `<!-- needs: ... -->` above a block may say: it is read and not run."""
 
 

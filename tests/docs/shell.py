@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -93,6 +94,7 @@ class Shell:
 def _child(arguments: list[str], folder: str, output: int, environment: Any) -> NoReturn:
     os.chdir(folder)
     os.environ.update(environment)
+    signal.alarm(300)  # a block that takes longer belongs behind `<!-- needs: hours -->`
     for stream in (1, 2):
         os.dup2(output, stream)
     code: Any = 0
