@@ -16,7 +16,7 @@ from typing import Literal
 from kd_bench.errors import KdBenchError, UsageError, one_line
 from kd_bench.files import Journal
 from kd_bench.records import RunManifest
-from kd_bench.store.catalogue import baselines, exists
+from kd_bench.store import baselines, exists
 from kd_bench.store.run import AGAIN, Run
 
 State = Literal["damaged", "unfinished", "harmless", "repaired"]

@@ -83,7 +83,7 @@ def test_an_interrupt_says_that_what_was_done_is_kept(
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kd_bench.store.catalogue", interrupted)
+    monkeypatch.setattr("kd_bench.store", interrupted)
     told = call("runs", "list")
     assert told.code == 130
     assert told.err == "error Interrupted. What was done is kept; the same command continues.\n"
