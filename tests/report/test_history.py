@@ -18,8 +18,7 @@ from kd_bench.errors import UsageError
 from kd_bench.report.board import load_board
 from kd_bench.report.history import logs_of, read_log, render_training
 from kd_bench.report.plots import POINTS, thin
-from kd_bench.store import Run, baseline_moves, set_baseline
-from kd_bench.store import MOVES
+from kd_bench.store import MOVES, Run, baseline_moves, set_baseline
 from tests.support.report_store import Model, add_run, add_training
 from tests.support.svg_reading import read_svg
 
