@@ -177,6 +177,8 @@ def test_a_report_is_a_page(store, tmp_path):
     assert "kl-seed0" in page.read_text(encoding="utf-8")
     with pytest.raises(kd_bench.KdBenchError, match="holds no runs"):
         kd_bench.report(tmp_path, tmp_path / "other")
+    with pytest.raises(kd_bench.KdBenchError, match="holds runs"):
+        kd_bench.report(store, store / "runs" / "page", ["teacher"])
 
 
 def test_every_plot_is_a_figure_in_real_colours(store, tmp_path):

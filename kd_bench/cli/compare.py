@@ -35,9 +35,8 @@ def compare(
     ] = False,
 ) -> None:
     """Compare runs sample by sample against the first, with intervals."""
-    from kd_bench.compare import compare as compare_runs
+    from kd_bench import api
     from kd_bench.compare import list_flips
-    from kd_bench.compare.methods import compare_all_methods
     from kd_bench.report import verdicts
     from kd_bench.store import find_runs
 
@@ -47,10 +46,10 @@ def compare(
             "Name two runs, without --methods.",
         )
     if methods:
-        found = compare_all_methods(results, runs, allow_different=allow_different)
+        found = api.compare(*runs, methods=True, results=results, allow_different=allow_different)
         text, tables, warnings = found.to_json(), verdicts.method_tables(found), list[str]()
     elif flips is None:
-        compared = compare_runs(find_runs(results, runs), allow_different=allow_different)
+        compared = api.compare(*runs, results=results, allow_different=allow_different)
         text, tables = compared.to_json(), verdicts.comparison_tables(compared)
         warnings = compared.warnings
     else:
@@ -131,10 +130,11 @@ def check(
     if plan:
         _plan(candidate, against, policy, results, as_json)
         return
+    from kd_bench import api
     from kd_bench.report.verdicts import verdict_table
 
     try:
-        report = _judge(candidate, against, policy, results)
+        report = api.check(candidate, against, policy=policy, results=results)
     except Exception as error:  # CI shall show why there is no verdict, whatever the reason
         _publish(error, junit, summary)
         raise
@@ -147,21 +147,6 @@ def check(
     if unwritten is not None and report.exit_code == ExitCode.PASS:
         raise unwritten
     raise typer.Exit(report.exit_code)
-
-
-def _judge(
-    candidate: list[str], against: list[str] | None, policy: Path | None, results: Path
-) -> "GateReport":
-    """Look up both sides and the policy, and judge."""
-    from kd_bench import gate
-    from kd_bench.policy import load_policy
-    from kd_bench.store import baseline_run, find_runs
-
-    new = find_runs(results, candidate)
-    suite = new[0].manifest.protocol.suite
-    old = find_runs(results, against, new[0]) if against else [baseline_run(results, suite)]
-    new = find_runs(results, candidate, old[0])
-    return gate.check(new, old, load_policy(policy, suites=[suite]))
 
 
 def _publish(

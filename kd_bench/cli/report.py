@@ -60,7 +60,6 @@ def report(
                 "--model-card is about one run of the store.",
                 "Give --results, --to and --push beside it only.",
             )
-        _not_among_runs(to, results)
         _card(model_card, results, to, push)
         return
     if training and (runs or suite or compare or main or latex or trend):
@@ -77,7 +76,6 @@ def report(
             "--benchmarks and --methods choose what stands in a paper's table.",
             "Add --latex paper.",
         )
-    _not_among_runs(to, results)
     from rich.console import Console
 
     from kd_bench.report import render_report
@@ -114,12 +112,3 @@ def _card(run: str, results: Path, to: Path, repository: str | None) -> None:
     typer.echo(f"Model card: {write_card(card, to)}")
     if repository is not None:
         typer.echo(f"Uploaded: {push(card, repository)}")
-
-
-def _not_among_runs(to: Path, results: Path) -> None:
-    """Refuse a page where a store has its runs: it would be taken for a damaged one."""
-    place = to.resolve()
-    for folder in (place, *place.parents):
-        runs = folder.name == "runs" and any(folder.glob("*/manifest.json"))
-        if runs or folder == (results / "runs").resolve():
-            raise UsageError(f"{to} lies in {folder}, which holds runs.", "Give another --to.")

@@ -19,6 +19,7 @@ from kd_bench.records import AVERAGE, RunManifest, TaskResult
 from kd_bench.registry import load_suite, suite_names
 from kd_bench.report.board import Board, Entry, TaskInfo
 from kd_bench.report.leaderboard import leaderboard
+from kd_bench.report.page import refuse_among_runs
 from kd_bench.report.relations import read_board
 from kd_bench.report.tables import Cell, Column, Row, Table, clean, format_number, to_markdown
 from kd_bench.store import Run, find_run, shortcomings
@@ -88,6 +89,7 @@ def write_card(card: "ModelCard", folder: Path) -> Path:
     Raises:
         UsageError: a README.md is there that kd-bench did not write.
     """
+    refuse_among_runs(folder)
     path = folder / "README.md"
     if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
         raise UsageError(

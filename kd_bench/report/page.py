@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from kd_bench import __version__
 from kd_bench.compare.estimates import Evidence
+from kd_bench.errors import UsageError
 from kd_bench.files import claim_folder, write_text
 from kd_bench.records import AVERAGE, RunManifest
 from kd_bench.report.board import Board, Entry, Score
@@ -63,12 +64,22 @@ def claim_report(folder: Path, files: Iterable[str], plots: Iterable[str]) -> No
     """Make sure that a folder's page is ours to replace.
 
     Raises:
-        UsageError: a file that would be replaced is somebody else's.
+        UsageError: a file that would be replaced is somebody else's, or the folder lies where a
+            store has its runs: it would be taken for a damaged one.
     """
+    refuse_among_runs(folder)
     page = folder / "index.html"
     made_before = page.is_file() and BRAND in page.read_text(encoding="utf-8", errors="replace")
     names = ["index.html", *files, *(f"plots/{name}.svg" for name in plots)]
     claim_folder(folder, "report", names, made_before=made_before)
+
+
+def refuse_among_runs(folder: Path) -> None:
+    """Refuse a folder in which, or above which, a store has its runs."""
+    place = folder.resolve()
+    for above in (place, *place.parents):
+        if above.name == "runs" and any(above.glob("*/manifest.json")):
+            raise UsageError(f"{folder} lies in {above}, which holds runs.", "Give another folder.")
 
 
 def write_report(
