@@ -200,8 +200,6 @@ def upstream_metrics(aggregates: Mapping[str, Any]) -> dict[str, float]:
 SCORING_VERSION = "1"
 """Counts up when our own part of prompts, parsing or scoring changes."""
 
-Metrics = dict[str, Any]
-
 
 @dataclass(frozen=True)
 class PreparedTask:
@@ -408,7 +406,7 @@ def _task_class(chat: bool) -> type[Any]:
         def __init__(self, config: dict[str, Any], documents: Documents, spec: TaskSpec) -> None:
             self._documents = documents
             self._spec = spec
-            self.recorded: dict[int, Metrics] = {}
+            self.recorded: dict[int, dict[str, Any]] = {}
             self.guessed: set[int] = set()
             super().__init__(config=config, model_name=None)
 
@@ -436,7 +434,7 @@ def _task_class(chat: bool) -> type[Any]:
 
         def _scored(
             self, doc: Document, results: list[str], full_docs: Any = None
-        ) -> tuple[Metrics, bool]:
+        ) -> tuple[dict[str, Any], bool]:
             """Upstream's metrics of a document, and whether it drew the choice at random."""
             # The undecorated function: upstream's retries would hide an exception for seconds.
             score = ConfigurableTask.process_results.__wrapped__

@@ -65,7 +65,11 @@ _MAKERS: dict[str, Callable[[Any, _Row], LogitsProcessor]] = {
 
 
 class Constraints:
-    """The score processors of one model.
+    """What a checkpoint's generation_config.json changes about greedy decoding.
+
+    The rule is that of lmms-eval's own models, which call `generate` of transformers: everything
+    that acts on the scores of the next token counts (`repetition_penalty`, ...); what only matters
+    for sampling (`temperature`, `top_p`, ...) and beams does not.
 
     Attributes:
         settings: those of the generation config that count, for the run's record; mostly empty.

@@ -78,8 +78,7 @@ def _fetch_part(
     pinned, locked = spec.dataset.revision, known.get("revision")
     commit, wanted = _listing(spec, config, split, str(pinned or locked or "main"))
     why = f"as {LOCK} says" if commit == locked else f"the newest: none is pinned, {LOCK} keeps it"
-    why = "the pinned revision" if pinned else why
-    report(f"{name}: {repo} at {commit}, {why}")
+    report(f"{name}: {repo} at {commit}, {'the pinned revision' if pinned else why}")
     files = dict(known.get("files", {}))
     if locked != commit:
         # Under other names, files of another revision would be read beside the new ones.

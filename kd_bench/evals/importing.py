@@ -407,7 +407,7 @@ def _answer(entry: Entry) -> str:
 def _samples(spec: TaskSpec, entries: list[Entry], data: Path | None, log: Path) -> "pd.DataFrame":
     """Samples from the log; the documents' own columns where there is a data folder."""
     try:
-        samples = _from_log(spec, entries) if data is None else _from_documents(spec, entries, data)
+        samples = _from_log(spec, entries) if data is None else _from_data(spec, entries, data)
     except KdBenchError:
         raise
     except Exception as error:  # the log's values run through upstream's own functions
@@ -477,7 +477,7 @@ _LOGGED: dict[str, tuple[str, Callable[[Entry], Entry]]] = {
 }
 
 
-def _from_documents(spec: TaskSpec, entries: list[Entry], data: Path) -> "pd.DataFrame":
+def _from_data(spec: TaskSpec, entries: list[Entry], data: Path) -> "pd.DataFrame":
     """Score the logged answers again, on the documents themselves."""
     from kd_bench.evals.benchmark import Answer, prepare
     from kd_bench.evals.scoring import Thinking, samples_frame

@@ -139,7 +139,16 @@ def evaluate(model: Model, settings: EvalSettings | None = None) -> Run:
     processes.join()
     if settings.role is None:
         checkpoint = _with_recorded_role(checkpoint, settings.results)
-    folder = settings.data or _suite_data(suite)
+    folder = settings.data
+    if folder is None and suite.data == "embedded":
+        from kd_bench.world.build import resolve
+
+        folder = resolve("embedded:data/test")
+    if folder is None:
+        raise UsageError(
+            f"The suite {suite.name!r} needs the real data sets.",
+            "Fetch them with `kd-bench tasks fetch --to DIR`, then pass --data DIR.",
+        )
     first = processes.rank() == 0
     # The first process reads the data for all of them.
     profiles = protocol.profiles
@@ -201,17 +210,6 @@ def _with_recorded_role(known: Checkpoint, results: Path) -> Checkpoint:
     if not recorded:
         return known
     return replace(known, ref=replace(known.ref, role=cast(Role, recorded)))
-
-
-def _suite_data(suite: Suite) -> Path:
-    if suite.data == "embedded":
-        from kd_bench.world.build import resolve
-
-        return resolve("embedded:data/test")
-    raise UsageError(
-        f"The suite {suite.name!r} needs the real data sets.",
-        "Fetch them with `kd-bench tasks fetch --to DIR`, then pass --data DIR.",
-    )
 
 
 # --- one run ------------------------------------------------------------------------------------
