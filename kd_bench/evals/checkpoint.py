@@ -162,7 +162,7 @@ def best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def chosen_dtype(path: str | Path, wanted: str, device: str | None = None) -> str:
+def chosen_dtype(path: str | Path, dtype: str, device: str | None = None) -> str:
     """The float type of an evaluation, `auto` resolved.
 
     `auto` is the checkpoint's own type on an accelerator, and float32 on a CPU, where the short
@@ -173,14 +173,12 @@ def chosen_dtype(path: str | Path, wanted: str, device: str | None = None) -> st
     """
     from kd_bench.distill.checkpoints import locate, stored_dtype
 
-    if wanted == "auto":
+    if dtype == "auto":
         on_cpu = (device or best_device()) == "cpu"
         return "float32" if on_cpu else stored_dtype(locate(path))
-    if wanted not in DTYPES:
-        raise UsageError(
-            f"dtype {wanted!r} is not known.", f"Use one of auto, {', '.join(DTYPES)}."
-        )
-    return wanted
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r} is not known.", f"Use one of auto, {', '.join(DTYPES)}.")
+    return dtype
 
 
 def _lineage(path: Path) -> dict[str, Any] | None:
