@@ -90,7 +90,7 @@ def train(
         write_starter(init)
         typer.echo(f"Wrote {init}. Next: {this_program()} train {init} --show")
         return
-    from kd_bench.distill.recipe import plan, recipe_yaml, sweep
+    from kd_bench.distill.recipe import plan, recipe_yaml
 
     changes = list(overrides or [])
     if "=" in recipe:
@@ -100,6 +100,8 @@ def train(
     if show:
         typer.echo("---\n".join(recipe_yaml(single) for single in planned), nl=False)
         return
+    from kd_bench.distill.train import sweep
+
     folders = sweep(planned, verify_data=verify_data)
     embedded = all(str(single.student).startswith("embedded:") for single in planned)
     suite = "mini" if embedded else "ten --data DATA"

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
-from rich.console import Console
 
 from kd_bench.config import StrictModel, apply_overrides, dump_yaml, read_yaml, validate
-from kd_bench.errors import TrainingError, UsageError, closest
+from kd_bench.errors import UsageError, closest
 
 VocabularyLoss = Literal["kl", "rkl", "jsd", "bild", "dbild"]
 ImageLoss = Literal["image_kl", "image_correlation", "image_mse", "attention_mse"]
@@ -597,36 +596,3 @@ def plan(
                 single = single.model_copy(update={"output": own})
             planned.append(single)
     return planned
-
-
-def sweep(
-    planned: Sequence[Recipe], *, verify_data: bool = False, console: Console | None = None
-) -> list[Path]:
-    """Train every recipe of a plan; returns the folders of the finished students.
-
-    A training that stops does not cost the others.
-
-    Raises:
-        UsageError: before anything is trained.
-        TrainingError: at the end, naming the trainings that stopped.
-    """
-    from kd_bench.distill.train import train
-
-    console = console or Console()
-    if len(planned) == 1:
-        return [train(planned[0], verify_data=verify_data, console=console)]
-    finished: list[Path] = []
-    stopped: list[str] = []
-    for number, single in enumerate(planned, start=1):
-        console.rule(f"{number}/{len(planned)}  {single.method}, seed {single.seed}", align="left")
-        try:
-            finished.append(train(single, verify_data=verify_data, console=console))
-        except TrainingError as error:
-            stopped.append(f"{single.method} with seed {single.seed}: {error.problem}")
-            console.print(f"Stopped: {error}", highlight=False, soft_wrap=True)
-    if stopped:
-        raise TrainingError(
-            f"{len(stopped)} of {len(planned)} trainings stopped: {' '.join(stopped)}",
-            "Mend that and run the same command again: it continues.",
-        )
-    return finished

@@ -11,6 +11,7 @@ The same command continues a stopped training and leaves a finished one alone.
 
 import contextlib
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,7 +43,7 @@ from kd_bench.distill.trainer import (
     trainer_arguments,
 )
 from kd_bench.distill.vision_language import check_pair, check_terms, image_difference
-from kd_bench.errors import KdBenchError, UsageError, explained
+from kd_bench.errors import KdBenchError, TrainingError, UsageError, explained
 from kd_bench.files import atomic_folder, digest_text, write_json, write_text
 from kd_bench.world.build import resolve
 
@@ -483,3 +484,34 @@ def _announce(
         + ("; no adapters, trainable does not name language_model" if idle else "")
         + (f"; resuming at step {reached}" if reached else "")
     )
+
+
+def sweep(
+    planned: Sequence[Recipe], *, verify_data: bool = False, console: Console | None = None
+) -> list[Path]:
+    """Train every recipe of a plan; returns the folders of the finished students.
+
+    A training that stops does not cost the others.
+
+    Raises:
+        UsageError: before anything is trained.
+        TrainingError: at the end, naming the trainings that stopped.
+    """
+    console = console or Console()
+    if len(planned) == 1:
+        return [train(planned[0], verify_data=verify_data, console=console)]
+    finished: list[Path] = []
+    stopped: list[str] = []
+    for number, single in enumerate(planned, start=1):
+        console.rule(f"{number}/{len(planned)}  {single.method}, seed {single.seed}", align="left")
+        try:
+            finished.append(train(single, verify_data=verify_data, console=console))
+        except TrainingError as error:
+            stopped.append(f"{single.method} with seed {single.seed}: {error.problem}")
+            console.print(f"Stopped: {error}", highlight=False, soft_wrap=True)
+    if stopped:
+        raise TrainingError(
+            f"{len(stopped)} of {len(planned)} trainings stopped: {' '.join(stopped)}",
+            "Mend that and run the same command again: it continues.",
+        )
+    return finished

@@ -3,7 +3,8 @@
 import pytest
 
 from kd_bench.distill import train as train_module
-from kd_bench.distill.recipe import plan, sweep
+from kd_bench.distill.recipe import plan
+from kd_bench.distill.train import sweep
 from kd_bench.errors import TrainingError
 from tests.support import tiny
 
