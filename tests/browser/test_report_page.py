@@ -123,6 +123,22 @@ def test_roles_filter_and_stay_filtered_when_sorted(opened: Opened) -> None:
     assert set(names(opened)) == set(everyone)
 
 
+def test_sft_rows_beside_the_floor_have_a_button_that_works(
+    browser: object, tmp_path: Path
+) -> None:
+    for name, role, skill in (("a", "sft", 0.0), ("b", "sft", 0.2), ("c", "kd", 0.6)):
+        add_run(tmp_path, Model(name, role, name, skill, 0), tasks=("gqa",), units=4)
+    opened = Opened(browser, render_report(tmp_path, tmp_path / "page").as_uri())
+    everyone = set(names(opened))
+    for label, left in (("SFT (floor)", 2), ("SFT, not the floor", 1), ("Distilled students", 0)):
+        opened.page.get_by_label(label, exact=True).uncheck()
+        assert len(names(opened)) == left, label
+    for button in opened.page.locator('input[name="role"]').all():
+        button.check()
+    assert set(names(opened)) == everyone == {"a", "b", "c"}
+    opened.close()
+
+
 def test_modes_switch_the_numbers(opened: Opened) -> None:
     scores = column(opened, "gqa")
     opened.page.locator('input[name="mode"][value="differences"]').check()
