@@ -173,8 +173,9 @@ def _said(board: Board, task: TaskInfo) -> Published | None:
 
 def _doubts(about: Published | None) -> list[str]:
     """Why a published number may not quite stand beside a measured one."""
-    sure = about is None or about.verdict == "comparable"
-    return [] if sure or about is None else [f"{about.verdict.capitalize()}: {about.why}"]
+    if about is None or about.verdict == "comparable":
+        return []
+    return [f"{about.verdict.capitalize()}: {about.why}"]
 
 
 def _on_scale(record: dict[Any, Any], column: str) -> float | None:
