@@ -101,12 +101,11 @@ def evaluate(
     _refuse(models, given)
     given["profiles"] = profiles_of(given.pop("profile", None), specs_of(suite, tasks))
     given["tasks"] = comma_separated(tasks)
-    from kd_bench.evals import run as runs
+    from kd_bench import api
 
-    settings = runs.EvalSettings(**given, debug=debug)
     unhealthy = False
     for each in models:
-        run = runs.evaluate(each, settings)
+        run = api.evaluate(each, **given, debug=debug)
         typer.echo(f"Run: {run.path} ({run.manifest.status})")
         unhealthy |= run.manifest.status != "complete"
     if unhealthy:
