@@ -1,10 +1,12 @@
 """The objective in loops that are not ours: a plain one, transformers' Trainer, TRL's."""
 
+import copy
 import json
 
 import pytest
 import torch
 
+from kd_bench.distill import losses
 from kd_bench.distill.conversations import read_conversations
 from kd_bench.distill.distiller import Distiller
 from kd_bench.distill.encoding import BatchOrder, Collator, ConversationDataset, Encoder
@@ -12,8 +14,11 @@ from kd_bench.distill.models import load_model
 from kd_bench.distill.recipe import METHODS, Term, load_recipe
 from kd_bench.distill.switch_kd import SwitchKD
 from kd_bench.distill.train import train
+from kd_bench.distill.vision_language import VisionLanguageModel, answer_positions, put_vision
 from kd_bench.errors import UsageError
+from tests.distill.test_vision_language import token_counts
 from tests.support import tiny
+from tests.support.tiny_families import FAMILIES, batch_for, kinds_for, make
 
 
 @pytest.fixture
@@ -107,6 +112,34 @@ def test_every_method_is_the_distillers_own(pair, batch, method):
     loss, parts = objective(batch, return_parts=True)
     assert torch.equal(loss, expected)
     assert parts.keys() == values.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_every_family_gives_the_sum_over_its_own_logits(family):
+    """z_T and z_S of transformers' own forward, z_SW of the teacher with the student's tower."""
+    student, teacher = make(family, 32, seed=1), make(family, 64, seed=2)
+    batch = batch_for(family, token_counts(family, VisionLanguageModel(student)))
+    batch |= kinds_for(family, batch)
+    loss, parts = SwitchKD(student, teacher)(batch, return_parts=True)
+    loss.backward()
+    answers = answer_positions(batch["labels"])
+    targets = batch["labels"][:, 1:][answers[:, :-1]]
+    given = {name: value for name, value in batch.items() if name != "labels"}
+    hybrid = copy.deepcopy(teacher)
+    put_vision(VisionLanguageModel(student), into=VisionLanguageModel(hybrid))
+    with torch.no_grad():
+        z_t, z_s, z_sw = (m(**given).logits[answers] for m in (teacher, student, hybrid))
+    expected = {
+        "ce": torch.nn.functional.cross_entropy(z_s, targets),
+        "align": losses.dbild(z_t, z_s).mean(),
+        "switch": losses.dbild(z_t, z_sw).mean(),
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(parts[name], value, rtol=1e-3, atol=1e-5, msg=name)
+    torch.testing.assert_close(loss.detach(), sum(expected.values()), rtol=1e-3, atol=1e-5)
+    tower = VisionLanguageModel(student).vision_tower
+    assert any(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in tower.parameters())
 
 
 def test_options_and_weights_are_those_of_the_terms(pair, batch):
