@@ -79,7 +79,7 @@ def refuse_among_runs(folder: Path) -> None:
     place = folder.resolve()
     for above in (place, *place.parents):
         if above.name == "runs" and any(above.glob("*/manifest.json")):
-            raise UsageError(f"{folder} lies in {above}, which holds runs.", "Give another folder.")
+            raise UsageError(f"{folder} lies in {above}, which holds runs.", "Give another --to.")
 
 
 def write_report(
