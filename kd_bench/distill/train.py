@@ -148,11 +148,8 @@ def train(
             student = _run_stages(run)
             finished = datetime.now(UTC).isoformat(timespec="seconds")
             run.note(status="complete", finished=finished)
-            if is_main:  # the last stage's model again, with where it came from beside it
-                student.eval()
-                models.restore_dtypes(student, _start(run), recipe.final_dtype)
-                notes = (folder / "lineage.json", folder / "recipe.yaml")
-                checkpoints.save_whole(student, run.processor, final, notes)
+            if is_main:
+                _save_final(run, student)
             processes.barrier()
         except KeyboardInterrupt:
             run.note(status="interrupted")
@@ -162,6 +159,14 @@ def train(
             raise
     run.say(f"Trained: {final}")
     return final
+
+
+def _save_final(run: TrainingState, student: Any) -> None:
+    """The last stage's model again, with where it came from beside it."""
+    student.eval()
+    models.restore_dtypes(student, _start(run), run.recipe.final_dtype)
+    notes = (run.folder / "lineage.json", run.folder / "recipe.yaml")
+    checkpoints.save_whole(student, run.processor, run.folder / "final", notes)
 
 
 # What may differ between training seeds of one recipe.
