@@ -11,7 +11,6 @@ writes behind it.
 """
 
 import re
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +109,7 @@ class ChatFormat:
         # What is read as one token with a meaning of its own, wherever it stands.
         control = {str(token) for token in added if token.special and str(token).strip()}
         self._control_tokens = sorted(control, key=len, reverse=True)
-        self._answer_ids: OrderedDict[str, tuple[list[int], bool]] = OrderedDict()
+        self._answer_ids: dict[str, tuple[list[int], bool]] = {}
         self._as_text: frozenset[str] = frozenset()  # roles whose content it takes as one string
         self._trims = False
         self._lead = ""
@@ -353,15 +352,11 @@ class ChatFormat:
     def answer_ids(self, answers: Sequence[str]) -> list[list[int]]:
         """Ids of each answer behind its prompt, without the stop token."""
         known = self._answer_ids
+        if len(known) > KNOWN_ANSWERS:
+            known.clear()
         fresh = list({answer for answer in answers if answer not in known})
-        for answer, found in zip(fresh, self._behind(self._anchor, fresh), strict=True):
-            known[answer] = found
-        for answer in answers:
-            known.move_to_end(answer)
-        ids = [known[answer][0] for answer in answers]
-        while len(known) > max(KNOWN_ANSWERS, len(answers)):
-            known.popitem(last=False)
-        return ids
+        known.update(zip(fresh, self._behind(self._anchor, fresh), strict=True))
+        return [known[answer][0] for answer in answers]
 
     def settled(self, turns: Turns) -> Turns:
         """Without earlier answers that a later prompt tokenises otherwise than their own.
