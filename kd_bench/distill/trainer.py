@@ -434,6 +434,10 @@ class DistillationTrainer(Trainer):
             if seeing := [p for p in group["params"] if id(p) in tower]:
                 group["params"] = [p for p in group["params"] if id(p) not in tower]
                 optimizer.add_param_group({**group, "params": seeing, "lr": rate})
+        # In the order of the weights, by which a checkpoint's states are found again.
+        place = {id(p): number for number, p in enumerate(self.model.parameters())}
+        groups = (group for group in optimizer.param_groups if group["params"])
+        optimizer.param_groups[:] = sorted(groups, key=lambda group: place[id(group["params"][0])])
         return optimizer
 
     # Log
