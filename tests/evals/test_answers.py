@@ -11,8 +11,7 @@ from kd_bench.evals.benchmark import REASONING_TAGS, prepare
 from kd_bench.evals.run import answer_keys, ask
 from kd_bench.evals.scoring import Thinking, headline, rates
 from kd_bench.registry import load_task
-from tests.evals.test_scoring import Parrot, oracle
-from tests.support.eval_world import TEN, write_replicas
+from tests.support.eval_world import TEN, Parrot, oracle, write_replicas
 
 WRAPPINGS = {
     "bare": "{}",

@@ -1,7 +1,6 @@
 """The ten benchmarks through upstream's own scoring: oracles, constants, traps."""
 
-import string
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,39 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kd_bench.evals.benchmark import Answer, PreparedTask, prepare
+from kd_bench.evals.benchmark import PreparedTask, prepare
 from kd_bench.evals.documents import Document
 from kd_bench.evals.run import ScoredTask, answer_keys, ask
 from kd_bench.evals.scoring import headline, rates
 from kd_bench.registry import load_task
-from tests.support.eval_world import TEN, write_replicas
-
-
-class Parrot:
-    """Answers each document by a rule over its row, instead of a model."""
-
-    def __init__(self, prepared: PreparedTask, rule: Callable[[Document], str]) -> None:
-        self._prepared = prepared
-        self._rule = rule
-
-    def answers(self, requests: Sequence[Any], keys: Sequence[str]) -> Iterator[list[Answer]]:
-        for number, request in enumerate(requests):
-            text = self._rule(self._prepared.documents[request.args[3]])
-            yield [Answer(number, text, "ok" if text else "empty", 1, 0.5, keys[number])]
-
-
-def oracle(task: str) -> Callable[[Document], str]:
-    """The right answer, read from the row as a person would."""
-
-    def right(document: Document) -> str:
-        if task in ("vqav2", "textvqa", "vizwiz_vqa"):
-            given = [a["answer"] if isinstance(a, dict) else a for a in document["answers"]]
-            return max(given, key=given.count)
-        if task == "scienceqa_img":
-            return string.ascii_uppercase[document["answer"]]
-        return str(document["answer"])
-
-    return right
+from tests.support.eval_world import TEN, Parrot, oracle, write_replicas
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,13 @@
 """Documents and a tiny model for the tests of the evaluation engine."""
 
+import string
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from kd_bench.evals.benchmark import Answer, PreparedTask
+from kd_bench.evals.documents import Document
 
 TEN = (
     "mme",
@@ -71,3 +76,30 @@ def write_replicas(folder: Path) -> Path:
 
     write_test_sets(folder, "test", 0)
     return folder
+
+
+class Parrot:
+    """Answers each document by a rule over its row, instead of a model."""
+
+    def __init__(self, prepared: PreparedTask, rule: Callable[[Document], str]) -> None:
+        self._prepared = prepared
+        self._rule = rule
+
+    def answers(self, requests: Sequence[Any], keys: Sequence[str]) -> Iterator[list[Answer]]:
+        for number, request in enumerate(requests):
+            text = self._rule(self._prepared.documents[request.args[3]])
+            yield [Answer(number, text, "ok" if text else "empty", 1, 0.5, keys[number])]
+
+
+def oracle(task: str) -> Callable[[Document], str]:
+    """The right answer, read from the row as a person would."""
+
+    def right(document: Document) -> str:
+        if task in ("vqav2", "textvqa", "vizwiz_vqa"):
+            given = [a["answer"] if isinstance(a, dict) else a for a in document["answers"]]
+            return max(given, key=given.count)
+        if task == "scienceqa_img":
+            return string.ascii_uppercase[document["answer"]]
+        return str(document["answer"])
+
+    return right
