@@ -8,14 +8,13 @@ seeds where some are given, else assumed.
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.stats import norm
 
-from kd_bench.aggregators import get_aggregator, unit_statistics
+from kd_bench.aggregators import get_aggregator
 from kd_bench.compare.align import AlignedTask, Resampled, align, evidence_of, label, resample
 from kd_bench.compare.estimates import Evidence
 from kd_bench.compare.methods import seeds_of_one_method
@@ -25,10 +24,6 @@ from kd_bench.policy import Policy
 from kd_bench.records import AVERAGE
 from kd_bench.stats import FEWEST_UNITS, seed_variance
 from kd_bench.store import Run
-
-if TYPE_CHECKING:
-    pass
-
 
 # Share of answers that change between equal students where no second seed tells it.
 ASSUMED_CHURN = 0.15
@@ -225,5 +220,4 @@ def _with_equals(run: Run, task: str, seed: int) -> AlignedTask:
         new = np.where(rows, np.where(right[item], 0.0, 1.0), score)
         swapped = parsed.where(~rows | other.isna(), other)
         made.append(frame.assign(score=new, parsed=swapped))
-    statistics = np.stack([unit_statistics(alone.aggregator, each).values for each in made])
-    return replace(alone, samples=tuple(made), statistics=statistics)
+    return AlignedTask.of(task, alone.aggregator, made)

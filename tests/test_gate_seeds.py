@@ -10,10 +10,10 @@ import pandas as pd
 import pytest
 import yaml
 from scipy.stats import binom
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from kd_bench.cli import app
-from kd_bench.cli.compare import _spread
 from kd_bench.compare import compare
 from kd_bench.compare.estimates import Evidence, TaskEvidence, headline
 from kd_bench.compare.methods import compare_all_methods, noise_of
@@ -80,13 +80,26 @@ def command(*words: object, code: int | None = 0) -> str:
 # --- seeds ---------------------------------------------------------------------------------------
 
 
-def test_every_name_after_against_is_a_baseline_where_a_candidate_stands_before() -> None:
-    words = ["a0", "a1", "--against", "b0", "b1", "--json"]
-    assert _spread(words) == ["a0", "a1", "--against", "b0", "--against", "b1", "--json"]
-    assert _spread(["--against", "b", "a"]) == ["--against", "b", "a"]
-    assert _spread(["a", "--results", "r", "--against", "b", "c"]) == [
-        "a", "--results", "r", "--against", "b", "--against", "c",
-    ]  # fmt: skip
+def sides(*words: str) -> tuple[list[str], list[str]]:
+    """Candidates and baselines of `check` with these words."""
+    context = get_command(app).commands["check"].make_context("check", list(words))  # type: ignore[attr-defined]
+    return list(context.params["candidate"]), list(context.params["against"])
+
+
+@pytest.mark.parametrize(
+    "words, candidates, baselines",
+    [
+        ("a0 a1 --against b0 b1 --json", ["a0", "a1"], ["b0", "b1"]),
+        ("a0 a1 --against=b0 b1 --json", ["a0", "a1"], ["b0", "b1"]),
+        ("--against b a", ["a"], ["b"]),
+        ("--against=b a", ["a"], ["b"]),
+        ("a --results r --against b c", ["a"], ["b", "c"]),
+    ],
+)
+def test_every_name_after_against_is_a_baseline_where_a_candidate_stands_before(
+    words: str, candidates: list[str], baselines: list[str]
+) -> None:
+    assert sides(*words.split()) == (candidates, baselines)
 
 
 def test_check_over_seeds_is_about_the_recipe(store: Path) -> None:
@@ -165,10 +178,6 @@ def test_seeds_of_one_recipe_share_a_digest(tmp_path: Path) -> None:
 
 
 def test_an_equals_sign_after_against_changes_nothing(store: Path) -> None:
-    assert _spread(["a0", "a1", "--against=b0", "b1", "--json"]) == [
-        "a0", "a1", "--against=b0", "--against", "b1", "--json",
-    ]  # fmt: skip
-    assert _spread(["--against=b", "a"]) == ["--against=b", "a"]
     words = ("check", "switch-kd-seed0", "switch-kd-seed1", "--against=sft-seed0", "sft-seed1")
     value = json.loads(command(*words, "--json", "--results", store))
     assert ["sft-seed" in name for name in value["baseline_runs"]] == [True, True]

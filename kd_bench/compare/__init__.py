@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kd_bench.aggregators import get_aggregator, unit_statistics
+from kd_bench.aggregators import get_aggregator
 from kd_bench.compare.align import (
     AlignedTask,
     Difference,
@@ -28,7 +28,7 @@ from kd_bench.compare.align import (
     resample,
     with_holm,
 )
-from kd_bench.compare.estimates import Estimate, Evidence
+from kd_bench.compare.estimates import Evidence
 from kd_bench.compare.methods import training_noise
 from kd_bench.errors import NotComparableError, UsageError, closest
 from kd_bench.records import AVERAGE, SAMPLE_COLUMNS, Interval
@@ -330,9 +330,12 @@ def _categories(aligned: AlignedTask, seed: int, level: float) -> list[CategoryC
     if len(subsets) < 2:
         return []
     runs, task = len(aligned.samples), aligned.task
+    rule = get_aggregator(aligned.aggregator).category
     compared = []
     for name in subsets:
-        one = resample(_subset(aligned, (names == name).to_numpy()), CATEGORY_RESAMPLES, seed)
+        rows = (names == name).to_numpy()
+        frames = [frame.loc[rows].reset_index(drop=True) for frame in aligned.samples]
+        one = resample(AlignedTask.of(task, rule, frames), CATEGORY_RESAMPLES, seed)
         if np.isnan(one.scores).any():
             continue
         compared.append(
@@ -355,19 +358,6 @@ def _categories(aligned: AlignedTask, seed: int, level: float) -> list[CategoryC
     ]
 
 
-def _subset(aligned: AlignedTask, rows: NDArray[np.bool_]) -> AlignedTask:
-    name = get_aggregator(aligned.aggregator).category
-    frames = tuple(frame.loc[rows].reset_index(drop=True) for frame in aligned.samples)
-    statistics = [unit_statistics(name, frame) for frame in frames]
-    return replace(
-        aligned,
-        aggregator=name,
-        samples=frames,
-        units=statistics[0].units,
-        statistics=np.stack([each.values for each in statistics]),
-    )
-
-
 def _agreements(aligned: AlignedTask, facts: list[RunFacts]) -> list[Agreement | None]:
     teacher = _first(facts, "teacher")
     if teacher is None:
@@ -387,27 +377,20 @@ def _relations(
     """Retention, gap closed, vision and language gap wherever the roles are there."""
     teacher, floor = _first(facts, "teacher"), _first(facts, "sft")
     found: list[Relation] = []
-    if teacher is None:
-        return found
-    top = [str(teacher)]
-
-    def share(kind: str, run: int, estimate: Estimate | None) -> None:
-        """A ratio: the estimator has percent, a comparison shares."""
-        interval = estimate and estimate.interval
-        measure = Measure(
-            estimate.value / 100 if estimate else math.nan,
-            Interval(interval.low / 100, interval.high / 100, level) if interval else None,
-        )
-        found.append(Relation(kind, facts[run].run_id, task, measure, "ratio"))
-
     for run, fact in enumerate(facts):
-        own = [str(run)]
-        if fact.role in ("teacher", "switch"):
+        if teacher is None or fact.role in ("teacher", "switch"):
             continue
-        share("retention", run, evidence.retention(task, own, top, level))
+        own, top = [str(run)], [str(teacher)]
+        shares = {"retention": evidence.retention(task, own, top, level)}
         if floor is not None and fact.role != "sft":
-            closed = evidence.gap_closed(task, own, [str(floor)], top, level)
-            share("gap closed", run, closed)
+            shares["gap closed"] = evidence.gap_closed(task, own, [str(floor)], top, level)
+        for kind, share in shares.items():  # the estimator has percent, a comparison shares
+            bounds = share and share.interval
+            measure = Measure(
+                share.value / 100 if share else math.nan,
+                Interval(bounds.low / 100, bounds.high / 100, level) if bounds else None,
+            )
+            found.append(Relation(kind, fact.run_id, task, measure, "ratio"))
         hybrid = _hybrid_of(fact, facts)
         if hybrid is not None:
             middle = [str(hybrid)]

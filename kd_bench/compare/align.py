@@ -57,6 +57,19 @@ class AlignedTask:
     comparable: bool = True
     notes: tuple[str, ...] = ()
 
+    @classmethod
+    def of(
+        cls,
+        task: str,
+        aggregator: str,
+        frames: Sequence["pd.DataFrame"],
+        notes: Sequence[str] = (),
+    ) -> "AlignedTask":
+        """From frames of the same documents in the same order; notes say what is not comparable."""
+        found = [unit_statistics(aggregator, frame) for frame in frames]
+        values = np.stack([each.values for each in found])
+        return cls(task, aggregator, tuple(frames), found[0].units, values, not notes, tuple(notes))
+
     @property
     def scores(self) -> Array:
         """Scores of the aligned documents, [runs], 0-100."""
@@ -175,17 +188,7 @@ def align(
                 "Evaluate both with the same version of kd-bench.",
             )
         frame["category"] = frames[0]["category"]
-    name = aggregator_of(results[0])
-    statistics = [unit_statistics(name, frame) for frame in frames]
-    return AlignedTask(
-        task=task,
-        aggregator=name,
-        samples=tuple(frames),
-        units=statistics[0].units,
-        statistics=np.stack([each.values for each in statistics]),
-        comparable=not notes,
-        notes=tuple(notes),
-    )
+    return AlignedTask.of(task, aggregator_of(results[0]), frames, notes)
 
 
 def numeric_notes(runs: Sequence[Run]) -> list[str]:
