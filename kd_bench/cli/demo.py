@@ -93,19 +93,22 @@ def tell_plan(
     workers: int,
 ) -> None:
     """Say what will be done and how long it may take, then draw the world where it is missing."""
+    from rich.console import Console
+
     from kd_bench.world.build import VERSION, wanted_cache, world_folder
 
     commands = [command for group in groups.values() for command in group]
     minutes = sum(map(seconds_of, commands)) / workers / 60
     cores = "1 core" if workers == 1 else f"{workers} cores"
-    typer.echo(f"The plan, about {max(1, round(minutes))} minutes on {cores}:")
+    typer.echo(f"The plan, about {max(1, round(minutes))} min on {cores}:")
     if not (wanted_cache() / f"world-{VERSION}").is_dir():
         typer.echo("  draw the embedded world, only this once")
     every = f"{len(seeds)} seed{'' if len(seeds) == 1 else 's'} of {', '.join(methods)}"
     typer.echo(f"  train {every}: {len(groups['train'])} commands")
     typer.echo(f"  evaluate them and the teacher on ten benchmarks: {len(groups['eval'])} commands")
     typer.echo(f"  report: {REPORT / 'index.html'}")
-    world_folder()
+    with Console().status("Drawing the embedded world"):
+        world_folder()
     typer.echo(_introduction())
 
 

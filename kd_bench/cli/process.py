@@ -245,6 +245,7 @@ def _time_left(
     """Expected seconds that are done, and the time left at the pace so far; empty if unknown."""
     before = sum(job.expected for job in ended)
     pace = sum(job.seconds for job in ended) / before if before else 1.0
+    pace = max([pace, *(job.seconds / job.expected for job in running if job.expected)])
     done = before + sum(min(job.seconds / pace, job.expected) for job in running)
     minutes = pace * (total - done) / workers / 60
     told = f"about {minutes:.0f} min left" if minutes >= 1 else "less than a minute left"
