@@ -1,6 +1,6 @@
 """Is a difference real? Resampling by unit, exact tests, and what a test set could have shown.
 
-Every interval and test resamples units (pictures, pairs, groups), never rows. Statistics come
+Every interval and test resamples units (images, pairs, groups), never rows. Statistics come
 from `aggregators.unit_statistics` as [units, m] and are stacked to [models, units, m]; models
 share the resampled units, so differences between them are paired.
 """

@@ -88,7 +88,7 @@ class Agreement:
 class Flip:
     """One document whose score changed; `change` is `fixed` or `broken`.
 
-    `picture` is the path of the stored picture, empty where none was kept.
+    `picture` is the path of the stored image, empty where none was kept.
     """
 
     document_id: str

@@ -297,7 +297,7 @@ def training_noise(first: Sequence[Run], second: Sequence[Run]) -> list[str]:
             f"ONE SEED of {' and of '.join(methods)}: this is about these weights, not about "
             "the recipes; another seed may say otherwise"
         )
-    of_method = {run.manifest.model.method: run for run in (*second, *first)}
+    of_method = {run.manifest.model.method: run for run in reversed([*first, *second])}
     known = [noise for method in methods if (noise := noise_of(of_method[method])) is not None]
     if known:
         return [f"{text}. {'; '.join(noise.sentence for noise in known)}."]
