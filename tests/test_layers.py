@@ -1,4 +1,4 @@
-"""Layers: a module imports only from the packages before it."""
+"""Layers: a module imports only from the packages before it, and inside a package as well."""
 
 import ast
 from pathlib import Path
@@ -29,6 +29,24 @@ ORDER = [
     {"cli"},
 ]
 LEVEL = {package: level for level, packages in enumerate(ORDER) for package in packages}
+
+# Inside a package: a module may import from those before it, wherever the import stands.
+INSIDE = {
+    "world": "__init__ scenes questions benchmarks training build",
+    "store": "run __init__ damage",
+    "distill": "__init__ recipe checkpoints data chat vision_language models build processes "
+    "conversations encoding knee losses objective distiller trainer train switch_kd",
+    "compare": "estimates align methods __init__",
+    "evals": "__init__ documents fetch checkpoint benchmark decoding inputs engine models scoring "
+    "run importing",
+    "report": "board tables relations samples style verdicts leaderboard papers plots page history "
+    "model_card __init__",
+    "cli": "options process compare demo evaluate report runs tasks train __init__",
+}
+# What stands inside a function on purpose: (module, what it imports).
+LATER = {
+    ("evals.benchmark", "scoring"),  # a registry entry may name a rule
+}
 
 HEAVY = {"torch", "transformers", "lmms_eval", "pandas", "matplotlib", "scipy", "datasets", "numpy"}
 ONLY_IN = {
@@ -79,3 +97,33 @@ def test_a_command_imports_nothing_heavy_at_its_top(path: Path) -> None:
     tree = ast.parse(path.read_text())
     top_level = ast.Module([n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)], [])
     assert not {name.partition(".")[0] for name in imports(top_level)} & HEAVY
+
+
+def inside(package: str, tree: ast.AST, names: list[str]) -> set[str]:
+    """Modules of its own package that a module imports when it runs; types do not count."""
+    typed = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in ast.walk(block)
+    }
+    running = [node for node in ast.walk(tree) if id(node) not in typed]
+    found = set()
+    for name in imports(ast.Module([n for n in running if isinstance(n, ast.stmt)], [])):
+        top, own, *rest = [*name.split("."), "", ""][:4]
+        if (top, own) == ("kd_bench", package):
+            found.add(rest[0] if rest[0] in names else "__init__")
+    return found
+
+
+@pytest.mark.parametrize(
+    "package", sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
+)
+def test_inside_a_package_imports_go_one_way(package: str) -> None:
+    paths = {path.stem: path for path in (PACKAGE / package).glob("*.py")}
+    order = INSIDE[package].split()
+    assert sorted(order) == sorted(paths), "every module has its place in INSIDE"
+    for place, module in enumerate(order):
+        for other in inside(package, ast.parse(paths[module].read_text()), order) - {module}:
+            late = (f"{package}.{module}", other) in LATER
+            assert late or order.index(other) < place, f"{package}.{module} imports {other}"
