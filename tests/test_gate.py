@@ -98,6 +98,7 @@ def test_bound_and_verdict_agree(tmp_path: Path) -> None:
         assert each.difference.p_holm >= each.difference.p
 
 
+@pytest.mark.slow
 def test_the_average_is_guarded_too(tmp_path: Path) -> None:
     """A drop of a point and a half everywhere, inside each margin, is seen on the average."""
     rng = np.random.default_rng(0)

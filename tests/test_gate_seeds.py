@@ -246,6 +246,7 @@ def test_seeds_must_be_of_one_method(store: Path) -> None:
 # --- methods -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_methods_against_methods_with_multiplicity(store: Path) -> None:
     words = ("compare", "--methods", "sft", "switch-kd", "kl", "--results", store)
     value = json.loads(command(*words, "--json"))

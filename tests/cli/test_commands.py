@@ -133,6 +133,7 @@ def test_a_missing_extra_is_one_line_with_the_command_that_installs_it(
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_tasks_show_on_the_light_install_shows_the_entry(tmp_path: Path) -> None:
     done = light("tasks", "show", "gqa", folder=tmp_path)
     assert done.returncode == ExitCode.PASS

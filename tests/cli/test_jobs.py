@@ -14,6 +14,7 @@ from kd_bench.cli.process import run_jobs
 from kd_bench.errors import IncompleteRunError
 
 
+@pytest.mark.slow
 def test_commands_run_in_order_and_are_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

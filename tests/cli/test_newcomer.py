@@ -139,6 +139,7 @@ def test_the_time_left_is_told_with_every_command(
 
 
 @pytest.mark.parametrize("methods", [["sft", "kl", "switch-kd"], ["sft"]])
+@pytest.mark.slow
 def test_the_demos_next_commands_work_as_typed(
     demos: Path, methods: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,6 +184,7 @@ def test_a_store_without_runs_leads_to_the_demos(
         ("recipes settings", "The recipe"),
     ],
 )
+@pytest.mark.slow
 def test_tables_are_titled_and_fit(
     call: Call, demos: Path, width: int, command: str, title: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -105,6 +105,7 @@ def test_swapping_the_runs_mirrors_everything(suite: list[Run]) -> None:
         assert a.p == pytest.approx(b.p, abs=0.03)
 
 
+@pytest.mark.slow
 def test_a_third_run_does_not_change_the_first_two(suite: list[Run]) -> None:
     two, three = compare(suite[:2], **FAST), compare(suite[:3], **FAST)
     for one, other in zip(two.tasks, three.tasks, strict=True):
@@ -187,6 +188,7 @@ def test_no_relations_without_a_teacher(suite: list[Run]) -> None:
     assert all(task.agreement == [] for task in found.tasks)
 
 
+@pytest.mark.slow
 def test_gap_closed_has_no_interval_when_the_teacher_is_no_better(tmp_path: Path) -> None:
     frames = small_frames(seed=2, mu=0.3, models=3, shrink=12)
     runs = [

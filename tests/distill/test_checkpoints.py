@@ -137,6 +137,7 @@ def test_shards_must_be_whole(checkpoint: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.slow
 def test_every_family_loads_whole_and_misses_what_is_taken(family: str, tmp_path: Path) -> None:
     model = make(family)
     model.save_pretrained(tmp_path)
@@ -322,6 +323,7 @@ def test_an_adapter_is_a_student_and_a_teacher(
     assert (final[name] - start[name]).abs().max() < 1e-3, "one small step away"
 
 
+@pytest.mark.slow
 def test_a_quantized_teacher_teaches_and_a_quantized_student_is_refused(
     checkpoint: Path, rows: Path, tmp_path: Path
 ) -> None:
@@ -333,6 +335,7 @@ def test_a_quantized_teacher_teaches_and_a_quantized_student_is_refused(
         load_as_train(tmp_path / "nf4", rows, tmp_path / "refused", "student")
 
 
+@pytest.mark.slow
 def test_a_recipe_asks_for_a_new_projector(copy: Path, rows: Path, tmp_path: Path) -> None:
     with_tensors(copy, lambda t: {k: v for k, v in t.items() if "projector" not in k})
     with pytest.raises(UsageError, match="new_projector=true"):

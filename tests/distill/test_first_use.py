@@ -43,6 +43,7 @@ def two_stages(place, output, *overrides):
     return load_recipe(place / "recipe.yaml", [f"output={place / output}", *overrides])
 
 
+@pytest.mark.slow
 def test_the_readmes_command_needs_two_checkpoints_and_one_json(place):
     recipe = load_recipe(
         "switch-kd-0.5b",

@@ -126,6 +126,7 @@ def test_a_checkpoint_from_before_there_were_digests_is_still_used(place, stoppe
     assert all(torch.equal(whole[key], found[key]) for key in whole)
 
 
+@pytest.mark.slow
 def test_a_torn_lineage_is_taken_from_the_checkpoint(place, stopped, capsys):
     folder = copied(stopped, "lineage")
     tear(folder / "lineage.json")
@@ -142,6 +143,7 @@ def test_a_torn_lineage_without_a_copy_is_one_line(place, stopped):
         train(recipe_in(place, "lost"))
 
 
+@pytest.mark.slow
 def test_a_damaged_log_does_not_stop_a_training(place, stopped):
     folder = copied(stopped, "log")
     log = folder / "train_log.jsonl"
@@ -173,6 +175,7 @@ def test_changed_data_does_not_continue_or_finish_a_training(place, stopped, who
     assert (folder / "lineage.json").read_bytes() == lineage
 
 
+@pytest.mark.slow
 def test_a_damaged_student_is_written_again_from_its_last_stage(place, whole, capsys):
     folder = copied(place / "whole", "rebuilt")
     flip(folder / "final" / "model.safetensors")

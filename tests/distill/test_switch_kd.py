@@ -44,6 +44,7 @@ def batch(samples):
     return Collator(0)([samples[index] for index in range(6)])
 
 
+@pytest.mark.slow
 def test_a_plain_loop_gives_the_very_losses_of_the_projects_trainer(tmp_path):
     settings = ["steps=4", "log_every=1", "schedule=constant", "warmup=0", "save_every=0"]
     recipe = load_recipe(tiny.write_recipe(tmp_path), settings)

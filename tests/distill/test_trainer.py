@@ -109,6 +109,7 @@ def test_a_training_leaves_a_checkpoint_log_recipe_and_lineage(place, whole):
     assert not list(place.glob("whole/stages/*/checkpoint-*"))
 
 
+@pytest.mark.slow
 def test_the_same_command_leaves_a_finished_training_alone(place, whole, capsys):
     before = (whole / "model.safetensors").stat().st_mtime_ns
     assert train(recipe_in(place, "whole", "log_every=3")) == whole
@@ -348,6 +349,7 @@ def test_a_picture_that_vanishes_on_the_way_is_skipped_and_counted(place, tmp_pa
         train(recipe_in(place, "vanished-stops", *settings, "data.unreadable_limit=1"))
 
 
+@pytest.mark.slow
 def test_unreadable_samples_are_skipped_up_to_the_limit_then_listed(place, tmp_path):
     data = tiny.write_data(tmp_path / "data", count=12)
     (tmp_path / "data" / "0.png").write_bytes(b"not a picture")

@@ -95,6 +95,7 @@ def test_bad_samples_are_counted_with_their_reason(
         train(load_recipe(place / "recipe.yaml", stopped))
 
 
+@pytest.mark.slow
 def test_a_student_without_a_template_is_refused_or_given_one(place: Path) -> None:
     student = place / "bare"
     tiny.save(student, width=32, seed=2)
@@ -109,6 +110,7 @@ def test_a_student_without_a_template_is_refused_or_given_one(place: Path) -> No
     assert "ASSISTANT:" in load_processor(final).chat_template  # evaluation finds it there
 
 
+@pytest.mark.slow
 def test_the_student_is_told_where_to_stop(place: Path) -> None:
     """`generate` stops at what was learnt, also where the tokenizer's end is another token."""
     student = place / "chatml"

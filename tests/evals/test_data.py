@@ -229,6 +229,7 @@ def test_a_revision_that_is_not_there_is_one_line(hub: str, tmp_path: Path) -> N
     )
 
 
+@pytest.mark.slow
 def test_a_download_that_broke_off_goes_on(hub: str, tmp_path: Path) -> None:
     # Large enough that the hub's client, which writes pieces of 10 MB, has kept one.
     Hub.files["lmms-lab-encoder/POPE"]["data/test-00000-of-00001.parquet"] += bytes(30_000_000)

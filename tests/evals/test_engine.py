@@ -93,6 +93,7 @@ def test_prefilling_a_few_rows_at_a_time_changes_nothing(
         assert facts(answers) == facts(one_by_one)
 
 
+@pytest.mark.slow
 def test_answers_equal_generate_of_transformers(model: Any, one_by_one: dict[int, Answer]) -> None:
     for asked in questions()[:12]:
         content = [{"type": "image"}, {"type": "text", "text": asked.text}]

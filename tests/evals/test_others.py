@@ -68,6 +68,7 @@ def test_mistakes_with_stock_models_are_one_line(data: Path, tmp_path: Path) -> 
     assert not list((tmp_path / "runs").glob("[!.]*"))
 
 
+@pytest.mark.slow
 def test_our_own_adapter_by_its_name_in_lmms_eval(
     data: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -79,6 +80,7 @@ def test_our_own_adapter_by_its_name_in_lmms_eval(
         assert stock.result(task).score == own.result(task).score
 
 
+@pytest.mark.slow
 def test_the_hybrid_of_equal_eyes_is_the_teacher(
     data: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -200,6 +202,7 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("with_data", [False, True])
+@pytest.mark.slow
 def test_results_of_lmms_eval_become_runs(
     foreign: tuple[Path, Path], with_data: bool, tmp_path: Path
 ) -> None:

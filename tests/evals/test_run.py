@@ -94,6 +94,7 @@ def test_a_run_holds_what_was_asked(whole: Run, checkpoint: Path) -> None:
     assert len({tuple(frame["answer"]) for frame in frames(whole).values()}) == len(TEN)
 
 
+@pytest.mark.slow
 def test_the_store_keeps_the_pictures_of_its_samples(whole: Run) -> None:
     from PIL import Image
 
@@ -222,6 +223,7 @@ def test_several_processes_give_what_one_gives(
     )
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_in_the_journal_is_computed_again(
     whole: Run, checkpoint: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -241,6 +243,7 @@ def test_a_flipped_bit_in_the_journal_is_computed_again(
     )
 
 
+@pytest.mark.slow
 def test_a_retrained_checkpoint_at_the_same_path_is_a_new_run(data: Path, tmp_path: Path) -> None:
     folder = save_talker(tmp_path / "model", seed=3)
     first = go(folder, data, tmp_path / "results", tasks=["gqa"])
@@ -251,6 +254,7 @@ def test_a_retrained_checkpoint_at_the_same_path_is_a_new_run(data: Path, tmp_pa
     assert not first.samples("gqa")["answer"].equals(second.samples("gqa")["answer"])
 
 
+@pytest.mark.slow
 def test_another_chat_template_is_answered_anew(
     checkpoint: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -490,6 +494,7 @@ def test_a_refused_evaluation_writes_nothing(checkpoint: Path, data: Path, tmp_p
     assert read_json(run.path / "manifest.json")["new"] == 1
 
 
+@pytest.mark.slow
 def test_a_role_is_never_guessed(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     """SFT alone makes no floor; what a command said stays known, and so do teachers of others."""
 

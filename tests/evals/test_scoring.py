@@ -31,6 +31,7 @@ def run(
 
 
 @pytest.mark.parametrize("task", TEN)
+@pytest.mark.slow
 def test_an_oracle_gets_the_maximum(task: str, replicas: Path) -> None:
     prepared, asked, score = run(task, replicas, oracle(task))
     assert score == pytest.approx(100)
@@ -45,6 +46,7 @@ def share(prepared: PreparedTask, right: Callable[[Document], bool]) -> float:
     return 100 * sum(map(right, prepared.documents)) / len(prepared.documents)
 
 
+@pytest.mark.slow
 def test_constants_get_what_arithmetic_says(replicas: Path) -> None:
     """Yes to everything, A to everything, a word to everything."""
     _, asked, score = run("mme", replicas, lambda document: "Yes")

@@ -31,6 +31,7 @@ def files(folder: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 def test_the_store_is_sound_whole_and_small():
     assert [finding for finding in examine(STORE) if finding.open] == []
     runs = kd_bench.load_runs(STORE)

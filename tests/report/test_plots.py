@@ -130,6 +130,7 @@ def test_every_method_is_in_the_forest_or_counted(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_equal_models_stand_at_one_latency_with_its_range(tmp_path: Path) -> None:
     """Their times differ by noise alone; labels stay beside their points, by a line if moved."""
     board = many(tmp_path / "results", 6)

@@ -34,6 +34,7 @@ def entry(board: Board, name: str, role: str = "kd"):  # type: ignore[no-untyped
     return next(e for e in board.entries if e.method == name and e.role == role)
 
 
+@pytest.mark.slow
 def test_difference_from_sft_is_the_method_comparison(store: Path) -> None:
     board, _ = board_of(store, resamples=10_000)
     switch, floor = entry(board, "switch-kd"), entry(board, "sft", "sft")
@@ -178,6 +179,7 @@ def test_the_headline_is_of_the_row_named_as_main_or_of_what_holds_over_all(stor
         relate(board, evidence, "k1")
 
 
+@pytest.mark.slow
 def test_equal_methods_and_single_seeds_get_no_headline(tmp_path: Path) -> None:
     """Nine equal methods of one seed each: whatever comes out best is chance."""
     from kd_bench.report.page import head

@@ -385,6 +385,7 @@ def test_a_baseline_whose_run_was_deleted(tmp_path: Path) -> None:
 # --- the lock --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_second_process_is_told_and_a_dead_one_holds_nothing(tmp_path: Path) -> None:
     run = new_run(tmp_path)
     with (
