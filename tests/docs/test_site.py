@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 
 from kd_bench.errors import ExitCode
-from tests.docs.blocks import ROOT
+from tests.docs.blocks import ROOT, pages
 
 DOCS = ROOT / "docs"
 
@@ -96,3 +96,14 @@ def test_the_citation_has_the_version() -> None:
 
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert f"\nversion: {__version__}\n" in citation
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
+def test_files_and_modules_that_a_page_names_are_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    named = set(re.findall(r"\b(?:kd_bench|tests|docs)/[\w./-]*\w", text))
+    named |= {
+        m.replace(".", "/") for m in re.findall(r"python -m ((?:tests|kd_bench)[\w.]*\w)", text)
+    }
+    missing = [n for n in named if not (ROOT / n).exists() and not (ROOT / f"{n}.py").exists()]
+    assert not missing
