@@ -37,7 +37,7 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 INDEX = pa.schema(
     {
-        "json": pa.string(),  # the row's text; null where a `datasets` table holds the row
+        "json": pa.large_string(),  # the row's text; null where a `datasets` table holds the row
         "id": pa.string(),
         "problem": pa.string(),  # why it cannot be used
         "hint": pa.string(),  # with a problem: asking for the row is refused, not counted
@@ -85,9 +85,8 @@ class Part:
     def conversation(self, row: int) -> Conversation:
         """One row, parsed now."""
         text = self.index["json"][row].as_py()
-        return conversation_of(
-            self.dataset[row] if text is None else json.loads(text), row, self.folder
-        )
+        found = self.dataset[row] if text is None else json.loads(text)
+        return conversation_of(found, row, self.folder)
 
 
 class Conversations(Sequence[Conversation]):
@@ -158,18 +157,13 @@ class Conversations(Sequence[Conversation]):
             return np.arange(len(self))
         taken = []
         for source, (places, weight) in enumerate(self._sources):
-            size, count = len(places), round(len(places) * weight)
-            rounds = np.arange(number * count, (number + 1) * count) // max(size, 1)
-            order = {
-                each: np.random.default_rng([seed, source, int(each)]).permutation(size)
-                for each in np.unique(rounds)
-            }
-            within = np.arange(number * count, (number + 1) * count) % max(size, 1)
-            taken.append(
-                places[[order[each][place] for each, place in zip(rounds, within, strict=True)]]
-                if count
-                else places[:0]
-            )
+            count = round(len(places) * weight)
+            first, start = divmod(number * count, max(len(places), 1))
+            rounds = [
+                np.random.default_rng([seed, source, first + each]).permutation(places)
+                for each in range(int(weight) + 2)
+            ]
+            taken.append(np.concatenate(rounds)[start : start + count])
         return np.concatenate(taken)
 
     @cached_property
@@ -260,32 +254,35 @@ def _part(path: str | list[str], source: DataSource, number: int, stop: int | No
         stop: rows that are asked for; None for all.
     """
     first = resolve(path if isinstance(path, str) else path[0])
-    dataset: Any = None
-    if first.is_dir() or first.suffix == ".parquet":
-        dataset = _dataset(first if isinstance(path, str) else path)
-    elif not first.exists():
-        if not (isinstance(path, str) and HUB_NAME.fullmatch(path)):
-            raise UsageError(f"There is no training data at {path}.", "Check data.path.")
-        dataset = _from_hub(path, source)
+    is_json = first.is_file() and first.suffix != ".parquet"
+    dataset: Any = None if is_json else _dataset(path, source)
     folder = first if first.is_dir() else first.parent if first.exists() else Path()
     if source.images:
         folder = resolve(source.images)
     files = [first] if isinstance(path, str) else [Path(name) for name in path]
     stamp, size = _stamp(files) if first.exists() else (str(dataset._fingerprint), SMALL + 1)
     part = Part(folder, stamp, number, source.weight or 1.0, dataset)
-    rows = _numbered(dataset) if dataset is not None else json_rows(first)
+    rows = json_rows(first) if dataset is None else ((None, row) for row in dataset)
     batches = _batches(islice(rows, stop), folder, dataset is None)
     if size <= SMALL:
         part.made = pa.Table.from_batches(batches, INDEX)
         return part
     key = digest_text(str(VERSION), stamp, str(folder.absolute()), str(stop))
     part.file = cache_folder() / "training-data" / f"{key}.arrow"
-    if not part.file.exists():
+    if not _is_index(part.file):
         part.file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(part.file) as staging, pa.ipc.new_file(str(staging), INDEX) as writer:
             for batch in batches:
                 writer.write_batch(batch)
     return part
+
+
+def _is_index(path: Path) -> bool:
+    """Whether a file is there and whole."""
+    try:
+        return bool(pa.ipc.open_file(pa.memory_map(str(path))).schema == INDEX)
+    except (OSError, pa.ArrowInvalid):
+        return False
 
 
 def _stamp(paths: Iterable[Path]) -> tuple[str, int]:
@@ -327,7 +324,9 @@ def _described(text: str | None, row: Any, number: int, folder: Path) -> Row:
         "answers": sum(turn.role == "assistant" for turn in found.turns),
         "characters": sum(len(piece or "") for turn in found.turns for piece in turn.pieces),
         "images": [str(each) if isinstance(each, Path) else "" for each in found.images],
-        "sha256": _digest_of(found),
+        "sha256": hashlib.sha256(
+            b"".join([_words(found), *(each for each in found.images if isinstance(each, bytes))])
+        ).digest(),
     }
 
 
@@ -458,50 +457,33 @@ _DECODER = json.JSONDecoder()
 # --- datasets --------------------------------------------------------------------------------
 
 
-def _numbered(dataset: Any) -> Iterator[tuple[None, Any]]:
-    for row in dataset:
-        yield None, row
-
-
-def _dataset(path: Path | list[str]) -> Any:
-    """Rows of parquet files or of a folder that `save_to_disk` wrote."""
-    from datasets import load_dataset, load_from_disk
-
-    if isinstance(path, Path) and path.is_dir():
-        what, hint = "a dataset folder", "Write it with dataset.save_to_disk."
-    else:
-        what, hint = "a parquet file", "Write it with dataset.to_parquet."
-    try:
-        if isinstance(path, Path) and path.is_dir():
-            return _encoded(load_from_disk(str(path)), str(path))
-        files = path if isinstance(path, list) else [str(path)]
-        return _encoded(load_dataset("parquet", data_files=files, split="train"), str(path))
-    except UsageError:
-        raise
-    except Exception as error:  # damaged files raise whatever their reader trips over
-        raise UsageError(f"{path} is not {what}: {one_line(error)}", hint) from None
-
-
-def _from_hub(name: str, source: DataSource) -> Any:
-    """A dataset of the hub, downloaded into `datasets`' own cache.
+def _dataset(path: str | list[str], source: DataSource, *, streaming: bool = False) -> Any:
+    """Rows of parquet files, of a `save_to_disk` folder or of the hub; images stay encoded.
 
     Raises:
-        UsageError: it is not there, or has neither the subset nor the split.
+        UsageError: it is not there, cannot be read, or has neither the subset nor the split.
     """
-    from datasets import load_dataset
-
-    with explained(
-        f"There is no training data at {name}: neither a file nor a dataset of the hub",
-        "Check data.path, data.subset and data.split, and the network.",
-    ):
-        return _encoded(load_dataset(name, source.subset, split=source.split or "train"), name)
-
-
-def _encoded(dataset: Any, name: str) -> Any:
-    """A dataset whose images are left encoded, decoded only when needed."""
-    from datasets import DatasetDict, Features, Sequence
+    from datasets import DatasetDict, Features, Sequence, load_dataset, load_from_disk
     from datasets import Image as ImageFeature
 
+    name = str(path)
+    first = resolve(path if isinstance(path, str) else path[0])
+    if first.is_dir():
+        with explained(f"{name} is not a dataset folder", "Write it with dataset.save_to_disk."):
+            dataset = load_from_disk(str(first))
+    elif first.exists():
+        files = [str(first)] if isinstance(path, str) else path
+        with explained(f"{name} is not a parquet file", "Write it with dataset.to_parquet."):
+            dataset = load_dataset("parquet", data_files=files, split="train", streaming=streaming)
+    elif HUB_NAME.fullmatch(name):
+        with explained(
+            f"There is no training data at {name}: neither a file nor a dataset of the hub",
+            "Check data.path, data.subset and data.split, and the network.",
+        ):
+            split = source.split or "train"
+            dataset = load_dataset(name, source.subset, split=split, streaming=streaming)
+    else:
+        raise UsageError(f"There is no training data at {name}.", "Check data.path.")
     if isinstance(dataset, DatasetDict):
         if "train" not in dataset:
             raise UsageError(f"{name} has no split named train.", "Name one of its split folders.")
@@ -584,7 +566,7 @@ def _stream(*sources: DataSource) -> Stream:
     Raises:
         UsageError: several sources, rows that cannot be streamed, or an unknown number of them.
     """
-    from datasets import load_dataset
+    import pyarrow.parquet
 
     source = sources[0]
     if len(sources) > 1 or not isinstance(source.path, str):
@@ -592,42 +574,33 @@ def _stream(*sources: DataSource) -> Stream:
             "data.streaming reads one source in its order; several cannot be mixed so.",
             "Leave streaming out: an index of all rows is made once and memory-mapped.",
         )
-    names = [str(name) for each in _files(source.path) for name in np.atleast_1d(each)]
-    folder = Path()
-    if all(name.endswith(".parquet") for name in names):
-        import pyarrow.parquet
-
-        files = [resolve(name) for name in names]
-        if missing := [name for name in files if not name.exists()]:
-            raise UsageError(f"There is no training data at {missing[0]}.", "Check data.path.")
-        dataset = load_dataset(
-            "parquet", data_files=[str(name) for name in files], split="train", streaming=True
-        )
-        total = sum(pyarrow.parquet.read_metadata(name).num_rows for name in files)
-        folder, (stamp, _) = files[0].parent, _stamp(files)
-    elif HUB_NAME.fullmatch(source.path) and not resolve(source.path).exists():
-        split = source.split or "train"
-        with explained(f"{source.path} cannot be streamed from the hub", "Check the network."):
-            dataset = load_dataset(source.path, source.subset, split=split, streaming=True)
-        known = (dataset.info.splits or {}).get(split)
-        if known is None or not known.num_examples:
-            raise UsageError(
-                f"{source.path} does not say how many rows it has, so it cannot be streamed.",
-                "Leave data.streaming out.",
-            )
-        total = known.num_examples
-        stamp = digest_text(source.path, str(source.subset), split, str(total))
-    else:
+    (found,) = _files(source.path)[:1]
+    files = [resolve(name) for name in ([found] if isinstance(found, str) else found)]
+    if files[0].exists() and files[0].suffix != ".parquet":
         raise UsageError(
             f"{source.path} cannot be streamed: data.streaming is for parquet files and datasets "
             "of the hub.",
             "Leave data.streaming out: JSON and dataset folders are memory-mapped.",
         )
+    dataset = _dataset(found, source, streaming=True)
+    if files[0].exists():
+        total = sum(pyarrow.parquet.read_metadata(name).num_rows for name in files)
+        folder, (stamp, _) = files[0].parent, _stamp(files)
+    else:
+        splits = dataset.info.splits or {}
+        total = getattr(splits.get(source.split or "train"), "num_examples", None) or 0
+        if not total:
+            raise UsageError(
+                f"{source.path} does not say how many rows it has, so it cannot be streamed.",
+                "Leave data.streaming out.",
+            )
+        folder = Path()
+        stamp = digest_text(source.path, str(source.subset), str(source.split), str(total))
     count = min(total - source.skip, source.limit or total)
     if count <= 0:
         raise UsageError(f"{source.path} holds no conversations.", "Check data.path and data.skip.")
     folder = resolve(source.images) if source.images else folder
-    return Stream(_encoded(dataset, source.path), folder, stamp, source.skip, count)
+    return Stream(dataset, folder, stamp, source.skip, count)
 
 
 # --- the fingerprint -------------------------------------------------------------------------
@@ -687,15 +660,6 @@ def data_digest(
     return found
 
 
-def _digest_of(conversation: Conversation) -> bytes:
-    """Of one conversation: id, turns, and images that are not files."""
-    digest = hashlib.sha256(_words(conversation))
-    for image in conversation.images:
-        if isinstance(image, bytes):
-            digest.update(image)
-    return digest.digest()
-
-
 def _words(conversation: Conversation) -> bytes:
     turns = [(turn.role, turn.pieces) for turn in conversation.turns]
     return json.dumps([conversation.id, turns]).encode()
@@ -710,10 +674,8 @@ def _parts_of_digest(
         return
     digests, images = conversations.column("sha256"), conversations.column("images")
     for start in range(0, len(conversations), ROWS):
-        for digest, names in zip(
-            digests.slice(start, ROWS).to_pylist(), images.slice(start, ROWS).to_pylist(),
-            strict=True,
-        ):  # fmt: skip
+        window = [each.slice(start, ROWS).to_pylist() for each in (digests, images)]
+        for digest, names in zip(*window, strict=True):
             yield digest, [Path(name) if name else b"" for name in names]
 
 

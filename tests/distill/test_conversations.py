@@ -63,6 +63,14 @@ def test_a_changed_file_is_parsed_again(on_disk, tmp_path):
     assert len(found) == 9
 
 
+def test_a_torn_index_is_made_again(on_disk, tmp_path):
+    path = written(tmp_path, numbered(8))
+    before = list(read(path)[0])
+    (index,) = on_disk.glob("*.arrow")
+    index.write_bytes(index.read_bytes()[:-40])
+    assert list(read(path)[0]) == before
+
+
 def test_a_worker_gets_names_not_rows(on_disk, tmp_path):
     found, _ = read(written(tmp_path, numbered(2_000)))
     list(found[:3])
@@ -239,10 +247,10 @@ def test_a_stream_gives_any_row_by_its_number(parquet, monkeypatch):
 @pytest.mark.parametrize(
     "change, named",
     [
-        ({"path": "x.json"}, "cannot be streamed"),
+        ({"path": __file__}, "cannot be streamed"),
         ({"path": ["a.parquet", "b.parquet"]}, "one source"),
         ({"path": "nowhere.parquet"}, "no training data at"),
-        ({"path": "somebody/no-such-dataset"}, "cannot be streamed from the hub"),
+        ({"path": "somebody/no-such-dataset"}, "neither a file nor a dataset of the hub"),
         ({"skip": 23}, "holds no conversations"),
     ],
 )
