@@ -60,17 +60,24 @@ class TrainingLog:
 
 
 def logs_of(entry: Entry) -> list[TrainingLog]:
-    """The training logs in the checkpoints' folders or beside them, one a seed where there is.
-
-    A checkpoint's path is looked up below the store first: a store that travels has it there.
-    """
+    """The training logs in the checkpoints' folders or beside them, one a seed where there is."""
     logs = []
     for run, model in zip(entry.runs, (each.model for each in entry.manifests), strict=True):
-        places = (run.path.parents[1] / model.path, Path(model.path))
-        folders = [folder for place in places for folder in (place, place.parent)]
-        path = next((f / LOG_NAME for f in folders if (f / LOG_NAME).is_file()), None)
+        path = training_file(run, model.path, LOG_NAME)
         logs.append(read_log(path, model.name) if path else None)
     return [log for log in logs if log is not None]
+
+
+def training_file(run: Run, checkpoint: str, name: str) -> Path | None:
+    """A file in a checkpoint's folder or beside it; None where there is none.
+
+    The checkpoint's path is looked up below the store first: a store that travels has it there.
+    """
+    for place in (run.path.parents[1] / checkpoint, Path(checkpoint)):
+        for folder in (place, place.parent):
+            if (folder / name).is_file():
+                return folder / name
+    return None
 
 
 def read_log(path: Path, name: str = "") -> TrainingLog | None:

@@ -18,10 +18,11 @@ from kd_bench.files import write_text
 from kd_bench.records import AVERAGE, RunManifest, TaskResult
 from kd_bench.registry import load_suite, suite_names
 from kd_bench.report.board import Board, Entry, TaskInfo
+from kd_bench.report.history import training_file
 from kd_bench.report.leaderboard import leaderboard
 from kd_bench.report.page import refuse_among_runs
 from kd_bench.report.relations import read_board
-from kd_bench.report.tables import Cell, Column, Row, Table, clean, format_number, to_markdown
+from kd_bench.report.tables import Cell, Column, Row, Table, clean, format_number, md, to_markdown
 from kd_bench.store import Run, find_run, shortcomings
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ MINI = (
     "cannot stand beside any that are."
 )
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+MATTERING = ("torch", "transformers")
 ABSOLUTE = re.compile(r"(?<![\w/:.~-])~?/(?:[^\s/'\"\],}]+/)+(?=[^\s/])")
 """The folders of an absolute path, which mean nothing to others."""
 
@@ -58,25 +60,31 @@ def model_card(results: Path, name: str, repository: str = "") -> "ModelCard":
         raise UsageError(f"{run.path.name} has no result yet.", "Finish it with its eval command.")
     board, _ = read_board(results, [run.path.name])
     mini = board.mini or _embedded(manifest)
+    model, base = manifest.model, _told(manifest.training, "student", "path")
+    tags = [
+        "knowledge-distillation" if model.role in ("kd", "switch") else "",
+        clean(model.method),
+        "mini-world" if mini else "",
+    ]
     data = ModelCardData(
-        model_name=clean(manifest.model.name),
+        model_name=clean(model.name),
         library_name="transformers",
         pipeline_tag="image-text-to-text",
-        tags=["kd-bench", "vision-language", *_tags(manifest), *(["mini-world"] if mini else [])],
-        base_model=_hub_name((manifest.training or {}).get("student")),
-        eval_results=list(_eval_results(board, manifest, found, mini)) or None,
+        tags=["kd-bench", "vision-language", *filter(None, tags)],
+        base_model=base if REPOSITORY.fullmatch(base) and not Path(base).exists() else None,
+        eval_results=list(_eval_results(board, found, mini)) or None,
     )
     sections = [
         MARK,
-        f"# {clean(manifest.model.name)}",
+        f"# {md(model.name)}",
         _introduction(manifest),
         f"> **{MINI}**" if mini else "",
-        *(f"> {clean(line)}." for line in _cautions(run, board, found, mini)),
-        to_markdown(_score_table(board, found, mini)).replace("### ", "## ", 1),
+        *(f"> {md(line)}." for line in _cautions(run, board, found, mini)),
+        _section(_score_table(board, found, mini)),
         _verification(manifest, found, repository),
         _comparison(results, run, manifest, mini),
-        _recipe(manifest),
-        _lineage(manifest),
+        _recipe(run, manifest),
+        _lineage(manifest.training),
         f"Written by kd-bench {__version__} from the run `{run.path.name}`.",
     ]
     body = "\n\n".join(section.strip() for section in sections if section)
@@ -157,22 +165,7 @@ def _cautions(run: Run, board: Board, found: dict[str, TaskResult], mini: bool) 
 # --- metadata -------------------------------------------------------------------------------------
 
 
-def _tags(manifest: RunManifest) -> list[str]:
-    distilled = manifest.model.role in ("kd", "switch")
-    method = [clean(manifest.model.method)] if manifest.model.method else []
-    return [*(["knowledge-distillation"] if distilled else []), *method]
-
-
-def _hub_name(reference: Any) -> str | None:
-    """`owner/name` where a lineage names a checkpoint of the hub."""
-    path = reference.get("path") if isinstance(reference, dict) else None
-    named = isinstance(path, str) and REPOSITORY.fullmatch(path)
-    return str(path) if named and not Path(str(path)).exists() else None
-
-
-def _eval_results(
-    board: Board, manifest: RunManifest, found: dict[str, TaskResult], mini: bool
-) -> "Iterator[EvalResult]":
+def _eval_results(board: Board, found: dict[str, TaskResult], mini: bool) -> "Iterator[EvalResult]":
     """What the hub may list: whole benchmarks, and the embedded world's under names of its own."""
     from huggingface_hub import EvalResult
 
@@ -217,30 +210,30 @@ def _expected(task: TaskInfo, result: TaskResult, mini: bool) -> int:
 
 
 def _introduction(manifest: RunManifest) -> str:
-    model, training = manifest.model, manifest.training or {}
+    model, teacher = manifest.model, _short(_told(manifest.training, "teacher", "path"))
     size = format_number(manifest.cost.parameters, "count")
-    parts = [f"A vision-language model ({model.architecture})" if model.architecture else "A model"]
-    if size != "–":
-        parts.append(f"of {size} parameters")
-    teacher = _short((training.get("teacher") or {}).get("path", ""))
-    if model.method:
-        parts.append(f"trained with the method {clean(model.method)}")
-    if teacher:
-        parts.append(f"under the teacher {clean(teacher)}")
-    return " ".join(parts) + ", evaluated with kd-bench."
+    parts = [
+        f"A vision-language model ({model.architecture})" if model.architecture else "A model",
+        f"of {size} parameters" if manifest.cost.parameters else "",
+        f"trained with the method {model.method}" if model.method else "",
+        f"under the teacher {teacher}" if teacher else "",
+    ]
+    return md(" ".join(filter(None, parts)) + ", evaluated with kd-bench.")
+
+
+def _told(value: Any, *keys: str) -> str:
+    """The text at a place of a lineage that others may have written; empty where there is none."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return "" if value is None else str(value)
 
 
 def _score_table(board: Board, found: dict[str, TaskResult], mini: bool) -> Table:
     """Score with interval, metric, documents and protocol of each benchmark, and the average."""
     entry: Entry = board.entries[0]
-    columns = (
-        Column("task", "Benchmark", "text"),
-        Column("score", "Score", interval=True),
-        Column("metric", "Metric", "text"),
-        Column("documents", "Documents", "text"),
-        Column("profile", "Protocol", "text"),
-        Column("fingerprint", "Fingerprint", "text"),
-    )
+    titles = ("Benchmark", "Score", "Metric", "Documents", "Protocol", "Fingerprint")
+    columns = [Column(title, title, "text") for title in titles]
+    columns[1] = Column("Score", "Score", interval=True)
     rows = []
     for task in board.tasks:
         result, score = found.get(task.id), entry.score(task.id)
@@ -262,7 +255,7 @@ def _score_table(board: Board, found: dict[str, TaskResult], mini: bool) -> Tabl
     caption = "Points from 0 to 100" + (
         f"; in brackets {told} intervals over documents." * bool(told)
     )
-    return Table("Scores", columns, tuple(rows), caption)
+    return Table("Scores", tuple(columns), tuple(rows), caption)
 
 
 def _named(short: str, mini: bool) -> str:
@@ -272,7 +265,6 @@ def _named(short: str, mini: bool) -> str:
 def _verification(manifest: RunManifest, found: dict[str, TaskResult], repository: str) -> str:
     """The command that measures the same, and what must come out the same."""
     protocol, model = manifest.protocol, manifest.model
-    data = manifest.data
     command = ["kd-bench", "eval", *_subject(model.path, repository), "--suite", protocol.suite]
     if not _embedded(manifest):
         command += ["--data", "DATA"]
@@ -289,13 +281,12 @@ def _verification(manifest: RunManifest, found: dict[str, TaskResult], repositor
         if value:
             command += [option, str(value)]
     fetch = "" if _embedded(manifest) else "kd-bench tasks fetch --to DATA\n"
-    told = manifest.provenance.get("code") or {}
-    version = told.get("version") or __version__
-    commit = f", commit `{told['commit'][:12]}`" if told.get("commit") else ""
+    version, commit = (_told(manifest.provenance, "code", key) for key in ("version", "commit"))
+    version += f", commit {commit[:12]}" * bool(commit)
     lines = [
         "## Verify",
-        f"With kd-bench {version}{commit}:",
-        f"```sh\n{fetch}{shlex.join(command)}\n```",
+        md(f"With kd-bench {version or __version__}:"),
+        f"```sh\n{fetch}{clean(shlex.join(command))}\n```",
         "The benchmarks' fingerprints above must be the same; they cover data, prompts, generation "
         "and scoring. The weights have the digest",
         f"`sha256:{model.weights_digest}`.",
@@ -304,8 +295,9 @@ def _verification(manifest: RunManifest, found: dict[str, TaskResult], repositor
         lines.append(
             "The answers were made under a chat template that is not the checkpoint's own."
         )
-    if data:
-        digests = "\n".join(f"- {task}: `{digest[:16]}`" for task, digest in sorted(data.items()))
+    if manifest.data:
+        known = sorted(manifest.data.items())
+        digests = "\n".join(f"- {task}: `{digest[:16]}`" for task, digest in known)
         lines.append(f"<details><summary>Digests of the data</summary>\n\n{digests}\n\n</details>")
     return "\n\n".join(lines)
 
@@ -335,64 +327,49 @@ def _comparison(results: Path, run: Run, manifest: RunManifest, mini: bool) -> s
         table = replace(table, columns=tuple(columns))
     shown = any(run.path == each.path for entry in board.entries for each in entry.runs)
     other = "" if shown else "This run is not in it: another one stands for its model.\n\n"
-    return other + to_markdown(replace(table, title="Comparison")).replace("### ", "## ", 1)
+    return other + _section(replace(table, title="Comparison"))
 
 
-def _recipe(manifest: RunManifest) -> str:
+def _recipe(run: Run, manifest: RunManifest) -> str:
     """The training's recipe where it lies beside the checkpoint, else what the lineage knows."""
-    checkpoint = Path(manifest.model.path)
-    for folder in (checkpoint, checkpoint.parent):
-        path = folder / "recipe.yaml"
-        if path.is_file():
-            text = ABSOLUTE.sub("", path.read_text(encoding="utf-8", errors="replace"))
-            return f"## Recipe\n\n```yaml\n{text.strip()}\n```"
-    training = manifest.training or {}
-    if not training.get("recipe"):
-        return ""
-    digest = training.get("recipe_digest") or ""
-    return f"## Recipe\n\n`{clean(str(training['recipe']))}` (sha256 `{digest[:16]}`)"
+    path = training_file(run, manifest.model.path, "recipe.yaml")
+    if path is not None:
+        text = ABSOLUTE.sub("", path.read_text(encoding="utf-8", errors="replace"))
+        return f"## Recipe\n\n````yaml\n{text.strip()}\n````"
+    name, digest = (_told(manifest.training, key) for key in ("recipe", "recipe_digest"))
+    return f"## Recipe\n\n{md(name)} (sha256 `{clean(digest)[:16]}`)" if name else ""
 
 
-def _lineage(manifest: RunManifest) -> str:
+def _lineage(training: dict[str, Any] | None) -> str:
     """Start, teacher, data and stages, each with its digest."""
-    training = manifest.training
     if not training:
         return ""
     rows = []
-    for who in ("student", "teacher"):
-        told = training.get(who)
-        if isinstance(told, dict):
-            title = "Started from" if who == "student" else "Teacher"
-            name, digest = _short(str(told.get("path", ""))), str(told.get("weights_sha256", ""))
-            rows.append(Row.of(who, title, name, f"weights {digest[:16]}"))
+    for who, title in (("student", "Started from"), ("teacher", "Teacher")):
+        if name := _short(_told(training, who, "path")):
+            digest = _told(training, who, "weights_sha256")[:16]
+            rows.append(Row.of(who, title, name, f"weights {digest}"))
     stages = training.get("stages")
     for name, stage in stages.items() if isinstance(stages, dict) else ():
-        data = stage.get("data") or {}
-        spent = [
-            str(stage.get("method", "")),
-            f"{stage['steps']:,} steps" if isinstance(stage.get("steps"), int) else "",
-            f"{data['conversations']:,} conversations" if "conversations" in data else "",
-            f"{stage['tokens']:,} tokens" if isinstance(stage.get("tokens"), int) else "",
-        ]
-        text = ", ".join(part for part in spent if part)
-        rows.append(Row.of(name, f"Stage {name}", text, f"data {str(data.get('sha256', ''))[:16]}"))
-    provenance = training.get("provenance") or {}
-    code = provenance.get("code") or {}
-    versions = provenance.get("versions") or {}
-    wanted = [f"{name} {versions[name]}" for name in ("torch", "transformers") if name in versions]
-    told = ", ".join([f"kd-bench {code.get('version', '?')}", *wanted])
-    rows.append(Row.of("code", "Code", told, f"commit {str(code.get('commit') or 'unknown')[:12]}"))
-    rows.append(Row.of("seed", "Seed", str(training.get("seed", "unknown")), ""))
-    columns = (
-        Column("what", "What", "text"),
-        Column("which", "Which", "text"),
-        Column("digest", "Digest", "text"),
-    )
-    return to_markdown(Table("Lineage", columns, tuple(rows))).replace("### ", "## ", 1)
+        counts = (("steps",), ("data", "conversations"), ("tokens",))
+        numbers = [(_told(stage, *keys), keys[-1]) for keys in counts]
+        spent = [f"{int(number):,} {what}" for number, what in numbers if number.isdecimal()]
+        text = ", ".join(filter(None, [_told(stage, "method"), *spent]))
+        digest = _told(stage, "data", "sha256")[:16]
+        rows.append(Row.of(name, f"Stage {name}", text, f"data {digest}"))
+    version, commit = (_told(training, "provenance", "code", k) for k in ("version", "commit"))
+    packages = {name: _told(training, "provenance", "versions", name) for name in MATTERING}
+    told = [f"kd-bench {version}", *(f"{name} {each}" for name, each in packages.items() if each)]
+    rows.append(Row.of("code", "Code", ", ".join(told), f"commit {commit[:12] or 'unknown'}"))
+    rows.append(Row.of("seed", "Seed", _told(training, "seed") or "unknown", ""))
+    columns = tuple(Column(title, title, "text") for title in ("What", "Which", "Digest"))
+    return _section(Table("Lineage", columns, tuple(rows)))
+
+
+def _section(table: Table) -> str:
+    return to_markdown(table).replace("### ", "## ", 1)
 
 
 def _short(path: str) -> str:
     """A hub name or embedded reference as it is; of a path on disk, its last two parts."""
-    if not Path(path).is_absolute():
-        return path
-    return "/".join(Path(path).parts[-2:])
+    return "/".join(Path(path).parts[-2:]) if Path(path).is_absolute() else path

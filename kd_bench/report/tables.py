@@ -324,28 +324,28 @@ def column_groups(table: Table) -> list[tuple[str, int]]:
 
 def to_markdown(table: Table) -> str:
     """A GitHub table: best bold, second in italics, notes numbered below."""
-    lines = [f"### {_md(table.title)}", ""]
+    lines = [f"### {md(table.title)}", ""]
     if table.warning:
-        lines += [f"**{_md(table.warning)}**", ""]
+        lines += [f"**{md(table.warning)}**", ""]
     if table.caption:
-        lines += [_md(table.caption), ""]
-    lines.append("| " + " | ".join(_md(column.heading) for column in table.columns) + " |")
+        lines += [md(table.caption), ""]
+    lines.append("| " + " | ".join(md(column.heading) for column in table.columns) + " |")
     marks = ("---" if column.kind == "text" else "--:" for column in table.columns)
     lines.append("| " + " | ".join(marks) + " |")
     for section, rows in sections(table):
         if section:
-            lines.append(f"| *{_md(section)}* |" + " |" * (len(table.columns) - 1))
-        texts = (_texts(table, row, _md, _MARKDOWN, note_numbers) for row in rows)
+            lines.append(f"| *{md(section)}* |" + " |" * (len(table.columns) - 1))
+        texts = (_texts(table, row, md, _MARKDOWN, note_numbers) for row in rows)
         lines.extend(f"| {' | '.join(row)} |" for row in texts)
     if table.legend:
-        lines += ["", _md(table.legend.format(second="italics"))]
+        lines += ["", md(table.legend.format(second="italics"))]
     if table.notes:
         lines.append("")
-        lines.extend(f"{number}. {_md(note)}" for number, note in enumerate(table.notes, 1))
+        lines.extend(f"{number}. {md(note)}" for number, note in enumerate(table.notes, 1))
     return "\n".join(lines) + "\n"
 
 
-def _md(text: str) -> str:
+def md(text: str) -> str:
     """Text that Markdown shows as it is."""
     escaped = re.sub(r"([\\`*_{}\[\]|~#!])", r"\\\1", clean(text))
     return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

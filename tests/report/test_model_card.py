@@ -64,7 +64,8 @@ def test_every_score_stands_with_protocol_and_what_verifies_it(ten):
     assert "kd-bench tasks fetch --to DATA" in text
     assert "kd-bench eval me/student --suite ten --data DATA" in text
     assert f"sha256:{run.manifest.model.weights_digest}" in text
-    for told in ("Qwen/Teacher-3B", "1,200 steps", "738,000 tokens", "5656565656565656", "`own`"):
+    assert "own (sha256 `abababab" in text
+    for told in ("Qwen/Teacher-3B", "1,200 steps", "738,000 tokens", "5656565656565656"):
         assert told in text, told
     assert "## Comparison" in text
     assert "| sft-seed0 |" in text
@@ -143,6 +144,16 @@ def test_the_recipe_is_shown_without_folders_of_this_machine(tmp_path):
     assert "images: all" in recipe
     assert "output: checkpoints/own" in recipe
     assert str(tmp_path) not in text
+
+
+def test_a_name_or_lineage_of_others_cannot_break_the_card(tmp_path):
+    strange = replace(report_store.demo_models((0,))[0], name="<b>big | # *x*")
+    training = {"teacher": "text", "student": {"path": 3}, "stages": {"a|b": "text"}, "seed": None}
+    report_store.add_run(tmp_path, strange, units=4, training=training, checkpoint="a/b")
+    text = str(model_card(tmp_path, strange.name))
+    assert "# &lt;b&gt;big \\| \\# \\*x\\*" in text
+    assert "| Stage a\\|b |" in text
+    assert "<b>" not in text.partition("---\n\n")[2]
 
 
 def test_hybrids_and_stock_models_are_named_as_eval_takes_them(tmp_path):
