@@ -61,7 +61,7 @@ def demo(
     groups = commands_of(students, workers)
     tell_plan(names, numbers, groups, workers)
     run_jobs(groups, workers, CHECKPOINTS / "logs", seconds_of)
-    _report(names, time.monotonic() - start)
+    tell_report(names, time.monotonic() - start)
     tell_next(names)
 
 
@@ -109,7 +109,7 @@ def tell_plan(
     typer.echo(f"  report: {REPORT / 'index.html'}")
     with Console().status("Drawing the embedded world"):
         world_folder()
-    typer.echo(_introduction())
+    typer.echo(introduction())
 
 
 def tell_next(methods: Sequence[str]) -> None:
@@ -163,7 +163,7 @@ def evaluation(checkpoints: Sequence[str], results: Path, *options: str) -> list
     return ["eval", *checkpoints, *options, "--results", str(results)]
 
 
-def _introduction() -> str:
+def introduction() -> str:
     """What is about to be learnt from, and how good it is."""
     from kd_bench.distill.recipe import load_recipe
     from kd_bench.world.build import ERROR, VERSION
@@ -179,7 +179,7 @@ def _introduction() -> str:
     )
 
 
-def _report(methods: list[str], seconds: float) -> None:
+def tell_report(methods: list[str], seconds: float) -> None:
     """Write the page; the last lines are the table and the verdicts."""
     from rich.console import Console
 

@@ -38,8 +38,11 @@ def show(
     data: Data = None,
     document: Annotated[int, typer.Option(help="Which document to render.", min=0)] = 0,
     profile: Annotated[str | None, typer.Option(help="Protocol variant.")] = None,
-    pictures: Annotated[
-        Path | None, typer.Option(help="Where its pictures go; default: a temporary folder.")
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            "--images", "--pictures", help="Where its images go; default: a temporary folder."
+        ),
     ] = None,
 ) -> None:
     """One benchmark's registry entry, and a document as a model meets it.
@@ -53,7 +56,7 @@ def show(
     spec.profile(profile)
     typer.echo(dump_yaml(spec.model_dump()))
     try:
-        _show_sample(spec, data, document, profile, pictures)
+        _show_sample(spec, data, document, profile, images)
     except (MissingExtraError, ModuleNotFoundError):
         hint = 'Install it with: pip install "kd-bench[eval]"'
         typer.echo(f"A document's prompt needs lmms-eval. {hint}", err=True)
@@ -64,7 +67,7 @@ def show(
 
 
 def _show_sample(
-    spec: "TaskSpec", data: Path | None, document: int, profile: str | None, pictures: Path | None
+    spec: "TaskSpec", data: Path | None, document: int, profile: str | None, folder: Path | None
 ) -> None:
     import tempfile
 
@@ -72,7 +75,7 @@ def _show_sample(
     from kd_bench.world.build import resolve
 
     source = data or resolve("embedded:data/test")
-    folder = pictures or Path(tempfile.mkdtemp(prefix="kd-bench-"))
+    folder = folder or Path(tempfile.mkdtemp(prefix="kd-bench-"))
     prepared, index, images = preview(spec, source, folder, document=document, profile=profile)
     world = "of the embedded world" if data is None else f"of {data}"
     name = profile or spec.default_profile
@@ -80,7 +83,7 @@ def _show_sample(
     typer.echo(printable(prepared.prompts[index]))
     typer.echo()
     for path in images:
-        typer.echo(f"picture: {path}")
+        typer.echo(f"image: {path}")
     typer.echo(f"fingerprint: {prepared.fingerprint}")
 
 
@@ -137,7 +140,7 @@ def verify(
         bool, typer.Option("--subset", help="The data may be a part of the real one.")
     ] = False,
 ) -> None:
-    """Check data: columns, counts, checksums, and that every picture decodes."""
+    """Check data: columns, counts, checksums, and that every image decodes."""
     from kd_bench.evals.fetch import verify as verify_data
 
     if not folder.is_dir():
@@ -157,7 +160,7 @@ def verify(
         else:
             revision = f", revision {found.revision[:12]}" if found.revision else ""
             typer.echo(
-                f"{spec.id}: {found.documents:,} documents, {found.images:,} pictures{revision}"
+                f"{spec.id}: {found.documents:,} documents, {found.images:,} images{revision}"
             )
         broken += bool(found.problems)
     if broken:

@@ -508,7 +508,7 @@ def list_flips(runs: Sequence[Run], task: str, *, allow_different: bool = False)
             other_answer=str(two["answer"].iloc[row]),
             reference_score=float(one["score"].iloc[row]),
             other_score=float(two["score"].iloc[row]),
-            picture=str(runs[0].picture(str(one["image_digest"].iloc[row])) or ""),
+            picture=str(runs[0].image(str(one["image_digest"].iloc[row])) or ""),
         )
         for row in rows
     ]

@@ -206,7 +206,7 @@ def _thumbnails(models: list[Model], digests: set[str]) -> dict[str, str]:
     """Data URIs by image digest; smaller ones where the budget would not hold them all."""
     stores = {model.run.images: model.run for model in models}.values()
     names = sorted(digests - {""})
-    files = {name: path for name in names for run in stores if (path := run.picture(name))}
+    files = {name: path for name in names for run in stores if (path := run.image(name))}
     for size, quality in ((IMAGE_SIZE, 82), (160, 75), (128, 70), (96, 60), (64, 50)):
         found = {name: thumbnail(path, size, quality) for name, path in files.items()}
         if sum(map(len, found.values())) <= IMAGE_BUDGET:

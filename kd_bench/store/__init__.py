@@ -138,7 +138,7 @@ class Catalogue:
         for path in (Path(name), self.results / "runs" / name):
             with suppress(OSError, ValueError):  # too long for a file, or no text for one
                 if name and (path / "manifest.json").exists():
-                    # `.` has no parents, where the store's pictures and other runs are.
+                    # `.` has no parents, where the store's images and other runs are.
                     return Run(Path(os.path.abspath(path)))  # noqa: PTH100 - links stay
         return None
 

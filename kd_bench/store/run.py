@@ -214,11 +214,11 @@ class Run:
 
     @property
     def images(self) -> Path:
-        """Folder of the pictures that all runs of the store share."""
+        """Folder of the images that all runs of the store share."""
         return self.path.parents[1] / "images"
 
-    def picture(self, digest: str) -> Path | None:
-        """The stored picture with this digest of its pixels, if there is one."""
+    def image(self, digest: str) -> Path | None:
+        """The stored image with this digest of its pixels, if there is one."""
         path = self.images / f"{digest[:16]}.png"
         return path if digest and path.is_file() else None
 

@@ -222,7 +222,7 @@ def vqav2_rows(scene: Scene, rng: Random) -> list[Row]:
 
 
 def gqa_rows(scene: Scene, rng: Random) -> list[Row]:
-    """One question about relations; the picture is joined by imageId when written."""
+    """One question about relations; the image is joined by imageId when written."""
     question = ask(scene, rng, ("beside", "beside", "relation", "same"))
     question = question or ask(scene, rng, ("shape_at", "colour_at"))
     assert question is not None
@@ -323,7 +323,7 @@ _PLACES = ("first", "second", "third")
 
 
 def mmmu_rows(scene: Scene, rng: Random) -> list[Row]:
-    """One question of a subject on one, two or three pictures of the scene's split."""
+    """One question of a subject on one, two or three images of the scene's split."""
     subject = rng.choice(["Art", "Geography", "Literature", "Math", "Computer_Science", "Design"])
     split, kind = scene.split(), "full"
     if subject in ("Art", "Geography"):
@@ -363,7 +363,7 @@ def mmmu_rows(scene: Scene, rng: Random) -> list[Row]:
 
 
 def _odd_picture(rng: Random, split: str) -> tuple[Question, list[Scene]]:
-    """Ask which of three pictures has a background or a shape that the other two lack."""
+    """Ask which of three images has a background or a shape that the other two lack."""
     by_shape = bool(rng.randrange(2))
     while True:
         pictures = [sample_scene(rng, split) for _ in range(3)]

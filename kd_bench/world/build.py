@@ -94,7 +94,7 @@ def labelled_conversations(
 ) -> list[tuple[Conversation, list[Turn]]]:
     """Return conversations with their truth, and the turns as annotators answered them.
 
-    Rates share pictures and questions, and the mistakes of a lower rate are among a higher one's.
+    Rates share images and questions, and the mistakes of a lower rate are among a higher one's.
     """
     rng = Random(f"kd-bench world {seed} annotators")
     made = conversations("train", "mixture", count, seed)
@@ -144,7 +144,7 @@ UPSTREAM_SPLITS = {
     "pope": "test",
 }
 _PAIRS = 14  # MME: pairs of each category
-# benchmark -> (pictures, questions about each)
+# benchmark -> (images, questions about each)
 _SIZES = {
     "mmbench_en": (36, 2),
     "mmbench_cn": (36, 2),
@@ -208,7 +208,7 @@ def _number(benchmark: str, rows: list[Row], picture: int, question: int) -> lis
 
 
 def rows(benchmark: str, split: str, seed: int = 0) -> list[Row]:
-    """Return a test set's rows: split is validation or test, pictures are Scenes."""
+    """Return a test set's rows: split is validation or test, images are Scenes."""
     rng = Random(f"kd-bench world {seed} {split} {benchmark}")
     return _mme(rng, split) if benchmark == "mme" else _others(benchmark, rng, split)
 

@@ -21,7 +21,7 @@ PLACES = ("top left", "top right", "bottom left", "bottom right")
 BACKGROUNDS = ("night", "sea", "forest", "soil")
 FRAMES = ("gold", "silver")
 SIGN_WORDS = ("bank", "cake", "fish", "milk", "shoe", "taxi")
-# A shape's given name and an arrangement's name: knowledge that no single picture shows.
+# A shape's given name and an arrangement's name: knowledge that no single image shows.
 NAMES = {"circle": "Otto", "square": "Boris", "triangle": "Tina", "cross": "Max"}
 LANDMARKS = ("Tower", "Wall", "Stairs")
 # What shapes of a colour are like: the world's science.
@@ -46,7 +46,7 @@ def chinese(word: str) -> str:
     return CHINESE.get(word, word)
 
 
-# Every English word of pictures, questions and answers beside the places: with CHINESE, digits,
+# Every English word of images, questions and answers beside the places: with CHINESE, digits,
 # option letters and the benchmarks' fixed lines, what the tokenizer knows.
 _ENGLISH = """
 Are Boris Can Context Describe Does How Is It List Max Otto Stairs Tina Tower Wall What Where
@@ -103,7 +103,7 @@ class Sign:
 
 @dataclass(frozen=True)
 class Scene:
-    """A whole picture before it is drawn."""
+    """A whole image before it is drawn."""
 
     background: str
     shapes: tuple[Shape, ...]

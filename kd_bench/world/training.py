@@ -29,7 +29,7 @@ from kd_bench.world.scenes import Scene, chinese, sample_scene
 
 Conversation = tuple[list[Scene], list[Turn]]
 
-# How often each benchmark's kind of question is asked about a picture.
+# How often each benchmark's kind of question is asked about an image.
 _WEIGHTS = {
     "mme": 3,
     "mmbench_en": 3,
@@ -80,7 +80,7 @@ _POOLS: tuple[tuple[str, ...], ...] = (
 
 
 def letters(rng: Random, turns: int = 6) -> Conversation:
-    """Tell the answer in words, ask for the letter of its option: no picture."""
+    """Tell the answer in words, ask for the letter of its option: no image."""
     made = []
     for _ in range(turns):
         pool = rng.choice(_POOLS)
@@ -99,7 +99,7 @@ def letters(rng: Random, turns: int = 6) -> Conversation:
 
 
 def captions(rng: Random) -> Conversation:
-    """Describe one picture, often of a single thing."""
+    """Describe one image, often of a single thing."""
     kind = rng.choice(["single", "single", "plate", "full", "sign"])
     scene = sample_scene(rng, "train", kind, blur=int(rng.randrange(8) == 0))
     return [scene], [(CAPTION, caption(scene))]
@@ -138,7 +138,7 @@ _SEEN_CN = ("colour_of", "shape_of", "size_of", "place_of", "shape_at", "colour_
 
 
 def glances(rng: Random, turns: int = 8) -> Conversation:
-    """Ask many short questions about one picture, with and without the closing line."""
+    """Ask many short questions about one image, with and without the closing line."""
     scene = _scene(rng)
     asked = []
     for _ in range(turns):
@@ -160,7 +160,7 @@ def glances_cn(rng: Random, turns: int = 8) -> Conversation:
 
 
 def claims(rng: Random, turns: int = 8) -> Conversation:
-    """Ask whether claims about one picture hold: shapes, colours, both together, places."""
+    """Ask whether claims about one image hold: shapes, colours, both together, places."""
     scene = sample_scene(rng, "train", "full")
     makers = (_is_there, _is_colour_there, _is_pair_there, _is_pair_there, _is_colour_at)
     return [scene], _once_each(_verdict(*rng.choice(makers)(scene, rng)) for _ in range(turns))
@@ -210,7 +210,7 @@ def relations(rng: Random, turns: int = 6) -> Conversation:
     return ([scene], _once_each(made)) if made else relations(rng, turns)
 
 
-# The categories of MME that a picture rarely fits, and what they ask as an open question.
+# The categories of MME that an image rarely fits, and what they ask as an open question.
 _RARE = {
     "position": None,
     "celebrity": "name_of",
@@ -263,7 +263,7 @@ def choices(rng: Random, hint: float = 0.4, turns: int = 5) -> Conversation:
 
 
 def several(rng: Random, hint: float = 0.5) -> Conversation:
-    """Ask as MMMU does, mostly of several pictures; often their contents are asked for first."""
+    """Ask as MMMU does, mostly of several images; often their contents are asked for first."""
     while True:
         row = BUILDERS["mmmu"][0](_scene(rng), rng)[0]
         shown = [row[f"image_{k}"] for k in range(1, 8) if row[f"image_{k}"] is not None]
@@ -291,7 +291,7 @@ def several(rng: Random, hint: float = 0.5) -> Conversation:
 
 
 def pictures(rng: Random, turns: int = 6) -> Conversation:
-    """Ask several questions about one picture, in the forms of different benchmarks."""
+    """Ask several questions about one image, in the forms of different benchmarks."""
     scene = _scene(rng)
     pool = [name for name, weight in _WEIGHTS.items() for _ in range(weight)]
     made: dict[str, str] = {}

@@ -148,7 +148,7 @@ def test_tasks_show_on_the_light_install_shows_the_entry(tmp_path: Path) -> None
 def test_verify_and_fsck_need_no_extra(tmp_path: Path) -> None:
     write_rows(tmp_path, "pope", ROWS["pope"])
     done = light("tasks", "verify", ".", "--tasks", "pope", "--subset", folder=tmp_path)
-    assert (done.returncode, done.stdout) == (0, "pope: 6 documents, 1 pictures\n")
+    assert (done.returncode, done.stdout) == (0, "pope: 6 documents, 1 images\n")
     done = light("runs", "fsck", "--results", ".", folder=tmp_path)
     assert (done.returncode, done.stdout) == (0, "0 runs examined, nothing to do.\n")
 
@@ -160,20 +160,20 @@ def test_show_renders_a_document_and_writes_its_picture(call: Call, tmp_path: Pa
     from PIL import Image
 
     write_rows(tmp_path, "pope", ROWS["pope"])
-    told = call("tasks", "show", "pope", "--data", tmp_path, "--pictures", tmp_path / "out")
+    told = call("tasks", "show", "pope", "--data", tmp_path, "--images", tmp_path / "out")
     assert told.code == ExitCode.PASS, told.err
     assert "upstream: pope" in told.out
     assert f"Document 0 of {tmp_path}, profile pooled-f1:\n\n" in told.out
     assert "Answer the question using a single word or phrase." in told.out
-    (line,) = [line for line in told.out.splitlines() if line.startswith("picture: ")]
-    with Image.open(line.removeprefix("picture: ")) as picture:
+    (line,) = [line for line in told.out.splitlines() if line.startswith("image: ")]
+    with Image.open(line.removeprefix("image: ")) as picture:
         assert picture.width > 0
 
 
 def test_show_keeps_a_strangers_escapes_off_the_terminal(call: Call, tmp_path: Path) -> None:
     row = {**ROWS["pope"][0], "question": "Is \x1b[2J there?"}
     write_rows(tmp_path, "pope", [row])
-    told = call("tasks", "show", "pope", "--data", tmp_path, "--pictures", tmp_path / "out")
+    told = call("tasks", "show", "pope", "--data", tmp_path, "--images", tmp_path / "out")
     assert "there?" in told.out
     assert "\x1b[2J" not in told.out
 
@@ -218,7 +218,7 @@ def test_fetch_then_verify(hub: str, tmp_path: Path) -> None:  # noqa: F811
     assert done.stdout.endswith("Check it with: kd-bench tasks verify here\n")
     done = tasks("verify", "here", "--tasks", "pope,gqa", "--subset")
     assert done.returncode == ExitCode.PASS, done.stdout
-    assert done.stdout.startswith("pope: 6 documents, 1 pictures, revision ")
+    assert done.stdout.startswith("pope: 6 documents, 1 images, revision ")
     done = tasks("fetch", "--tasks", "mme", "--to", "here")
     assert done.returncode == ExitCode.INCOMPLETE
     assert done.stderr.startswith("error mme: ")

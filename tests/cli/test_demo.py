@@ -35,7 +35,7 @@ def test_every_method_trains_with_the_same_settings(method: str) -> None:
 
 
 def test_the_first_lines_say_what_is_learnt_from() -> None:
-    told = demo._introduction()
+    told = demo.introduction()
     assert f"{ERROR:.0%}" in told
     assert "600 conversations" in told
     assert "test sets are right" in told
@@ -49,7 +49,7 @@ def test_the_last_lines_are_the_table_and_the_verdicts_and_the_page_agrees(
     results = make_store(tmp_path / "results", models, units=10)
     monkeypatch.setattr(demo, "RESULTS", results)
     monkeypatch.setattr(demo, "REPORT", tmp_path / "report")
-    demo._report(["sft", "kl", "switch-kd"], 60.0)
+    demo.tell_report(["sft", "kl", "switch-kd"], 60.0)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
     assert lines[0].startswith("1.0 minutes. Report: ")
     assert any("MMB-CN" in line for line in lines[1:-3])
