@@ -151,6 +151,11 @@ def evaluate(
         from kd_bench.evals.run import EvalSettings
         from kd_bench.evals.run import evaluate as run_model
 
+    if hasattr(model, "save_pretrained"):
+        raise UsageError(
+            "evaluate takes a checkpoint, not a model in memory.",
+            "Save the model and its processor with save_pretrained, and name the folder.",
+        )
     known = EvalSettings.__dataclass_fields__
     for name in settings:
         if name not in known:
@@ -274,7 +279,7 @@ def _find(
 
 @overload
 def compare(
-    *runs: RunLike,
+    *runs: RunLike | Sequence[RunLike],
     methods: Literal[False] = False,
     results: str | Path = "results",
     allow_different: bool = False,
@@ -283,7 +288,7 @@ def compare(
 
 @overload
 def compare(
-    *runs: str,
+    *runs: str | Sequence[str],
     methods: Literal[True],
     results: str | Path = "results",
     allow_different: bool = False,
@@ -299,7 +304,8 @@ def compare(
     """Compare runs sample by sample against the first one, or methods over all their seeds.
 
     Args:
-        runs: two or more runs; with `methods`, names of methods, each compared with each.
+        runs: two or more runs, or a list of them; with `methods`, names of methods, each compared
+            with each.
         allow_different: runs of different protocols, too; the result is marked.
 
     Returns:
@@ -313,9 +319,10 @@ def compare(
     from kd_bench.compare import compare as compare_runs
     from kd_bench.compare.methods import compare_all_methods
 
+    named = runs[0] if len(runs) == 1 and isinstance(runs[0], list | tuple) else runs
     if methods:
-        return compare_all_methods(Path(results), runs, allow_different=allow_different)
-    return compare_runs(_find(runs, results), allow_different=allow_different)
+        return compare_all_methods(Path(results), named, allow_different=allow_different)
+    return compare_runs(_find(named, results), allow_different=allow_different)
 
 
 def check(

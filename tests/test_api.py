@@ -148,6 +148,8 @@ def test_methods_are_compared_over_their_seeds(store):
     comparison = kd_bench.compare("sft", "kl", "switch-kd", methods=True, results=store)
     frame = comparison.to_frame()
     assert len(frame) == 3 * (len(report_store.TASKS) + 1)
+    listed = kd_bench.compare(["sft", "kl", "switch-kd"], methods=True, results=store)
+    assert listed.to_frame().equals(frame)
     row = frame[(frame.task == "average") & (frame.second == "switch-kd")].iloc[0]
     pair = next(p for p in comparison.pairs if (p.first, p.second) == (row["first"], "switch-kd"))
     assert row.difference == pair.estimates["average"].value
@@ -244,6 +246,11 @@ def test_a_recipe_is_trained_with_settings_of_python(tmp_path):
         kd_bench.train(recipe, stpes=3)
     with pytest.raises(kd_bench.KdBenchError, match="Train first"):
         replace(training, folder=tmp_path).log()
+
+
+def test_a_model_in_memory_is_no_checkpoint():
+    with pytest.raises(kd_bench.KdBenchError, match=r"not a model in memory\. Save the model"):
+        kd_bench.evaluate(tiny.model())
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """The objective as a module that anybody's own loop or Trainer calls on a batch."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,24 +91,6 @@ class SwitchKD(nn.Module):
     def terms(self) -> tuple[Term, ...]:
         """The terms of weight."""
         return self.distiller.terms
-
-    @overload
-    def forward(
-        self,
-        batch: Mapping[str, Tensor],
-        num_items_in_batch: Mapping[str, Tensor] | Tensor | float | None = None,
-        *,
-        return_parts: Literal[False] = False,
-    ) -> Tensor: ...
-
-    @overload
-    def forward(
-        self,
-        batch: Mapping[str, Tensor],
-        num_items_in_batch: Mapping[str, Tensor] | Tensor | float | None = None,
-        *,
-        return_parts: Literal[True],
-    ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
     def forward(
         self,
