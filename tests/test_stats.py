@@ -12,8 +12,6 @@ from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 from statsmodels.stats.multitest import multipletests
 
 from kd_bench import stats
-from kd_bench.compare.estimates import Estimate, Evidence, TaskEvidence
-from kd_bench.records import Interval
 from kd_bench.stats import (
     bootstrap_sums,
     exact_or_swap,
@@ -24,7 +22,6 @@ from kd_bench.stats import (
     paired_bootstrap,
     percentile_interval,
     score_interval,
-    seed_variance,
     swap_draws,
     two_sided,
     unit_seed,
@@ -116,25 +113,6 @@ def test_interval_ignores_draws_without_a_score() -> None:
     empty = percentile_interval(np.array([np.nan]))
     assert math.isnan(empty.low)
     assert math.isnan(empty.high)
-
-
-def test_ratio_has_no_interval_when_its_denominator_may_be_zero() -> None:
-    """Percent of the way from a floor to a teacher, from normal draws about known scores."""
-    rng = np.random.default_rng(0)
-
-    def closed(floor: float, teacher: float) -> Interval | None:
-        scores = {"student": 50.0, "floor": floor, "teacher": teacher}
-        draws = {name: rng.normal(score, 1, 5000) for name, score in scores.items()}
-        sizes = dict.fromkeys(scores, 1000.0)
-        task = TaskEvidence(1000, scores, sizes, draws, {name: name for name in scores})
-        found = Evidence({"t": task}).gap_closed("t", ["student"], ["floor"], ["teacher"])
-        return found and found.interval
-
-    assert closed(45, 46) is None
-    assert closed(46, 45) is None
-    found = closed(45, 65)
-    assert found is not None
-    assert 10 < found.low < 25 < found.high < 40
 
 
 # --- tests -----------------------------------------------------------------------------------
@@ -275,7 +253,7 @@ def test_bounds_and_verdicts_of_non_inferiority_always_agree(
 def test_non_inferiority_alone_is_the_one_sided_95_percent_bound() -> None:
     drawn = np.random.default_rng(0).normal(0, 1, 100_000)
     (one,) = non_inferiority([drawn], [2.0])
-    assert one.bound == pytest.approx(-1.645, abs=0.1)  # of 400 quantiles
+    assert one.bound == pytest.approx(-1.645, abs=0.02)
     assert one.passed
     (two,) = non_inferiority([drawn], [1.6])
     assert not two.passed
@@ -284,90 +262,3 @@ def test_non_inferiority_alone_is_the_one_sided_95_percent_bound() -> None:
 def test_a_draw_without_score_speaks_against_passing() -> None:
     (one,) = non_inferiority([np.full(1000, np.nan)], [5.0])
     assert not one.passed
-
-
-# --- seeds -----------------------------------------------------------------------------------
-
-
-UNITS = 300
-
-
-def simulate_methods(
-    rng: np.random.Generator, seeds: int, seed_spread: float, gap: float
-) -> Evidence:
-    """Methods a and b: documents of differing difficulty, noisy seeds a0, a1, ..., b0, b1, ..."""
-    difficulty = rng.normal(0, 1, UNITS)
-    values = {}
-    for method, mean in (("a", 0.0), ("b", gap)):
-        skill = mean + rng.normal(0, seed_spread, (seeds, 1))
-        right = (skill + rng.normal(0, 1, (seeds, UNITS)) > difficulty).astype(float)
-        values |= {f"{method}{number}": ones(row) for number, row in enumerate(right)}
-    draws = paired_bootstrap("mean", np.stack([*values.values()]), 400, int(rng.integers(1 << 30)))
-    statistics = np.stack([*values.values()])
-    return Evidence({"t": TaskEvidence.from_draws("mean", [*values], statistics, draws, 0)})
-
-
-def between(evidence: Evidence) -> Estimate:
-    """Method b minus method a over all of their seeds."""
-    runs = list(evidence.tasks["t"].scores)
-    first, second = ([run for run in runs if run[0] == method] for method in "ab")
-    return evidence.difference("t", first, second)
-
-
-@pytest.mark.parametrize("seed_spread", [0.0, 0.1, 0.4])
-def test_a_difference_of_methods_covers_zero_between_equal_ones(seed_spread: float) -> None:
-    rng = np.random.default_rng(11)
-    covered = 0
-    for _ in range(300):
-        found = between(simulate_methods(rng, 3, seed_spread, 0.0))
-        inside = found.interval.low <= 0 <= found.interval.high
-        covered += inside
-        on_the_edge = abs(found.p - 0.05) < 0.002  # the bounds are of 400 quantiles
-        assert (found.p < 0.05) == (not inside) or on_the_edge
-    assert covered / 300 >= 0.93
-
-
-def test_ignoring_the_seeds_would_not_cover() -> None:
-    """The test above can fail: sampling error alone covers zero far too rarely."""
-    rng = np.random.default_rng(12)
-    covered = 0
-    for _ in range(200):
-        draws = simulate_methods(rng, 3, 0.4, 0.0).tasks["t"].draws
-        a, b = (np.mean([draws[f"{method}{n}"] for n in range(3)], axis=0) for method in "ab")
-        interval = percentile_interval(b - a)
-        covered += interval.low <= 0 <= interval.high
-    assert covered / 200 < 0.75
-
-
-def test_a_difference_of_methods_adds_both_sources_of_error() -> None:
-    evidence = simulate_methods(np.random.default_rng(13), 5, 0.05, 1.0)
-    found, task = between(evidence), evidence.tasks["t"]
-    scores = np.array([*task.scores.values()]).reshape(2, 5)
-    draws = np.stack([*task.draws.values()]).reshape(2, 5, -1)
-    assert found.p < 0.01
-    assert found.value == pytest.approx(scores[1].mean() - scores[0].mean())
-    assert found.seeds == (5, 5)
-    variance = np.var(draws[1].mean(0) - draws[0].mean(0), ddof=1)
-    for own, drawn in zip(scores, draws, strict=True):
-        net, seen = seed_variance(own, drawn)
-        assert seen == pytest.approx(own.var(ddof=1) / 5)
-        variance += net
-    assert found.error == pytest.approx(math.sqrt(variance))
-    reach = found.error * scipy.stats.t.ppf(0.975, found.freedom)
-    assert found.interval.low == pytest.approx(found.value - reach, abs=0.1)  # of 400 quantiles
-
-
-def test_one_seed_a_method_has_no_seed_error() -> None:
-    found = between(simulate_methods(np.random.default_rng(14), 1, 0.0, 0.5))
-    assert not found.holds_seeds
-    assert found.one_seed
-    assert found.interval.low < found.value < found.interval.high
-
-
-def test_identical_methods_differ_by_nothing_that_was_seen() -> None:
-    values = {name: ones(np.array([1.0, 0.0] * 5)) for name in ("a0", "a1", "b0", "b1")}
-    found = between(Evidence({"t": TaskEvidence.of("mean", list("abcdefghij"), values, 400)}))
-    assert (found.value, found.p) == (0.0, 1.0)
-    assert found.unchanged
-    assert found.interval.high == pytest.approx(-found.interval.low)
-    assert found.interval.high > 0
