@@ -143,7 +143,7 @@ def check(
     if as_json:
         typer.echo(report.to_json())
     else:
-        show_tables([verdict_table(report)], report.warnings, width=140)
+        show_tables([verdict_table(report)], report.warnings)
     if unwritten is not None and report.exit_code == ExitCode.PASS:
         raise unwritten
     raise typer.Exit(report.exit_code)

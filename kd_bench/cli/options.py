@@ -132,7 +132,7 @@ def profiles_of(values: list[str] | None, specs: list["TaskSpec"]) -> dict[str, 
     return found
 
 
-def show_tables(tables: "Iterable[Table]", warnings: Iterable[str] = (), width: int = 100) -> None:
+def show_tables(tables: "Iterable[Table]", warnings: Iterable[str] = ()) -> None:
     """Print tables, then what the reader has to know about them."""
     from rich.console import Console
 
@@ -140,7 +140,7 @@ def show_tables(tables: "Iterable[Table]", warnings: Iterable[str] = (), width: 
 
     console = Console()
     for table in tables:
-        to_terminal(table, console, width=width)
+        to_terminal(table, console, console.width)
     for warning in warnings:
         console.print(warning, style="bold yellow", markup=False, highlight=False)
 

@@ -58,7 +58,7 @@ def render_report(
     page = render(board, destination, evidence, logs, text)
     if console is not None:
         for table in tables:
-            to_terminal(table, console)
+            to_terminal(table, console, console.width)
     return page
 
 
