@@ -80,6 +80,7 @@ class Protocol:
         dtype, batch_size, engine: noted, not part of a task's fingerprint.
         quantize: what the weights were rounded to while they were loaded: nf4, int8 or nothing.
         prompt_template: Jinja text that stood in for the checkpoint's own; empty for its own.
+        chat_template_kwargs: variables of the template, as JSON; empty for none.
         reasoning_tags: JSON list of [open, close] tags around a thought, which is left out before
             an answer is scored; `none` scores the answer as it was generated.
     """
@@ -93,6 +94,7 @@ class Protocol:
     quantize: str = ""
     prompt_template: str = ""
     reasoning_tags: str = "none"
+    chat_template_kwargs: str = ""
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,8 @@ class Identity:
     def conditions(self) -> str:
         """Digest of the protocol alone: runs of two models can be compared where it is equal."""
         told = {k: v for k, v in asdict(self.protocol).items() if k != "batch_size"}
+        if not told["chat_template_kwargs"]:  # runs of before it was known keep their digest
+            del told["chat_template_kwargs"]
         return _digest(told)
 
     @property

@@ -10,9 +10,11 @@ from kd_bench.cli.options import (
     Profiles,
     Results,
     Tasks,
+    TemplateVariables,
     comma_separated,
     profiles_of,
     specs_of,
+    template_variables,
 )
 from kd_bench.errors import ExitCode, UsageError
 
@@ -67,6 +69,7 @@ def evaluate(
             metavar="FILE|NAME",
         ),
     ] = None,
+    chat_template_kwargs: TemplateVariables = None,
     reasoning_tags: Annotated[
         str | None,
         typer.Option(
@@ -101,6 +104,7 @@ def evaluate(
     _refuse(models, given)
     given["profiles"] = profiles_of(given.pop("profile", None), specs_of(suite, tasks))
     given["tasks"] = comma_separated(tasks)
+    given["chat_template_kwargs"] = template_variables(given.pop("chat_template_kwargs", None))
     from kd_bench import api
 
     unhealthy = False
@@ -148,6 +152,7 @@ def _refuse(models: "list[Model]", options: dict[str, Any]) -> None:
         ("dtype", stock, "goes into --model-args for a --model"),
         ("quantize", stock, "goes into --model-args for a --model"),
         ("prompt-template", stock, "goes into --model-args for a --model"),
+        ("chat-template-kwargs", stock, "goes into --model-args for a --model"),
     ]
     for option, broken, reason in rules:
         if broken and option.replace("-", "_") in options:

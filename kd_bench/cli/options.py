@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from kd_bench.config import apply_overrides
 from kd_bench.errors import UsageError, closest
 
 if TYPE_CHECKING:
@@ -98,6 +99,29 @@ def specs_of(suite: str, tasks: str | None) -> list["TaskSpec"]:
     from kd_bench.registry import load_suite, load_task
 
     return [load_task(name) for name in comma_separated(tasks) or load_suite(suite).tasks]
+
+
+TemplateVariables = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--chat-template-kwargs",
+        help="Variables of the chat template, such as enable_thinking=false; may be repeated.",
+        metavar="KEY=VALUE",
+    ),
+]
+
+
+def template_variables(values: list[str] | None) -> dict[str, Any]:
+    """`--chat-template-kwargs enable_thinking=false` -> {"enable_thinking": False}.
+
+    Raises:
+        UsageError: not of that form, or a value that is neither text, number nor truth value.
+    """
+    found = apply_overrides({}, values or [])
+    for name, value in found.items():
+        if not isinstance(value, str | bool | int | float):
+            raise UsageError(f"--chat-template-kwargs {name}: not a plain value.", "KEY=VALUE.")
+    return found
 
 
 def profiles_of(values: list[str] | None, specs: list["TaskSpec"]) -> dict[str, str]:

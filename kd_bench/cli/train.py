@@ -9,8 +9,10 @@ import typer
 from kd_bench.cli.options import (
     App,
     Command,
+    TemplateVariables,
     comma_separated,
     printable,
+    template_variables,
     this_program,
     whole_numbers,
 )
@@ -244,6 +246,7 @@ def show_data(
             metavar="FILE|NAME",
         ),
     ] = None,
+    chat_template_kwargs: TemplateVariables = None,
 ) -> None:
     """What a student will learn from: form, counts, samples with the learnt tokens marked."""
     from rich.console import Console
@@ -261,6 +264,7 @@ def show_data(
         encoded=encode or None,
         max_length=max_length,
         prompt_template=prompt_template,
+        chat_template_kwargs=template_variables(chat_template_kwargs),
     )
     console = Console(highlight=False, soft_wrap=True)
     for line in found.lines():

@@ -10,8 +10,9 @@ from the data, where it begins from the generation prompt, how it ends from what
 writes behind it.
 """
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -400,15 +401,44 @@ class ChatFormat:
         return list(self.tokenizer(list(texts), add_special_tokens=False)["input_ids"])
 
 
-def use_template(processor: Any, template: str) -> None:
-    """Set a prompt template (a name, a file or Jinja text) in place of the checkpoint's own.
+def use_template(
+    processor: Any, template: str | None = None, variables: Mapping[str, Any] | None = None
+) -> None:
+    """Set a prompt template in place of the checkpoint's own, or variables of either.
 
-    It is saved with the processor, so that a trained student is asked as it was taught.
+    Both are saved with the processor, so that a trained student is asked as it was taught.
+
+    Args:
+        template: a name, a file or Jinja text; None for the checkpoint's own.
+        variables: such as enable_thinking=False, what `chat_template_kwargs` is elsewhere.
+
+    Raises:
+        UsageError: there is no template, or it reads no such variable.
     """
-    text = read_template(template)
+    text = read_template(template) if template else _own_template(processor) or ""
     if text in TEMPLATES.values():
         text = text.replace("<image>", str(getattr(processor, "image_token", None) or "<image>"))
-    processor.chat_template = text
+    processor.chat_template = _with_variables(text, variables or {}) or None
+
+
+def _with_variables(text: str, variables: Mapping[str, Any]) -> str:
+    """The template behind assignments: whoever renders it renders it so."""
+    from jinja2 import Environment, meta
+
+    plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", text)  # transformers' own mark
+    tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+    read = meta.find_undeclared_variables(tree)
+    read -= {"messages", "add_generation_prompt", "raise_exception", "strftime_now"}
+    for name in variables:
+        if name not in read:
+            raise UsageError(
+                f"The chat template reads no variable {name!r}.{closest(name, sorted(read))}",
+                f"It reads {', '.join(sorted(read)) or 'none'}.",
+            )
+    pairs = sorted(variables.items())
+    assigned = "".join(f"{{% set {name} = {json.dumps(value)} %}}" for name, value in pairs)
+    # Templates are rendered with `trim_blocks`: a line break behind a block is dropped.
+    return assigned + "\n" * text.startswith("\n") + text
 
 
 def read_template(name_or_path: str) -> str:

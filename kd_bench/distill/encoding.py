@@ -7,7 +7,7 @@ the whole batch size rather than of the number of devices.
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from statistics import median
@@ -623,6 +623,7 @@ def preview_data(
     encoded: int | None = 200,
     max_length: int = 2048,
     prompt_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> DataPreview:
     """Read a data source and encode its first conversations for a student.
 
@@ -635,8 +636,8 @@ def preview_data(
         UsageError: data, checkpoint or template cannot be used.
     """
     processor = load_processor(student)
-    if prompt_template is not None:
-        use_template(processor, prompt_template)
+    if prompt_template is not None or chat_template_kwargs:
+        use_template(processor, prompt_template, chat_template_kwargs)
     encoder = Encoder(processor, max_length, max_pixels=source.max_image_pixels)
     found, broken = indexed(source)
     preview = DataPreview(

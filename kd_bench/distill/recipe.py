@@ -349,6 +349,8 @@ class Recipe(StrictModel):
             student's, by ignoring the surplus; the tokenizers must be equal all the same.
         prompt_template: instead of the student's chat template, and saved with it: a Jinja file,
             or a name of `chat.TEMPLATES`.
+        chat_template_kwargs: variables of the chat template, such as enable_thinking: false; saved
+            with the student.
         new_projector: the student checkpoint has no projector; one is drawn from `seed`.
         allow_pickle, trust_remote_code: permit checkpoints that can run code when loaded.
         teacher_cache: folder for the teacher's hidden states at answer positions.
@@ -366,6 +368,7 @@ class Recipe(StrictModel):
     output: str | None = None
     truncate_vocabulary: bool = False
     prompt_template: str | None = None
+    chat_template_kwargs: dict[str, str | bool | int | float] | None = None
     new_projector: bool = False
     allow_pickle: bool = False
     trust_remote_code: bool = False

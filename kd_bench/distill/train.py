@@ -206,8 +206,8 @@ def _run_stages(run: TrainingState) -> Any:
     _check_settings(run, [stage for stage, _ in left])
     start = _start(run)
     run.processor = models.load_processor(start, trust_remote_code=recipe.trust_remote_code)
-    if recipe.prompt_template is not None:
-        use_template(run.processor, recipe.prompt_template)
+    if recipe.prompt_template is not None or recipe.chat_template_kwargs:
+        use_template(run.processor, recipe.prompt_template, recipe.chat_template_kwargs)
     _load_teacher(run)
     run.note(
         student={"path": str(recipe.student), "weights_sha256": checkpoints.weights_digest(start)}

@@ -1,6 +1,7 @@
 """The models that lmms-eval sees: our engine, and any other model behind a journal."""
 
 import inspect
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import count
@@ -50,6 +51,7 @@ class KdBench(_Generative):
         quantize: nf4 or int8 rounds the weights while they are loaded.
         share: prefill each image once for all its questions.
         prompt_template: instead of the checkpoint's own; a name, a file or Jinja text.
+        chat_template_kwargs: variables of the template, as JSON.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class KdBench(_Generative):
         processor: Any = None,
         images: ImageStore | None = None,
         prompt_template: str = "",
+        chat_template_kwargs: str = "",
         **unknown: Any,
     ) -> None:
         super().__init__()
@@ -71,7 +74,8 @@ class KdBench(_Generative):
         if unknown:
             raise UsageError(
                 f"kd_bench has no model argument {next(iter(unknown))!r}.",
-                "It knows pretrained, batch_size, device, dtype, quantize, share, prompt_template.",
+                "It knows pretrained, batch_size, device, dtype, quantize, share, prompt_template, "
+                "chat_template_kwargs.",
             )
         if model is None:
             if pretrained is None:
@@ -81,8 +85,8 @@ class KdBench(_Generative):
             model = load_model(pretrained, dtype=kind, device=place, quantize=quantize)
             processor = load_processor(pretrained)
             check_image_token(pretrained, model, processor)
-        if prompt_template:
-            use_template(processor, prompt_template)
+        if prompt_template or chat_template_kwargs:
+            use_template(processor, prompt_template, json.loads(chat_template_kwargs or "{}"))
         size = None if batch_size in (None, "auto") else int(batch_size)
         self._tokenizer = processor.tokenizer
         self.engine = Engine(model, processor, batch_size=size, share=share, images=images)
@@ -337,6 +341,7 @@ def load_source(checkpoint: Checkpoint, protocol: Protocol, debug: bool = False)
                 dtype=protocol.dtype,
                 quantize=protocol.quantize,
                 prompt_template=protocol.prompt_template,
+                chat_template_kwargs=protocol.chat_template_kwargs,
                 images=_IMAGES,
             )
             model.check(named)

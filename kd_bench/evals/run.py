@@ -9,6 +9,7 @@ Nothing is written before the run is held, its data was checked and its model is
 """
 
 import contextlib
+import json
 import math
 import sys
 import tempfile
@@ -70,6 +71,7 @@ class EvalSettings:
         dtype: auto, float32, bfloat16 or float16; see `checkpoint.chosen_dtype`.
         quantize: nf4 or int8 rounds the weights while they are loaded.
         prompt_template: instead of the checkpoint's own; a name, a file or Jinja text.
+        chat_template_kwargs: variables of the chat template, such as enable_thinking=False.
         reasoning_tags: a JSON list of [open, close] tags around thoughts, which are left out before
             an answer is scored, as the stock command does; `none` scores answers as they are.
         name, role, method, seed: as tables show the model; None reads the checkpoint's lineage.
@@ -90,6 +92,7 @@ class EvalSettings:
     dtype: str = "auto"
     quantize: str = ""
     prompt_template: str = ""
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     reasoning_tags: str = REASONING_TAGS
     name: str | None = None
     role: str | None = None
@@ -175,7 +178,7 @@ def _subject(model: Model, suite: Suite, settings: EvalSettings) -> tuple[Checkp
     known = inspect_model(model, **labels)
     if settings.quantize and settings.name is None:  # stands beside the run of the float weights
         known = replace(known, ref=replace(known.ref, name=f"{known.ref.name}-{settings.quantize}"))
-    template = settings.prompt_template
+    template, variables = settings.prompt_template, settings.chat_template_kwargs
     protocol = Protocol(
         suite.name,
         dict(settings.profiles),
@@ -186,10 +189,11 @@ def _subject(model: Model, suite: Suite, settings: EvalSettings) -> tuple[Checkp
         settings.quantize,
         read_template(template) if template else "",
         settings.reasoning_tags,
+        json.dumps(variables, sort_keys=True) if variables else "",
     )
     Thinking(settings.reasoning_tags)
-    if template:  # answers of the same checkpoint under its own are others
-        setup = digest_text(known.setup_digest, protocol.prompt_template)
+    if told := [each for each in (protocol.prompt_template, protocol.chat_template_kwargs) if each]:
+        setup = digest_text(known.setup_digest, *told)  # other answers than under its own
         known = replace(known, setup_digest=setup)
     return known, protocol
 

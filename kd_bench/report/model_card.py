@@ -5,6 +5,7 @@ Scores of the embedded world are named as such in every place, the metadata's to
 measured on a whole benchmark stays out of the metadata, from which the hub makes leaderboards.
 """
 
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -280,6 +281,8 @@ def _verification(manifest: RunManifest, found: dict[str, TaskResult], repositor
     ):
         if value:
             command += [option, str(value)]
+    for name, value in json.loads(protocol.chat_template_kwargs or "{}").items():
+        command += ["--chat-template-kwargs", f"{name}={json.dumps(value)}"]
     fetch = "" if _embedded(manifest) else "kd-bench tasks fetch --to DATA\n"
     version, commit = (_told(manifest.provenance, "code", key) for key in ("version", "commit"))
     version += f", commit {commit[:12]}" * bool(commit)
@@ -291,7 +294,7 @@ def _verification(manifest: RunManifest, found: dict[str, TaskResult], repositor
         "and scoring. The weights have the digest",
         f"`sha256:{model.weights_digest}`.",
     ]
-    if protocol.prompt_template:
+    if protocol.prompt_template or protocol.chat_template_kwargs:
         lines.append(
             "The answers were made under a chat template that is not the checkpoint's own."
         )

@@ -14,6 +14,7 @@ from kd_bench.distill.encoding import Encoder
 from kd_bench.errors import UsageError
 from kd_bench.evals.inputs import PromptBuilder
 from tests.support import chat_templates as public
+from tests.support import tiny
 from tests.support.chat_templates import PUBLIC, TOKENIZERS
 
 FIRST, SECOND = "Yes, a red harbour", "Two"
@@ -412,3 +413,34 @@ def test_an_end_that_stands_between_turns_alone_is_learnt(kind: str) -> None:
     names = encoder.processor.tokenizer.convert_ids_to_tokens(sample["input_ids"])
     assert names.count("<|im_end|>") == 4
     assert encoder.processor.tokenizer.eos_token not in names
+
+
+THINKING = (  # how hybrid thinking models let themselves be told: an empty thought, invented
+    "\n{%- for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{%- if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
+    "{%- if c['type'] == 'image' %}{{ '<image>' }}{% else %}{{ c['text'] }}{% endif %}"
+    "{%- endfor %}{% endif %}{{ '<|im_end|>\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}{{ greeting | default('') }}"
+)
+
+
+@pytest.mark.parametrize(
+    "variables", [{"enable_thinking": False}, {"enable_thinking": True, "greeting": 'a "b"\n'}]
+)
+def test_variables_of_a_template_render_as_transformers_renders_them(variables):
+    processor = tiny.processor()
+    processor.chat_template = THINKING
+    asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "hm ?"}]}]
+    expected = processor.apply_chat_template(asked, add_generation_prompt=True, **variables)
+    use_template(processor, variables=variables)
+    assert processor.apply_chat_template(asked, add_generation_prompt=True) == expected
+    assert ("<think>" in expected) == (variables["enable_thinking"] is False)
+
+
+def test_a_variable_that_the_template_does_not_read_is_refused():
+    processor = tiny.processor()
+    processor.chat_template = THINKING
+    with pytest.raises(UsageError, match=r"'enable_thinkin'\. Did you mean 'enable_thinking'"):
+        use_template(processor, variables={"enable_thinkin": False})

@@ -293,6 +293,22 @@ def test_a_prompt_template_stands_in_and_is_recorded(
 
 
 @pytest.mark.slow
+def test_variables_of_the_template_make_another_run(
+    checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "model"))
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text() + "{% if brief %}{{ ' brief' }}{% endif %}")
+    own = go(folder, data, tmp_path / "results", tasks=["gqa"])
+    told = {"chat_template_kwargs": {"brief": True}}
+    given = go(folder, data, tmp_path / "results", tasks=["gqa"], **told)
+    assert given.path != own.path
+    assert given.manifest.protocol.chat_template_kwargs == '{"brief": true}'
+    assert given.result("gqa").resumed == 0
+    assert go(folder, data, tmp_path / "results", tasks=["gqa"], **told).path == given.path
+
+
+@pytest.mark.slow
 def test_lineage_names_method_seed_and_role(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     run_folder = tmp_path / "switch-s1"
     folder = Path(shutil.copytree(checkpoint, run_folder / "final"))
