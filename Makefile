@@ -64,5 +64,5 @@ constraints:
 	build/constraints/bin/pip freeze --exclude kd-bench > constraints.txt
 
 clean:
-	find results -mindepth 1 -maxdepth 1 ! -name README.md ! -name example -exec rm -rf {} +
+	-find results -mindepth 1 -maxdepth 1 ! -name README.md ! -name example -exec rm -rf {} +
 	rm -rf $(VENV) build dist checkpoints .pytest_cache .mypy_cache .ruff_cache
