@@ -163,8 +163,8 @@ def _is_number(annotation: Any) -> bool:
     if annotation in (int, float):
         return True
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is typing.Literal:
-        return False
+    if origin is typing.Literal or (origin is dict and str in typing.get_args(arguments[1])):
+        return False  # one of a few, or whatever a template asks for
     return any(_is_number(one) for one in arguments)
 
 
