@@ -224,7 +224,9 @@ def test_stages_run_in_order_and_are_not_repeated(place, monkeypatch):
     ran = []
     before = DistillationTrainer.train
     monkeypatch.setattr(
-        DistillationTrainer, "train", lambda self, **k: ran.append(self.stage) or before(self, **k)
+        DistillationTrainer,
+        "train",
+        lambda self, **k: ran.append(self.stage.name) or before(self, **k),
     )
     assert weights_digest(train(recipe)) == digest
     assert ran == ["distil"]
