@@ -493,7 +493,9 @@ def _name(entries: list[Entry]) -> list[Entry]:
         if entry.role == "switch" and len(entry.runs) > 1:
             name = f"{name} hybrid"
         elif names[name, entry.role == "switch"] > 1 and entry.cost.parameters:
-            name = f"{name}, {_millions(entry.cost.parameters)}"
+            size = entry.cost.parameters
+            told = f"{size / 1e9:.2g}B" if size >= 1e8 else f"{size / 1e6:.2g}M"
+            name = f"{name}, {told}"
         key = _slug(f"{entry.role}-{name}")
         keys[key] += 1
         key = key if keys[key] == 1 else f"{key}-{keys[key]}"
@@ -513,10 +515,6 @@ def _apart(entries: list[Entry]) -> list[Entry]:
             for entry, teller in zip(entries, tellers, strict=True)
         ]
     return entries
-
-
-def _millions(parameters: int) -> str:
-    return f"{parameters / 1e9:.2g}B" if parameters >= 1e8 else f"{parameters / 1e6:.2g}M"
 
 
 def _slug(text: str) -> str:

@@ -127,11 +127,9 @@ def _columns(row: dict[str, Any]) -> dict[str, float]:
 
 
 def _number(value: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return 0.0
-    return number if math.isfinite(number) else 0.0
+    with suppress(TypeError, ValueError):
+        return number if math.isfinite(number := float(value)) else 0.0
+    return 0.0
 
 
 def render_training(trainings: Sequence[Path], destination: Path) -> Path:

@@ -423,15 +423,10 @@ def flatten(mapping: dict[str, Any], prefix: str = "", depth: int = 0) -> Iterat
         name = f"{prefix}{key}"
         if isinstance(value, dict) and depth < 2:
             yield from flatten(value, f"{name} ", depth + 1)
-        elif isinstance(value, list | tuple):
-            joined = " ".join(map(str, value)) if key == "command" else ", ".join(map(str, value))
-            yield name, _cut(joined)
         elif value is not None:
-            yield name, _cut(str(value))
-
-
-def _cut(text: str, limit: int = 400) -> str:
-    return text if len(text) <= limit else text[:limit] + " …"
+            parts = value if isinstance(value, list | tuple) else [value]
+            text = (" " if key == "command" else ", ").join(map(str, parts))
+            yield name, text if len(text) <= 400 else text[:400] + " …"
 
 
 def titled(name: str) -> str:

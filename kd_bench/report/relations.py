@@ -282,11 +282,9 @@ def hybrid_gaps(board: Board, evidence: Evidence) -> list[Gap]:
 
 def _student_of(board: Board, hybrid: Entry) -> Entry | None:
     """The student whose vision a hybrid has: same method, else the only distilled one."""
-    students: Sequence[Entry] = [e for e in board.students if e.method == hybrid.method]
-    if not students or not hybrid.method:
-        students = [e for e in board.students if e.role == "kd"]
-        return students[0] if len(students) == 1 else None
-    return students[0]
+    same = [e for e in board.students if hybrid.method and e.method == hybrid.method]
+    distilled = [e for e in board.students if e.role == "kd"]
+    return same[0] if same else distilled[0] if len(distilled) == 1 else None
 
 
 # --- categories ----------------------------------------------------------------------------------
