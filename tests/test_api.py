@@ -57,6 +57,7 @@ def test_every_name_is_there_and_documented():
         kd_bench.trian  # noqa: B018
 
 
+@pytest.mark.slow
 def test_names_stay_functions_though_packages_are_called_the_same():
     code = (
         "import kd_bench.compare.align, kd_bench.report.page, kd_bench\n"
@@ -157,6 +158,7 @@ def test_methods_are_compared_over_their_seeds(store):
     assert (row.first_seeds, row.second_seeds) == (2, 2)
 
 
+@pytest.mark.slow
 def test_the_gate_takes_runs_names_and_policies(store, tmp_path):
     seeds = ["switch-kd-seed0", "switch-kd-seed1"]
     verdict = kd_bench.check(seeds, ["sft-seed0", "sft-seed1"], results=store)
@@ -183,6 +185,7 @@ def test_a_report_is_a_page(store, tmp_path):
         kd_bench.report(store, store / "runs" / "page", ["teacher"])
 
 
+@pytest.mark.slow
 def test_every_plot_is_a_figure_in_real_colours(store, tmp_path):
     names = ["teacher", "sft-seed0", "switch-kd-seed0", "switch-kd-seed0-hybrid"]
     for name in kd_bench.plots.__all__:

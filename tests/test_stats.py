@@ -134,6 +134,7 @@ def test_mcnemar_equals_statsmodels_and_the_binomial(fixed: int, broken: int) ->
 
 @settings(max_examples=25, deadline=None)  # statsmodels collects garbage at every call
 @given(p=st.lists(st.floats(0, 1), min_size=1, max_size=12))
+@pytest.mark.slow
 def test_holm_equals_statsmodels_and_the_step_down_by_hand(p: list[float]) -> None:
     ours = holm(p)
     np.testing.assert_allclose(ours, multipletests(p, method="holm")[1], atol=1e-9)

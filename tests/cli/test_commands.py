@@ -83,7 +83,7 @@ def test_an_interrupt_says_that_what_was_done_is_kept(
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kd_bench.store", interrupted)
+    monkeypatch.setattr("kd_bench.store.catalogue", interrupted)
     told = call("runs", "list")
     assert told.code == 130
     assert told.err == "error Interrupted. What was done is kept; the same command continues.\n"
@@ -122,6 +122,7 @@ def light(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
         (["tasks", "validate"], "eval"),
     ],
 )
+@pytest.mark.slow
 def test_a_missing_extra_is_one_line_with_the_command_that_installs_it(
     arguments: list[str], extra: str, tmp_path: Path
 ) -> None:
@@ -264,6 +265,7 @@ def test_a_hybrid_of_two_checkpoints(call: Call, data: Path, tmp_path: Path) -> 
     assert run.manifest.model.role == "switch"
 
 
+@pytest.mark.slow
 def test_the_error_limit_decides_what_is_healthy(call: Call, data: Path, tmp_path: Path) -> None:
     from tests.support.eval_world import save_talker
 

@@ -54,6 +54,7 @@ def between(evidence: Evidence) -> Estimate:
 
 
 @pytest.mark.parametrize("seed_spread", [0.0, 0.1, 0.4])
+@pytest.mark.slow
 def test_a_difference_of_methods_covers_zero_between_equal_ones(seed_spread: float) -> None:
     rng = np.random.default_rng(11)
     covered = 0

@@ -151,6 +151,7 @@ def test_every_family_loads_whole_and_misses_what_is_taken(family: str, tmp_path
     assert "is missing (" in line or "are missing (" in line
 
 
+@pytest.mark.slow
 def test_parts_of_a_student_must_be_whole_too(tmp_path: Path) -> None:
     from transformers import Qwen2ForCausalLM
 

@@ -112,6 +112,7 @@ JSON_VALUES = st.recursive(
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(JSON_VALUES, max_size=6), st.sampled_from([None, 1]), st.integers(1, 20))
+@pytest.mark.slow
 def test_a_list_read_in_pieces_is_the_list(values, indent, chunk):
     text = json.dumps(values, indent=indent, ensure_ascii=False)
     with pytest.MonkeyPatch.context() as patch:
@@ -123,6 +124,7 @@ def test_a_list_read_in_pieces_is_the_list(values, indent, chunk):
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(JSON_VALUES, min_size=1, max_size=4), st.integers(0, 200), st.integers(1, 20))
+@pytest.mark.slow
 def test_a_damaged_list_is_refused_as_json_refuses_it(values, cut, chunk):
     text = json.dumps(values)
     text = text[: cut % len(text)] + text[cut % len(text) + 1 :]

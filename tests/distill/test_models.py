@@ -225,6 +225,7 @@ def parts(tmp_path_factory):
 
 
 @pytest.mark.parametrize("strategy,tokens", [("full", 4), ("default", 3)])
+@pytest.mark.slow
 def test_a_student_from_parts_keeps_them_and_draws_its_projector(parts, tmp_path, strategy, tokens):
     folder, whole = parts
     settings = StudentParts(

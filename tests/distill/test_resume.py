@@ -91,6 +91,7 @@ QUICK = ("weights flipped", "scheduler gone", "state torn")
     "damage",
     [*QUICK, *(pytest.param(d, marks=pytest.mark.slow) for d in DAMAGES if d not in QUICK)],
 )
+@pytest.mark.slow
 def test_an_unsound_checkpoint_is_named_and_the_one_before_it_used(
     place, stopped, whole, damage, capsys
 ):

@@ -71,6 +71,7 @@ def test_a_plain_loop_gives_the_very_losses_of_the_projects_trainer(tmp_path):
         optimizer.zero_grad()
 
 
+@pytest.mark.slow
 def test_it_learns_in_a_plain_loop(pair, batch):
     objective = SwitchKD(*pair)
     optimizer = torch.optim.AdamW(objective.parameters(), lr=3e-3)
@@ -194,6 +195,7 @@ def test_what_does_not_fit_is_refused_in_one_line(pair, batch):
         SwitchKD(student, teacher)(batch)
 
 
+@pytest.mark.slow
 def test_transformers_own_trainer_wraps_the_objective(pair, samples, tmp_path):
     from transformers import Trainer, TrainingArguments
 

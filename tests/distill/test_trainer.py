@@ -142,6 +142,7 @@ def test_other_weights_at_the_same_path_do_not_continue_a_training(place, whole)
 @pytest.mark.parametrize(
     "step", [6, *(pytest.param(at, marks=pytest.mark.slow) for at in (1, 4, 8, 11))]
 )
+@pytest.mark.slow
 def test_killed_and_resumed_gives_the_very_same_weights(place, whole, step):
     output = f"killed{step}"
     killed(place, output, step)

@@ -81,6 +81,7 @@ def test_answers_equal_batch_one(
 
 
 @pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.slow
 def test_prefilling_a_few_rows_at_a_time_changes_nothing(
     model: Any,
     one_by_one: dict[int, Answer],

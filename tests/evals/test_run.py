@@ -181,6 +181,7 @@ def killed_until_done(checkpoint: Path, data: Path, results: Path, kills: int, s
 
 
 @pytest.mark.parametrize("kills", [6, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_killed_at_random_moments_and_resumed(
     kills: int, whole: Run, checkpoint: Path, data: Path, tmp_path: Path
 ) -> None:

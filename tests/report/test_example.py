@@ -40,6 +40,7 @@ def test_the_store_is_sound_whole_and_small():
     assert sum(map(len, files(STORE).values())) < 2.1e6
 
 
+@pytest.mark.slow
 def test_the_page_in_the_tree_is_the_one_that_the_store_gives(tmp_path):
     """After a change that is meant: `make example`, and look at the difference."""
     render_report(STORE, tmp_path / "page")

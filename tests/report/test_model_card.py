@@ -203,6 +203,7 @@ def run_report(*arguments, **environment):
     )
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_card_offline_and_says_why_it_cannot_upload(mini, tmp_path):
     card = ["--results", mini, "--model-card", "teacher", "--to", tmp_path]
     done = run_report(*card, HF_HUB_OFFLINE="1")
@@ -226,6 +227,7 @@ def test_the_command_writes_the_card_offline_and_says_why_it_cannot_upload(mini,
     assert "--push uploads a model card. Add --model-card RUN." in done.stderr
 
 
+@pytest.mark.slow
 def test_the_card_is_uploaded_where_a_token_is_set(mini, tmp_path):
     """Against a server that answers as the hub does."""
     received = []
