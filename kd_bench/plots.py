@@ -36,14 +36,17 @@ Runs = Sequence[str] | None
 def _figure(name: str, results: Store, runs: Runs, suite: str | None, needs: str) -> "Figure":
     """One plot of the board of these runs; `needs` says what must be there."""
     from kd_bench.report.history import logs_of
+    from kd_bench.report.leaderboard import MINI
     from kd_bench.report.plots import board_plots
     from kd_bench.report.relations import read_board
-    from kd_bench.report.style import PAPER
+    from kd_bench.report.style import MUTED, PAPER
 
     board, evidence = read_board(Path(results), runs, suite)
     logs = {entry.key: logs_of(entry) for entry in board.entries}
     for plot in board_plots(board, evidence, logs, only=name):
         plot.figure.set_facecolor(PAPER)
+        if board.mini:  # a figure alone has no page around it that says so
+            plot.figure.supxlabel(MINI, fontsize=8, color=MUTED)
         return plot.figure
     raise UsageError(f"The runs below {results} give no plot {name!r}.", f"It needs {needs}.")
 

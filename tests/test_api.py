@@ -193,6 +193,7 @@ def test_every_plot_is_a_figure_in_real_colours(store, tmp_path):
         figure.savefig(tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").stat().st_size > 2000
         labels = [text for axes in figure.axes for text in [*axes.texts, axes.xaxis.label]]
+        assert figure.get_supxlabel() == "Embedded mini world: not the real benchmarks."
         assert {text.get_color() for text in labels} <= {"#1b1b1a", "#63615c", "#ffffff"}
 
 
