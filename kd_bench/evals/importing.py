@@ -1,8 +1,11 @@
 """Turn result folders of lmms-eval (`--log_samples --output_path`) into runs, marked imported.
 
-    <time>_results.json      <time>_samples_<task>.jsonl
+    <time>_results.json      <time>_samples_<task>.jsonl      since 0.2.4
+    results.json             <task>.json                      before: a folder an evaluation
+    results_<time>.json      samples_<task>_<time>.jsonl      as lm-evaluation-harness names them
 
-The log holds no images and no rows of the data set. With the data folder beside it, units,
+The logs lie beside the results or in a folder `samples`. The log holds no images and no rows of
+the data set, or is read as if it held none. With the data folder beside it, units,
 questions and categories are those of a run of our own; without it, an image's questions count as
 independent documents, and the note says so.
 
@@ -10,6 +13,7 @@ A log is believed as far as it can be checked: every document once, scores betwe
 samples that give the score which lmms-eval wrote beside them. All that is done before a run exists.
 """
 
+import codecs
 import json
 import math
 import re
@@ -21,12 +25,12 @@ from typing import TYPE_CHECKING, Any
 
 from kd_bench.aggregators import aggregate
 from kd_bench.errors import IncompleteRunError, KdBenchError, UsageError, one_line
-from kd_bench.evals.benchmark import upstream_metrics
+from kd_bench.evals.benchmark import REASONING_TAGS, upstream_metrics
 from kd_bench.evals.checkpoint import trained_name
-from kd_bench.evals.scoring import JUDGES, points_of, rates
+from kd_bench.evals.scoring import JUDGES, Thinking, points_of, rates
 from kd_bench.files import digest_files, digest_text, read_json
 from kd_bench.provenance import collect
-from kd_bench.records import SAMPLE_COLUMNS, ModelRef, Protocol, Role, TaskResult
+from kd_bench.records import SAMPLE_COLUMNS, ModelRef, Protocol, Role, Status, TaskResult
 from kd_bench.registry import TaskSpec, load_tasks
 from kd_bench.stats import score_interval
 from kd_bench.store import Run, catalogue, held_run, wanted_run
@@ -41,10 +45,17 @@ Entry = dict[str, Any]
 RESULTS_BYTES = 64 << 20
 LINE_BYTES = 16 << 20
 BLANK_BYTES = 1 << 20
+UTF8 = ("utf-8", "surrogatepass")
 ROUNDING = 0.01
 """Points between upstream's score and that of the samples: MMMU's is rounded to five digits."""
 REPLACED = "kd_bench: replaced"
 """Key of a read sample: whether half a character, which no file can hold, was replaced in it."""
+SCORED, GENERATED = "kd_bench: scored", "kd_bench: generated"
+"""Keys of a read sample: the text that upstream scored, and what the model wrote."""
+THOUGHTS = Thinking(REASONING_TAGS)
+"""lmms-eval's own tags, which it takes out since 0.7."""
+SPELLINGS = {"mme_percetion_score": "mme_perception_score"}
+"""Names of metrics before 0.2.4, and today's."""
 JUDGED = ("mmbench_en_dev", "mmbench_cn_dev")
 """Upstream asks a judge, or draws a letter, where an answer names none: that is not in the log."""
 
@@ -85,9 +96,7 @@ def import_results(
         IncompleteRunError: a file is damaged, documents are missing or there twice, or samples
             and aggregate disagree.
     """
-    found = [path] if path.is_file() else sorted(path.rglob("*_results.json"))
-    # MMBench's own aggregation leaves a file of that name, too.
-    files = [file for file in found if file.parent.name != "submissions"]
+    files = [path] if path.is_file() else _results_files(path)
     if not files:
         raise UsageError(f"{path} holds no *_results.json.", "Give lmms-eval's --output_path.")
     for key, text in (("name", name or ""), ("method", method)):
@@ -129,7 +138,7 @@ def _check(
         ):
             limits.append(len(entries))
         told = outcome["results"].get(upstream)
-        metrics = upstream_metrics(told) if isinstance(told, dict) else {}
+        metrics = _metrics(told)
         samples = _samples(spec, entries, data, logs[upstream])
         notes = _agreement(spec, upstream, samples, metrics, logs[upstream], trust_samples)
         scored.append((_result(spec, entries, samples, metrics, notes, data is None), samples))
@@ -143,14 +152,18 @@ def _unmatched(outcome: Entry, logs: dict[str, Path]) -> list[str]:
     notes = [f"{name} is no benchmark that kd-bench knows: not imported" for name in _unknown(logs)]
     for spec in load_tasks():
         names = {spec.upstream, _cn(spec)}
-        scored = names & {
-            k for k, v in outcome["results"].items() if isinstance(v, dict) and upstream_metrics(v)
-        }
+        scored = names & {k for k, v in outcome["results"].items() if _metrics(v)}
         if scored and not names & logs.keys():
             notes.append(f"{spec.id} has a score and no sample log: it is not imported")
         if names & logs.keys() and not scored:
             notes.append(f"{spec.id} has a sample log and no score in results.json")
     return notes
+
+
+def _metrics(told: Any) -> dict[str, float]:
+    """The numbers of one benchmark by today's names."""
+    found = upstream_metrics(told) if isinstance(told, dict) else {}
+    return {SPELLINGS.get(name, name): value for name, value in found.items()}
 
 
 def _read_results(file: Path) -> Entry:
@@ -161,6 +174,8 @@ def _read_results(file: Path) -> Entry:
         )
     try:
         outcome = read_json(file)
+        if isinstance(outcome, dict) and "config" not in outcome and "model_configs" in outcome:
+            outcome = outcome | {"config": outcome["model_configs"]}  # before 0.2.4
         for part in ("config", "results"):
             if not isinstance(outcome[part], dict):
                 raise TypeError(f"{part!r} is {outcome[part]!r:.40}")
@@ -211,13 +226,49 @@ def _cn(spec: TaskSpec) -> str:
     return {"mmbench_en": "mmbench_en_dev"}.get(spec.id, spec.upstream)
 
 
+def _results_files(folder: Path) -> list[Path]:
+    """Results files at any depth; one without a time is taken where its logs are there."""
+    # MMBench's own aggregation leaves a file of that name, too.
+    found = {
+        file
+        for pattern in ("*_results.json", "results_*.json", "results.json")
+        for file in folder.rglob(pattern)
+        if file.parent.name != "submissions"
+    }
+    return sorted(file for file in found if file.match("*_results.json") or _sample_logs(file))
+
+
 def _sample_logs(file: Path) -> dict[str, Path]:
-    stamp = file.name.removesuffix("_results.json")
-    found = {}
-    for log in sorted(file.parent.glob("*_samples_*.jsonl")):
-        if log.name.startswith(f"{stamp}_samples_"):  # a stamp may hold what glob takes for more
-            found[log.name.removeprefix(f"{stamp}_samples_").removesuffix(".jsonl")] = log
+    """The logs of a results file by their task.
+
+    Raises:
+        UsageError: two files are logs of one task.
+    """
+    stamp = re.fullmatch(r"(.*)_results\.json|results_(.*)\.json", file.name)
+    time = "" if stamp is None else stamp[1] or stamp[2]
+    of_time = rf"{re.escape(time)}_samples_(.+)\.jsonl|samples_(.+)_{re.escape(time)}\.jsonl"
+    named = re.compile(of_time if time else r"samples_(.+)\.jsonl?|(.+)\.jsonl?")
+    inside = [folder for folder in file.parent.glob("samples/**") if folder.is_dir()]
+    beside = file.parent.parent / "samples"
+    folders = [file.parent, *inside, *([beside] if file.parent.name == "results" else [])]
+    found: dict[str, Path] = {}
+    for log in sorted(each for folder in folders for each in folder.glob("*.json*")):
+        match = named.fullmatch(log.name)
+        if match is None or log == file or (log.suffix == ".json" and not _is_log(log)):
+            continue
+        task = match[1] or match[2]
+        if task in found:
+            raise UsageError(
+                f"{found[task]} and {log} are both logs of {task}.", "Remove the wrong one."
+            )
+        found[task] = log
     return found
+
+
+def _is_log(file: Path) -> bool:
+    """Whether a JSON file begins as the logs of lmms-eval before 0.2.4 do."""
+    with file.open("rb") as stream:
+        return re.match(rb'\s*{\s*"(?:args|model_configs|logs)"\s*:', stream.read(200)) is not None
 
 
 def _model(
@@ -259,7 +310,8 @@ def _counts(outcome: Entry, upstream: str) -> dict[str, int]:
 
 def _entries(spec: TaskSpec, log: Path, counts: dict[str, int]) -> list[Entry]:
     """The log's samples in the order of their documents, each there once."""
-    entries = sorted(_read_log(log), key=lambda entry: entry["doc_id"])
+    read = _read_old_log(log) if log.suffix == ".json" else _read_log(log)
+    entries = sorted(read, key=lambda entry: entry["doc_id"])
     again = "Evaluate it again into an empty folder: lmms-eval appends to a log that is there."
     if not entries:
         raise IncompleteRunError(f"{log} holds no sample.", again)
@@ -283,6 +335,15 @@ def _entries(spec: TaskSpec, log: Path, counts: dict[str, int]) -> list[Entry]:
         raise IncompleteRunError(
             f"{log} has {len(entries):,} documents, {spec.id} has {spec.documents:,}.", again
         )
+    for entry in entries:
+        try:
+            entry[SCORED], entry[GENERATED] = _answers(entry)
+        except TypeError as error:
+            raise IncompleteRunError(
+                f"{log}: the answer to document {entry['doc_id']} cannot be read: "
+                f"{one_line(error)}.",
+                "Give the log as it was written.",
+            ) from None
     return entries
 
 
@@ -303,22 +364,94 @@ def _read_log(path: Path) -> Iterator[Entry]:
             yield _sample(path, number, line)
 
 
-def _sample(path: Path, number: int, line: bytes) -> Entry:
+def _read_old_log(path: Path) -> Iterator[Entry]:
+    """Samples of a log that is one JSON object, `{"args": ..., "logs": [sample, ...], ...}`."""
+    decoder = json.JSONDecoder()
+    text, number, place = "", 0, None
+    with path.open("rb") as stream:
+        decode = codecs.getincrementaldecoder("utf-8")("surrogatepass").decode
+        while chunk := stream.read(BLANK_BYTES):
+            try:
+                text += decode(chunk)
+            except UnicodeDecodeError:
+                problem = f"{path} is no text in UTF-8."
+                raise IncompleteRunError(problem, "Give the log as it was written.") from None
+            place = place if place is not None else _end_of(r'"logs"\s*:\s*\[', text, 0)
+            while place is not None:
+                start = _end_of(r"[\s,]*(?=[^\s,])", text, place)
+                if start is not None and text[start] == "]":
+                    return
+                try:
+                    _, end = decoder.raw_decode(text, len(text) if start is None else start)
+                except (ValueError, RecursionError):
+                    break  # the sample goes on in what is not read yet
+                yield _sample(path, number := number + 1, text[start:end].encode(*UTF8), "sample")
+                text, place = text[end:], 0
+            if len(text) > LINE_BYTES:
+                break
+    problem = f"{path} ends, or goes on without an end, behind sample {number}."
+    raise IncompleteRunError(problem, "Was the log cut short?")
+
+
+def _end_of(pattern: str, text: str, start: int) -> int | None:
+    found = re.compile(pattern).search(text, start)
+    return found.end() if found else None
+
+
+def _sample(path: Path, number: int, line: bytes, kind: str = "line") -> Entry:
     """One sample without what is not used of it: the document and the prompt's settings."""
     try:
-        entry = json.loads(line.decode("utf-8", "surrogatepass"))
+        entry = json.loads(line.decode(*UTF8))
         if type(entry["doc_id"]) is not int or entry["doc_id"] < 0:
             raise TypeError(f"doc_id is {entry['doc_id']!r:.40}, not a number")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         why = f": {one_line(error)[:120]}" if isinstance(error, TypeError) else ""
-        problem = f"{path} line {number} is not a logged sample{why}."
+        problem = f"{path} {kind} {number} is not a logged sample{why}."
         raise IncompleteRunError(problem, "Was the log cut short?") from None
     kept = {key: value for key, value in entry.items() if key not in ("doc", "arguments")}
+    kept["input"] = _prompt(entry)
     if b"\\ud" not in line.lower() and b"\xed" not in line:  # no surrogate, escaped or encoded
         return kept
     text = json.dumps(kept, ensure_ascii=False)
     whole: Entry = json.loads(_text(text))
     return whole | {REPLACED: _text(text) != text}
+
+
+def _prompt(entry: Entry) -> str:
+    """The question as it was asked; the document's own where the log does not tell."""
+    given = entry.get("input")
+    if given is None:  # before 0.2.4: [[prompt, document, task, split]]
+        given = entry.get("arguments")
+        while isinstance(given, list):
+            given = given[0] if given else None
+    if isinstance(given, str) or given:
+        return str(given)
+    document = entry.get("doc")
+    return str(document.get("question", "")) if isinstance(document, dict) else ""
+
+
+def _answers(entry: Entry) -> tuple[str, str]:
+    """What upstream scored, and what the model wrote, thoughts included.
+
+    A thought is taken out of `filtered_resps` since 0.7; `resps`, the whole, is there only where
+    it differs. Before 0.7 both are nested in lists.
+
+    Raises:
+        TypeError: there is no answer, or one that is no text.
+    """
+    told = [entry[key] for key in ("filtered_resps", "resps") if entry.get(key) not in (None, [])]
+    if not told:
+        if not entry.keys() & {"filtered_resps", "resps"}:
+            raise TypeError("neither filtered_resps nor resps is there")
+        return "", ""
+    texts = []
+    for value in told:
+        while isinstance(value, list):
+            value = value[0] if value else ""
+        if isinstance(value, dict | bool):
+            raise TypeError(f"{value!r:.40} is no text")
+        texts.append("" if value is None else str(value))
+    return texts[0], texts[-1]
 
 
 # --- samples and score ---------------------------------------------------------------------------
@@ -340,7 +473,8 @@ def _result(
         notes.append(f"{len(samples):,} of the benchmark's {spec.documents:,} documents")
     if alone and spec.unit == "picture":
         notes.append("an image's questions are counted as independent: the interval is too short")
-    prompts = [str(entry.get("input", "")) for entry in entries]
+    notes += _thoughts(entries)
+    prompts = [entry["input"] for entry in entries]
     return TaskResult(
         task=spec.id,
         # Prompts and their number are known, data and settings are not: equal only to itself.
@@ -396,12 +530,25 @@ def _text(value: Any) -> str:
     return text
 
 
-def _answer(entry: Entry) -> str:
-    """The model's text, whatever nesting lmms-eval gave it."""
-    value = entry.get("filtered_resps", entry.get("resps", ""))
-    while isinstance(value, list):
-        value = value[0] if value else ""
-    return str(value)
+def _status(entry: Entry) -> Status:
+    """A thought that never ends was cut off."""
+    if THOUGHTS.is_unfinished(entry[GENERATED]):
+        return "truncated"
+    return "ok" if entry[SCORED].strip() else "empty"
+
+
+def _thoughts(entries: list[Entry]) -> list[str]:
+    """What to note about thoughts in the answers."""
+    counts = Counter(
+        "without" if THOUGHTS.thought(entry[SCORED]) == "" else "with"
+        for entry in entries
+        if THOUGHTS.thought(entry[GENERATED])
+    )
+    return [
+        f"{counts[kind]:,} answers were scored {kind} the thoughts in them"
+        for kind in ("with", "without")
+        if counts[kind]
+    ]
 
 
 def _samples(spec: TaskSpec, entries: list[Entry], data: Path | None, log: Path) -> "pd.DataFrame":
@@ -428,20 +575,23 @@ def _from_log(spec: TaskSpec, entries: list[Entry]) -> "pd.DataFrame":
 
     rows = []
     for entry in entries:
-        answer = _answer(entry)
+        answer = entry[SCORED]
         row = {
             "document_id": str(entry["doc_id"]),
             "unit_id": str(entry["doc_id"]),
             "category": "",
-            "question": str(entry.get("input", "")),
-            "answer": answer,
-            "status": "ok" if answer.strip() else "empty",
+            "question": entry["input"],
+            "answer": entry[GENERATED],
+            "status": _status(entry),
             "image_digest": "",
             "answer_confidence": float("nan"),
         }
         target, parsed = str(entry.get("target", "")), answer.strip().lower()
         if spec.id in _LOGGED:  # read by the judge that reads rows of our own
             prefix, names = _LOGGED[spec.id]
+            if spec.id == "mmmu" and "mmmu_acc_pass_at_k" not in entry:  # once: of one answer
+                told = entry["mmmu_acc"]
+                entry["mmmu_acc"] = told | {"parsed_pred": [told["parsed_pred"]]}
             logged = next(value for key, value in entry.items() if key.startswith(prefix))
             score, target, parsed = JUDGES[spec.id]({"answer": target, **logged}, answer, entry)
             row |= names(logged)
@@ -480,14 +630,13 @@ _LOGGED: dict[str, tuple[str, Callable[[Entry], Entry]]] = {
 def _from_data(spec: TaskSpec, entries: list[Entry], data: Path) -> "pd.DataFrame":
     """Score the logged answers again, on the documents themselves."""
     from kd_bench.evals.benchmark import Answer, prepare
-    from kd_bench.evals.scoring import Thinking, samples_frame
+    from kd_bench.evals.scoring import samples_frame
 
     prepared = prepare(spec, data)
     answers = {}
     for entry in entries:
-        text = _answer(entry).strip()
         index = int(entry["doc_id"])
-        answers[index] = Answer(index, text, "ok" if text else "empty")
+        answers[index] = Answer(index, entry[SCORED].strip(), _status(entry))
     missing = set(range(len(prepared.documents))) ^ set(answers)
     if missing:
         raise UsageError(
@@ -497,4 +646,5 @@ def _from_data(spec: TaskSpec, entries: list[Entry], data: Path) -> "pd.DataFram
         )
     for document in prepared.documents:
         prepared.task.process_results(document, [answers[document.index].text])
-    return samples_frame(prepared, answers, Thinking("none"))
+    samples = samples_frame(prepared, answers, Thinking("none"))
+    return samples.assign(answer=[entry[GENERATED].strip() for entry in entries])

@@ -224,3 +224,197 @@ def test_a_few_documents_are_no_baseline(tmp_path: Path) -> None:
     (run,) = import_results(written(tmp_path / "log"), tmp_path / "results")
     with pytest.raises(KdBenchError, match="limited to 4 documents"):
         set_baseline(tmp_path / "results", "main", run)
+
+
+# --- every form that lmms-eval 0.1 to 0.7 has given its logs -------------------------------------
+
+FORMS = ("0.2.0", "0.2.4", "0.4", "0.7", "renamed", "samples folder", "samples beside", "bare")
+STAMP = "20260102_030405"
+
+
+def as_logged(form: str, entry: dict[str, Any], answer: str, prompt: str) -> dict[str, Any]:
+    """A sample as `evaluation_tracker` of that version writes it; `entry` holds its metrics."""
+    document = {"question": "the data set's own words", "id": 1}
+    if form == "0.2.0":  # evaluator.py, dumped as it was
+        return {"target": "a", "doc": document, "arguments": [[prompt, 3, "task", "test"]],
+                "resps": [[answer]], "filtered_resps": [answer], **entry}  # fmt: skip
+    if form in ("0.2.4", "renamed"):
+        return {"doc": document, "target": "a", "arguments": {"0": "max_new_tokens", "1": "until"},
+                "resps": [[answer]], "filtered_resps": [answer], "doc_hash": "0",
+                "prompt_hash": "1", "target_hash": "2", **entry, "input": prompt}  # fmt: skip
+    if form == "bare":
+        return {"target": "a", "resps": answer, "doc": {"question": prompt}, **entry}
+    if form == "0.7":
+        told: dict[str, Any] = {"filtered_resps": answer, "token_counts": [{"output_tokens": 1}]}
+    else:
+        told = {"filtered_resps": [answer]}
+    return {"target": "a", **told, "doc_hash": "0", **entry, "input": prompt}
+
+
+def logged(folder: Path, form: str, task: str, metrics: Any, said: list[Any]) -> Path:
+    """One benchmark's results and log, laid out as that version lays them out.
+
+    Args:
+        said: metrics, answer and prompt of each document.
+    """
+    outcome = {"results": {task: {"alias": task, **metrics}}}
+    settings = {"model": "llava_hf", "model_args": "pretrained=org/llava-0.5b", "limit": None}
+    outcome["model_configs" if form == "0.2.0" else "config"] = settings
+    if form != "0.2.0":
+        outcome["n-samples"] = {task: {"original": len(said), "effective": len(said)}}
+    samples = [{"doc_id": n, **as_logged(form, *each)} for n, each in enumerate(said)]
+    beside = f"{STAMP}_samples_{task}.jsonl"
+    results, log = {
+        "0.2.0": ("0102_0304_out_llava_hf_model_args_0a1b2c/results.json",
+                  f"0102_0304_out_llava_hf_model_args_0a1b2c/{task}.json"),
+        "renamed": (f"results_{STAMP}.json", f"samples_{task}_{STAMP}.jsonl"),
+        "samples folder": (f"{STAMP}_results.json", f"samples/{task}/{beside}"),
+        "samples beside": (f"results/{STAMP}_results.json", f"samples/{beside}"),
+        "bare": ("results.json", f"samples/{task}.jsonl"),
+    }.get(form, (f"{STAMP}_results.json", beside))  # fmt: skip
+    for name in (results, log):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / results).write_text(json.dumps(outcome, indent=4))
+    if form == "0.2.0":
+        whole = {"args": {"tasks": task}, "model_configs": {"task": task}, "logs": samples,
+                 "time": "0102_0304"}  # fmt: skip
+        (folder / log).write_text(json.dumps(whole, indent=4, ensure_ascii=False))
+    else:
+        lines = [json.dumps(each, ensure_ascii=False) + "\n" for each in samples]
+        (folder / log).write_text("".join(lines))
+    return folder
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_a_log_says_the_same(tmp_path: Path, form: str) -> None:
+    said = [
+        ({"exact_match": float(a == "[a]")}, a, f"q{n}, 是") for n, a in enumerate(["[a]", "b"])
+    ]
+    folder = logged(tmp_path / "log", form, "gqa", {"exact_match,none": 0.5}, said)
+    (run,) = import_results(folder, tmp_path / "results")
+    samples = run.samples("gqa")
+    assert samples["answer"].tolist() == ["[a]", "b"]
+    assert samples["question"].tolist() == ["q0, 是", "q1, 是"]
+    assert samples["score"].tolist() == [1.0, 0.0]
+    assert (run.manifest.model.name, run.manifest.protocol.limit) == ("llava-0.5b", 2)
+    assert run.result("gqa").score == 50.0
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_mme_by_its_old_name_and_its_new_one(tmp_path: Path, form: str) -> None:
+    metric = "mme_percetion_score" if form == "0.2.0" else "mme_perception_score"
+    row = {"question_id": "1.png", "category": "color"}
+    said = [
+        ({metric: {**row, "score": float(answer == "Yes")}}, answer, "red?")
+        for answer in ("Yes", "No")
+    ]
+    told = {f"{metric},none": 50.0, f"{metric}_stderr,none": "N/A"}
+    folder = logged(tmp_path / "log", form, "mme", told, said)
+    (run,) = import_results(folder, tmp_path / "results")
+    result = run.result("mme")
+    assert (result.score, result.units) == (25.0, 1)
+    assert result.metrics == {"mme_perception_score": 50.0}
+    wrong = {f"{metric},none": 200.0}
+    assert "results.json says" in refused(
+        logged(tmp_path / "other", form, "mme", wrong, said), tmp_path / "elsewhere"
+    )
+
+
+@pytest.mark.parametrize("form", ["0.2.0", "0.4", "0.7"])
+def test_mmmu_logs_one_reading_or_a_list_of_them(tmp_path: Path, form: str) -> None:
+    asked = [
+        ("multiple-choice", "B", "B", 1.0),
+        ("multiple-choice", "B", "A", 0.0),
+        ("open", "24", [24.0, "24"], 1.0),
+        ("open", "24", [7.0, "7"], 0.0),
+    ]
+    said = []
+    for number, (kind, answer, parsed, _) in enumerate(asked):
+        row: dict[str, Any] = {"id": f"validation_Math_{number}", "subdomain": "Math"}
+        row |= {"question_type": kind, "answer": answer, "parsed_pred": parsed}
+        entry = {"mmmu_acc": row}
+        if form != "0.2.0":
+            # 0.4 has an open answer's first reading as text, and then looks at its characters.
+            text = form == "0.4" and isinstance(parsed, list)
+            row["parsed_pred"] = [str(parsed[0]) if text else parsed]
+            entry["mmmu_acc_pass_at_k"] = row
+        said.append((entry, str(parsed), "how many?"))
+    scores = [score for *_, score in asked]
+    scores[2] = 0.0 if form == "0.4" else 1.0
+    folder = logged(
+        tmp_path / "log", form, "mmmu_val", {"mmmu_acc,none": sum(scores) / len(scores)}, said
+    )
+    (run,) = import_results(folder, tmp_path / "results")
+    assert run.samples("mmmu")["score"].tolist() == scores
+    assert run.samples("mmmu")["category"].tolist() == ["Math"] * 4
+
+
+THOUGHT = "<think>b or a?</think>a"
+
+
+@pytest.mark.parametrize(
+    "resps, scored, score, note",
+    [
+        ({"filtered_resps": "a", "resps": THOUGHT}, "a", 1.0, "without the thoughts"),
+        ({"filtered_resps": "a", "resps": [THOUGHT]}, "a", 1.0, "without the thoughts"),
+        ({"filtered_resps": ["a"], "resps": [[THOUGHT]]}, "a", 1.0, "without the thoughts"),
+        ({"filtered_resps": THOUGHT}, THOUGHT, 0.0, "with the thoughts"),
+        ({"filtered_resps": [THOUGHT], "resps": [[THOUGHT]]}, THOUGHT, 0.0, "with the thoughts"),
+    ],
+)
+def test_thoughts_are_kept_and_not_scored_twice(
+    tmp_path: Path, resps: dict[str, Any], scored: str, score: float, note: str
+) -> None:
+    lines = [{"doc_id": n, "input": "q", "exact_match": score, **resps} for n in range(4)]
+    changes = {"results": {"textvqa_val": {"exact_match,none": score}}}
+    (run,) = import_results(written(tmp_path / "log", lines, **changes), tmp_path / "results")
+    samples = run.samples("textvqa")
+    assert set(samples["answer"]) == {THOUGHT}
+    assert set(samples["parsed"]) == {scored.lower()}
+    assert run.result("textvqa").score == 100 * score
+    assert f"4 answers were scored {note} in them" in " ".join(run.result("textvqa").notes)
+
+
+def test_a_thought_that_never_ends_was_cut_off(tmp_path: Path) -> None:
+    lines = entries(("<think>b or", "b", "a", "a"))
+    lines[0]["exact_match"] = 1.0
+    (run,) = import_results(written(tmp_path / "log", lines), tmp_path / "results")
+    assert run.samples("textvqa")["status"].tolist() == ["truncated", "ok", "ok", "ok"]
+
+
+@pytest.mark.parametrize(
+    "resps", [{}, {"filtered_resps": {"text": "a"}}, {"resps": [True]}], ids=str
+)
+def test_a_sample_without_an_answer_is_refused(tmp_path: Path, resps: dict[str, Any]) -> None:
+    lines = [{"doc_id": n, "exact_match": 1.0, **resps} for n in range(4)]
+    assert "the answer to document 0" in refused(written(tmp_path / "log", lines), tmp_path)
+
+
+def test_two_logs_of_one_benchmark_are_refused(tmp_path: Path) -> None:
+    folder = written(tmp_path / "log")
+    (folder / "samples").mkdir()
+    log = folder / "t_samples_textvqa_val.jsonl"
+    (folder / "samples" / log.name).write_bytes(log.read_bytes())
+    assert "are both logs of textvqa_val" in refused(folder, tmp_path)
+
+
+@pytest.mark.parametrize("cut", [0.3, 0.6, 0.95])
+def test_an_old_log_that_is_cut_short_is_refused(tmp_path: Path, cut: float) -> None:
+    said = [({"exact_match": 1.0}, "a", "x" * 1000) for _ in range(3000)]  # of several reads
+    folder = logged(tmp_path / "log", "0.2.0", "gqa", {"exact_match,none": 1.0}, said)
+    (log,) = folder.rglob("gqa.json")
+    (run,) = import_results(folder, tmp_path / "whole")
+    assert run.result("gqa").documents == 3000
+    with log.open("r+b") as stream:
+        stream.truncate(int(log.stat().st_size * cut))
+    assert "Was the log cut short?" in refused(folder, tmp_path)
+
+
+def test_a_folder_of_other_json_files_is_left_alone(tmp_path: Path) -> None:
+    said = [({"exact_match": 1.0}, "a", "q")]
+    folder = logged(tmp_path / "log", "0.2.0", "gqa", {"exact_match,none": 1.0}, said)
+    (results,) = folder.rglob("results.json")
+    (results.parent / "notes.json").write_text('{"mine": 1}')
+    (folder / "results.json").write_text('{"mine": 2}')
+    (run,) = import_results(folder, tmp_path / "results")
+    assert run.manifest.tasks == ["gqa"]

@@ -232,6 +232,41 @@ def test_results_of_lmms_eval_become_runs(
         assert "independent" in " ".join(seen["pope"].result("pope").notes)
 
 
+@pytest.mark.slow
+def test_an_old_folder_says_what_a_new_one_says(foreign: tuple[Path, Path], tmp_path: Path) -> None:
+    """The same evaluations laid out as lmms-eval 0.2.0 did: a folder each, one JSON file a task."""
+    for log in sorted(foreign[0].rglob("*_samples_*.jsonl")):
+        stamp, _, task = log.stem.partition("_samples_")
+        file = log.with_name(f"{stamp}_results.json")
+        folder = tmp_path / "old" / file.parent.name
+        folder.mkdir(parents=True)
+        text = file.read_text().replace("mme_perception_score", "mme_percetion_score")
+        outcome = json.loads(text)
+        outcome["model_configs"] = outcome.pop("config")
+        del outcome["n-samples"]
+        (folder / "results.json").write_text(json.dumps(outcome))
+        logs = [json.loads(line) for line in log.read_text().splitlines()]
+        for entry in logs:
+            entry["filtered_resps"] = [entry["filtered_resps"]]
+            entry["resps"] = [entry["filtered_resps"]]
+            entry["arguments"] = [[entry.pop("input"), entry["doc_id"], task]]
+            if entry.pop("mmmu_acc_pass_at_k", None):
+                entry["mmmu_acc"]["parsed_pred"] = entry["mmmu_acc"]["parsed_pred"][0]
+        whole = {"args": {}, "model_configs": {}, "logs": logs, "time": "0102_0304"}
+        renamed = json.dumps(whole, indent=4).replace("mme_perception", "mme_percetion")
+        (folder / f"{task}.json").write_text(renamed)
+    new = import_results(foreign[0], tmp_path / "new", name="theirs")
+    old = import_results(tmp_path / "old", tmp_path / "store", name="theirs")
+    assert len(old) == len(ANSWERS)
+    samples = {task: run.samples(task) for run in old for task in run.results()}
+    for run in new:
+        ((task, result),) = run.results().items()
+        pd.testing.assert_frame_equal(run.samples(task), samples[task])
+        (other,) = (each.result(task) for each in old if task in each.results())
+        assert (other.score, other.metrics) == (result.score, result.metrics)
+        assert other.fingerprint == result.fingerprint
+
+
 def test_damaged_or_foreign_folders_are_refused(foreign: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"holds no \*_results.json"):
         import_results(tmp_path, tmp_path)
