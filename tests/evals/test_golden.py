@@ -4,7 +4,6 @@ Where a row looks unjust (POPE's "Yes.", ScienceQA's "(B)"), that is upstream's 
 `tasks/README.md` lists what upstream does and where kd-bench deviates.
 """
 
-import argparse
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from kd_bench.evals.run import ScoredTask, answer_keys, ask
 from kd_bench.evals.scoring import headline, submission
 from kd_bench.registry import load_task, load_tasks
 from tests.support.golden_rows import ROWS, ten, write_rows
+from tests.support.stock import stock
 
 SNAPSHOTS = Path(__file__).parents[1] / "golden" / "prompts"
 
@@ -320,44 +320,7 @@ def test_scores_equal_upstreams_own_loader_and_scorer(task: str, tmp_path: Path)
         "pope": ["yes", "no", "Yes.", "yes", "no", "yes no"],
     }.get(task, ["unanswerable"])
     _, asked, _ = score(task, texts, tmp_path)
-    evaluator = lmms_eval()
-    from lmms_eval.api.model import lmms
-    from lmms_eval.api.task import ConfigurableTask
-    from lmms_eval.tasks import TaskManager
-
-    class Fixed(lmms):
-        def generate_until(self, requests: Any) -> list[str]:
-            return [texts[request.args[3]] for request in requests]
-
-        def loglikelihood(self, requests: Any) -> Any:
-            raise NotImplementedError
-
-        generate_until_multi_round = loglikelihood
-
-        def clean(self) -> None: ...
-
-    spec = load_task(task)
-    config = task_config(spec.upstream)
-    file = next((tmp_path / task).glob("*.parquet"))
-    config.update(
-        dataset_path="parquet",
-        dataset_name=None,
-        dataset_kwargs={
-            "data_files": {spec.dataset.split: str(file)},
-            "cache_dir": str(tmp_path / "cache"),
-        },
-    )
-    config["metric_list"] = [m for m in config["metric_list"] if m["metric"] != "submission"]
-    with quiet():
-        outcome = evaluator.simple_evaluate(
-            Fixed(),
-            tasks=[ConfigurableTask(config=config, model_name=None)],
-            task_manager=TaskManager("ERROR", include_defaults=False),
-            bootstrap_iters=0,
-            cli_args=argparse.Namespace(
-                output_path=str(tmp_path), process_with_media=False, reasoning_tags=None
-            ),
-        )
+    outcome = stock(task, tmp_path, texts, tmp_path, reasoning_tags=None)
     theirs = next(iter(outcome["results"].values()))
     for name, value in asked.metrics.items():
         if not name.startswith("kd_bench_"):
