@@ -81,6 +81,8 @@ class Protocol:
         quantize: what the weights were rounded to while they were loaded: nf4, int8 or nothing.
         prompt_template: Jinja text that stood in for the checkpoint's own; empty for its own.
         chat_template_kwargs: variables of the template, as JSON; empty for none.
+        images: `blank` or `shuffled` where the documents' own were taken away; such a run tells
+            what a model guesses and is no score of its own.
         reasoning_tags: JSON list of [open, close] tags around a thought, which is left out before
             an answer is scored; `none` scores the answer as it was generated.
     """
@@ -95,6 +97,7 @@ class Protocol:
     prompt_template: str = ""
     reasoning_tags: str = "none"
     chat_template_kwargs: str = ""
+    images: str = ""
 
 
 @dataclass(frozen=True)
@@ -118,8 +121,9 @@ class Identity:
     def conditions(self) -> str:
         """Digest of the protocol alone: runs of two models can be compared where it is equal."""
         told = {k: v for k, v in asdict(self.protocol).items() if k != "batch_size"}
-        if not told["chat_template_kwargs"]:  # runs of before it was known keep their digest
-            del told["chat_template_kwargs"]
+        for name in ("chat_template_kwargs", "images"):
+            if not told[name]:  # runs of before it was known keep their digest
+                del told[name]
         return _digest(told)
 
     @property

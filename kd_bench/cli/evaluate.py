@@ -77,6 +77,13 @@ def evaluate(
             metavar="none|JSON",
         ),
     ] = None,
+    images: Annotated[
+        str | None,
+        typer.Option(
+            help="Ask about grey images, or other documents': what is left was guessed.",
+            metavar="blank|shuffled",
+        ),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name in tables.")] = None,
     role: Annotated[
         str | None, typer.Option(help="teacher, sft, kd, switch, baseline or student.")

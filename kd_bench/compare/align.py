@@ -253,6 +253,7 @@ def _what_differs(first: Run, one: TaskResult, second: Run, other: TaskResult) -
     pairs = {
         "suite": (first.manifest.protocol.suite, second.manifest.protocol.suite),
         "limit": (first.manifest.protocol.limit, second.manifest.protocol.limit),
+        "images": tuple(r.manifest.protocol.images or "its own" for r in (first, second)),
         "profile": (one.profile, other.profile),
         "metric": (one.metric, other.metric),
         "documents": (one.documents, other.documents),

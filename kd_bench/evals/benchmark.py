@@ -242,12 +242,14 @@ def prepare(
     profile: str | None = None,
     limit: int | None = None,
     chat: bool = False,
+    images: str = "",
 ) -> PreparedTask:
     """Read a benchmark's documents and render its prompts.
 
     Args:
         limit: about that many documents from the front; pairs and rotations stay whole.
         chat: for one of lmms-eval's chat models, which is given messages.
+        images: what stands in for the documents' own, of `documents.IMAGES`.
 
     Raises:
         UsageError: data, columns or the upstream task are missing.
@@ -256,6 +258,8 @@ def prepare(
     name = spec.default_profile if profile in (None, "default") else str(profile)
     variant = spec.profile(name)
     documents = load_documents(spec, folder, name)
+    if images:
+        documents = documents.with_images(images)
     total = len(documents)
     if limit is not None and limit < len(documents):
         documents = documents.select(_first_units(spec, documents, limit))
@@ -269,7 +273,7 @@ def prepare(
             prompts.append(str(task.doc_to_text(document)))
     contents = documents.content_digests()
     columns = [documents.image_digests(column) for column in documents.image_columns]
-    images = ["+".join(filter(None, row)) for row in zip(*columns, strict=True)]
+    shown = ["+".join(filter(None, row)) for row in zip(*columns, strict=True)]
     fingerprint = digest_text(
         spec.id,
         name,
@@ -280,7 +284,7 @@ def prepare(
         json.dumps(spec.generation_of(name).model_dump(), sort_keys=True),
         f"{upstream} lmms-eval {version('lmms-eval')} scoring {SCORING_VERSION}",
     )
-    return PreparedTask(spec, name, documents, task, prompts, contents, images, fingerprint, total)
+    return PreparedTask(spec, name, documents, task, prompts, contents, shown, fingerprint, total)
 
 
 def data_digest(spec: TaskSpec, folder: Path, profile: str | None) -> str:
@@ -312,7 +316,7 @@ def unit_ids(spec: TaskSpec, documents: Documents) -> list[str]:
     if spec.unit == "document":
         return [str(number) for number in range(len(documents))]
     if spec.unit == "picture" and not spec.unit_columns:
-        return list(documents.image_digests("image"))
+        return list(documents.as_stored.image_digests("image"))
     rows = ([document[column] for column in spec.unit_columns] for document in documents)
     if spec.unit == "circular":
         # Rotations of one question differ by multiples of a million (MMBench_Evaluator).

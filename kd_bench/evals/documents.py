@@ -3,18 +3,22 @@
     <folder>/<benchmark id>/<split>-*.parquet        (GQA: <folder>/gqa_images/<split>-*.parquet)
 
 Text columns are held in memory; images are read row group by row group when they are asked for.
+They can be taken away (`Documents.with_images`), to see what a model guesses without them.
 """
 
 import bisect
 import contextlib
 import functools
 import hashlib
+import io
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import PIL.ExifTags
+import PIL.Image
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -53,10 +57,15 @@ class Documents(Sequence[Document]):
     """
 
     def __init__(
-        self, table: pa.Table, images: "dict[str, _Images]", order: list[int] | None = None
+        self,
+        table: pa.Table,
+        images: "Mapping[str, _AnyImages]",
+        order: list[int] | None = None,
+        own_images: "Mapping[str, _AnyImages] | None" = None,
     ) -> None:
         self._table = table
         self._images = images
+        self._own_images = images if own_images is None else own_images
         self._order = list(range(table.num_rows)) if order is None else order
         self.image_columns = tuple(images)
         self.features = dict.fromkeys([*table.column_names, *images])
@@ -66,7 +75,7 @@ class Documents(Sequence[Document]):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return Documents(self._table, self._images, self._order[index])
+            return self._of(self._order[index])
         row = self._order[index]
         values = self._table.slice(row, 1).to_pylist()[0]
         return Document(values, index if index >= 0 else len(self) + index, self)
@@ -80,7 +89,28 @@ class Documents(Sequence[Document]):
 
     def select(self, indices: list[int]) -> "Documents":
         """The chosen rows, in that order."""
-        return Documents(self._table, self._images, [self._order[index] for index in indices])
+        return self._of([self._order[index] for index in indices])
+
+    def _of(self, order: list[int]) -> "Documents":
+        return Documents(self._table, self._images, order, self._own_images)
+
+    @property
+    def as_stored(self) -> "Documents":
+        """The same rows with their own images, which say what belongs together."""
+        return Documents(self._table, self._own_images, self._order)
+
+    def with_images(self, kind: str) -> "Documents":
+        """The same rows with grey images of the same sizes (`blank`), or others' (`shuffled`).
+
+        Raises:
+            UsageError: there are no two different images to exchange.
+        """
+        own = self._own_images
+        if kind == "blank":
+            return Documents(self._table, {c: _Blank(own[c]) for c in own}, self._order, own)
+        donors = _donors(own, self._order)
+        images = {column: _Shuffled(own, column, donors) for column in own}
+        return Documents(self._table, images, self._order, own)
 
     def encoded(self, index: int, column: str) -> bytes | None:
         """The image file as it is stored; None where the row has none."""
@@ -139,6 +169,112 @@ class _Images:
         return [
             value["bytes"] if isinstance(value, dict) else value for value in column.to_pylist()
         ]
+
+
+IMAGES = ("blank", "shuffled")
+"""What can stand in for a benchmark's own images."""
+GREY = (128, 128, 128)
+_TURNED = (5, 6, 7, 8)  # values of the EXIF tag that exchange width and height
+
+
+class _Blank:
+    """Grey images of the sizes that the own ones have; equal sizes are equal images."""
+
+    def __init__(self, own: "_AnyImages") -> None:
+        self._own = own
+        self._digests: dict[str, str] = {}
+
+    def encoded(self, row: int) -> bytes | None:
+        data = self._own.encoded(row)
+        return None if data is None else _grey_like(data)
+
+    def digest(self, row: int) -> str:
+        own = self._own.digest(row)
+        if own and own not in self._digests:
+            self._digests[own] = hashlib.sha256(self.encoded(row) or b"").hexdigest()[:32]
+        return self._digests[own] if own else ""
+
+
+def _grey_like(encoded: bytes) -> bytes:
+    """A grey image as large as another, of which only the header is read."""
+    try:
+        with PIL.Image.open(io.BytesIO(encoded)) as image:
+            width, height = image.size
+            turned = image.getexif().get(PIL.ExifTags.Base.Orientation, 1) in _TURNED
+    except Exception:  # decoders raise whatever their format suggests to them
+        return encoded  # it fails as it does where it is seen
+    return _grey(height, width) if turned else _grey(width, height)
+
+
+@functools.lru_cache(maxsize=1024)
+def _grey(width: int, height: int) -> bytes:
+    stream = io.BytesIO()
+    PIL.Image.new("RGB", (width, height), GREY).save(stream, format="png")
+    return stream.getvalue()
+
+
+class _Shuffled:
+    """Each image is that of another document: the same one in every run."""
+
+    def __init__(
+        self, own: "Mapping[str, _AnyImages]", column: str, donors: dict[str, tuple[str, int]]
+    ) -> None:
+        self._own = own
+        self._column = column
+        self._donors = donors
+
+    def encoded(self, row: int) -> bytes | None:
+        digest = self._own[self._column].digest(row)
+        if not digest:
+            return None
+        column, donor = self._donors[digest]
+        return self._own[column].encoded(donor)
+
+    def digest(self, row: int) -> str:
+        digest = self._own[self._column].digest(row)
+        if not digest:
+            return ""
+        column, donor = self._donors[digest]
+        return self._own[column].digest(donor)
+
+
+_AnyImages = _Images | _Blank | _Shuffled
+
+
+def _donors(own: "Mapping[str, _AnyImages]", rows: list[int]) -> dict[str, tuple[str, int]]:
+    """For each image, by its digest, column and row of the one that stands in for it.
+
+    Images that one document shows go together, and so do the questions of an image. The groups
+    form a ring in the order of a hash, and each gets the images of the next: no group its own, and
+    none twice. The ring hangs on the images alone, not on their order, the model or a limit.
+    """
+    place: dict[str, tuple[str, int]] = {}
+    group: dict[str, set[str]] = {}
+    for row in rows:
+        shown = set()
+        for column, images in own.items():
+            if digest := images.digest(row):
+                shown.add(digest)
+                place.setdefault(digest, (column, row))
+        merged = shown.union(*(group[digest] for digest in shown if digest in group))
+        group.update(dict.fromkeys(merged, merged))
+    members = {min(each): each for each in group.values()}
+    ring = [
+        sorted(members[first])
+        for first in sorted(
+            members, key=lambda first: hashlib.sha256(f"shuffled {first}".encode()).digest()
+        )
+    ]
+    if len(ring) < 2:
+        raise UsageError(
+            "The documents show one image, and there is no other to exchange it with.",
+            "Use --images blank.",
+        )
+    return {
+        digest: place[others[number % len(others)]]
+        for images, others in zip(ring, [*ring[1:], ring[0]], strict=True)
+        for number, digest in enumerate(images)
+    }
 
 
 def decode_image(encoded: bytes) -> Image:

@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kd_bench.distill import processes
 from kd_bench.distill.chat import read_template
-from kd_bench.errors import IncompleteRunError, KdBenchError, UsageError, one_line
+from kd_bench.errors import IncompleteRunError, KdBenchError, UsageError, closest, one_line
 from kd_bench.evals.benchmark import (
     REASONING_TAGS,
     Answer,
@@ -37,7 +37,7 @@ from kd_bench.evals.benchmark import (
     upstream_metrics,
 )
 from kd_bench.evals.checkpoint import Checkpoint, Model, chosen_dtype, inspect_model
-from kd_bench.evals.documents import load_documents
+from kd_bench.evals.documents import IMAGES, load_documents
 from kd_bench.evals.scoring import Thinking, headline, rates, score, submission
 from kd_bench.files import Journal, digest_text, write_json
 from kd_bench.provenance import collect
@@ -74,6 +74,8 @@ class EvalSettings:
         chat_template_kwargs: variables of the chat template, such as enable_thinking=False.
         reasoning_tags: a JSON list of [open, close] tags around thoughts, which are left out before
             an answer is scored, as the stock command does; `none` scores answers as they are.
+        images: `blank` asks about grey images, `shuffled` about other documents': what is left of
+            the score was guessed. Such a run stands beside the model's own, never in its place.
         name, role, method, seed: as tables show the model; None reads the checkpoint's lineage.
         error_limit: share of failed answers in a task above which the run is unhealthy.
         truncated_limit: of answers that were cut off at the token limit. Some answers of a wordy
@@ -94,6 +96,7 @@ class EvalSettings:
     prompt_template: str = ""
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     reasoning_tags: str = REASONING_TAGS
+    images: str = ""
     name: str | None = None
     role: str | None = None
     method: str | None = None
@@ -174,10 +177,17 @@ def evaluate(model: Model, settings: EvalSettings | None = None) -> Run:
 
 def _subject(model: Model, suite: Suite, settings: EvalSettings) -> tuple[Checkpoint, Protocol]:
     """What is evaluated and how, as the run's manifest names it."""
+    if settings.images and settings.images not in IMAGES:
+        raise UsageError(
+            f"There are no images {settings.images!r}.{closest(settings.images, list(IMAGES))}",
+            f"Take one of: {', '.join(IMAGES)}.",
+        )
     labels = {key: getattr(settings, key) for key in ("name", "role", "method", "seed")}
     known = inspect_model(model, **labels)
-    if settings.quantize and settings.name is None:  # stands beside the run of the float weights
-        known = replace(known, ref=replace(known.ref, name=f"{known.ref.name}-{settings.quantize}"))
+    # It stands beside the run of the float weights, and of the documents' own images.
+    variants = [each for each in (settings.quantize, settings.images) if each]
+    if variants and settings.name is None:
+        known = replace(known, ref=replace(known.ref, name="-".join([known.ref.name, *variants])))
     template, variables = settings.prompt_template, settings.chat_template_kwargs
     protocol = Protocol(
         suite.name,
@@ -190,6 +200,7 @@ def _subject(model: Model, suite: Suite, settings: EvalSettings) -> tuple[Checkp
         read_template(template) if template else "",
         settings.reasoning_tags,
         json.dumps(variables, sort_keys=True) if variables else "",
+        settings.images,
     )
     Thinking(settings.reasoning_tags)
     if told := [each for each in (protocol.prompt_template, protocol.chat_template_kwargs) if each]:
@@ -437,13 +448,15 @@ class Worker:
     def _prepare(self, spec: TaskSpec, profile: str | None) -> PreparedTask:
         """`tasks.prepare`, remembered while the data stays as it is."""
         chat = not getattr(getattr(self._source, "model", self._source), "is_simple", True)
-        limit = self._plan.protocol.limit
-        key = digest_text(self._plan.digests[spec.id], str(limit), str(chat))
+        limit, images = self._plan.protocol.limit, self._plan.protocol.images
+        key = digest_text(self._plan.digests[spec.id], str(limit), str(chat), images)
         if key not in _PREPARED:
             while len(_PREPARED) >= 24:
                 _PREPARED.pop(next(iter(_PREPARED)))
             data = self._plan.data
-            _PREPARED[key] = prepare(spec, data, profile=profile, limit=limit, chat=chat)
+            _PREPARED[key] = prepare(
+                spec, data, profile=profile, limit=limit, chat=chat, images=images
+            )
         return _PREPARED[key]
 
     def _result(self, prepared: PreparedTask, scored: "ScoredTask", seconds: float) -> TaskResult:

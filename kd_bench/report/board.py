@@ -311,7 +311,9 @@ def load_board(
         damaged = [f"{run.path.name}: {error.problem}" for run, error in there.damaged]
         return Board(suite or "", (), (), left_out=tuple(damaged))
     # The newest finished run's: an unfinished one moves no page.
-    newest = max(listed, key=lambda pair: (pair[1].status == "complete", pair[1].created))
+    newest = max(
+        listed, key=lambda p: (p[1].status == "complete", not p[1].protocol.images, p[1].created)
+    )
     suite = suite or newest[1].protocol.suite
     others = [pair for pair in listed if pair[1].protocol.suite != suite]
     left_out += [f"{m.model.name}: suite {m.protocol.suite}, not {suite}" for _, m in others]

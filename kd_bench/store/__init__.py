@@ -1,7 +1,8 @@
 """Results on disk, and which run a name stands for: baselines, rows and comparisons ask here.
 
 A name means the newest finished, unlimited, whole evaluation of that model; a limited,
-unfinished or unhealthy one never stands for it. What is passed over is said, with the reason.
+unfinished or unhealthy one never stands for it, nor one whose images were taken away. What is
+passed over is said, with the reason.
 A damaged run may hide the one that was meant: it is named, and nothing older takes its place.
 """
 
@@ -87,6 +88,9 @@ class Catalogue:
         common = _common(groups.values())
         shown, left_out = [], [f"{run.path.name}: {error.problem}" for run, error in self.damaged]
         for (name, _), members in groups.items():
+            if all(manifest.protocol.images for _, manifest in members):
+                left_out += [_blind(*each) for each in members]
+                continue
             best = max(members, key=lambda each: _standing(each, common, None))
             if hidden := self._hidden_by(name, best):
                 left_out.append(
@@ -103,7 +107,7 @@ class Catalogue:
         members = groups[manifest.model.name, manifest.model.role]
         common = _common(groups.values())
         best = max(members, key=lambda each: _standing(each, common, None))
-        if best[0] == run:
+        if best[0] == run or manifest.protocol.images:
             return "; ".join(shortcomings(run, manifest))
         return _why_not((run, manifest), best)
 
@@ -222,6 +226,7 @@ def _standing(listed: Listed, common: Counter[str], like: RunManifest | None) ->
     alike = like is not None and manifest.identity.conditions == like.identity.conditions
     whole = not missing_tasks(run, manifest)
     return (
+        manifest.protocol.images == (like.protocol.images if like else ""),
         finished,
         alike,
         manifest.protocol.limit is None,
@@ -256,6 +261,8 @@ def shortcomings(run: Run, manifest: RunManifest | None = None) -> list[str]:
     found = []
     suite = suite_tasks(manifest)
     missing = missing_tasks(run, manifest)
+    if manifest.protocol.images:
+        found.append(f"its images are {manifest.protocol.images}: what it reached was guessed")
     if manifest.status == "unhealthy":
         found.append("unhealthy: " + ("; ".join(manifest.notes) or "answers failed"))
     elif manifest.status != "complete":
@@ -267,6 +274,10 @@ def shortcomings(run: Run, manifest: RunManifest | None = None) -> list[str]:
     if missing and manifest.status in ("complete", "unhealthy"):
         found.append(f"{len(suite) - len(missing)} of the suite's {len(suite)} benchmarks")
     return found
+
+
+def _blind(run: Run, manifest: RunManifest) -> str:
+    return f"{run.path.name} is not shown: {'; '.join(shortcomings(run, manifest))}"
 
 
 def _why_not(listed: Listed, best: Listed) -> str:
@@ -354,6 +365,7 @@ def set_baseline(
     """Name a run as baseline. The only thing that moves one. What was allowed is written down.
 
     Raises:
+        UsageError: the run's images were taken away.
         IncompleteRunError: the run is not finished, or is unhealthy, limited or of a part of its
             suite and that was not allowed; or a file of it is damaged.
     """
@@ -362,6 +374,11 @@ def set_baseline(
     manifest = run.manifest
     allowed = []
     status = manifest.status
+    if manifest.protocol.images:
+        raise UsageError(
+            f"Run {run.path.name} is no baseline: its images are {manifest.protocol.images}.",
+            "Choose the model's run that sees its images.",
+        )
     if status not in ("complete", "unhealthy"):
         raise IncompleteRunError(
             f"Run {run.path.name} is {status}; a baseline must be complete and healthy.",
