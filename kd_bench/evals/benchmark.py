@@ -259,7 +259,7 @@ def prepare(
     variant = spec.profile(name)
     documents = load_documents(spec, folder, name)
     if images:
-        documents = documents.with_images(images)
+        documents = documents.with_images(images, spec.id)
     total = len(documents)
     if limit is not None and limit < len(documents):
         documents = documents.select(_first_units(spec, documents, limit))

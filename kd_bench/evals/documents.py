@@ -99,16 +99,21 @@ class Documents(Sequence[Document]):
         """The same rows with their own images, which say what belongs together."""
         return Documents(self._table, self._own_images, self._order)
 
-    def with_images(self, kind: str) -> "Documents":
+    def with_images(self, kind: str, task: str) -> "Documents":
         """The same rows with grey images of the same sizes (`blank`), or others' (`shuffled`).
 
         Raises:
-            UsageError: there are no two different images to exchange.
+            UsageError: the benchmark has no two different images to exchange.
         """
         own = self._own_images
         if kind == "blank":
             return Documents(self._table, {c: _Blank(own[c]) for c in own}, self._order, own)
         donors = _donors(own, self._order)
+        if not donors:
+            raise UsageError(
+                f"{task}: the documents show one image, and there is no other to exchange it with.",
+                "Use --images blank.",
+            )
         images = {column: _Shuffled(own, column, donors) for column in own}
         return Documents(self._table, images, self._order, own)
 
@@ -246,7 +251,7 @@ def _donors(own: "Mapping[str, _AnyImages]", rows: list[int]) -> dict[str, tuple
 
     Images that one document shows go together, and so do the questions of an image. The groups
     form a ring in the order of a hash, and each gets the images of the next: no group its own, and
-    none twice. The ring hangs on the images alone, not on their order, the model or a limit.
+    none twice; a single group has no other. The ring hangs on the images alone, not on their order, the model or a limit.
     """
     place: dict[str, tuple[str, int]] = {}
     group: dict[str, set[str]] = {}
@@ -266,10 +271,7 @@ def _donors(own: "Mapping[str, _AnyImages]", rows: list[int]) -> dict[str, tuple
         )
     ]
     if len(ring) < 2:
-        raise UsageError(
-            "The documents show one image, and there is no other to exchange it with.",
-            "Use --images blank.",
-        )
+        return {}
     return {
         digest: place[others[number % len(others)]]
         for images, others in zip(ring, [*ring[1:], ring[0]], strict=True)

@@ -242,7 +242,9 @@ def execute(run: Run, plan: Plan, wanted: RunManifest) -> None:
     todo = processes.broadcast(todo)
     for spec in plan.specs:
         if first and spec.id in todo:
-            load_documents(spec, plan.data, plan.protocol.profiles.get(spec.id))
+            documents = load_documents(spec, plan.data, plan.protocol.profiles.get(spec.id))
+            if plan.protocol.images == "shuffled":  # refused before anything is written
+                documents.with_images("shuffled", spec.id)
     shown = plan.settings.progress and first
     with SuiteProgress(plan.checkpoint.ref.name, len(plan.specs), shown) as bars:
         for spec in plan.specs:

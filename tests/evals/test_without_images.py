@@ -51,7 +51,7 @@ def pixels(documents: Documents, rows: Sequence[int]) -> list[set[str]]:
 @pytest.mark.parametrize("task", TEN)
 def test_blank_images_are_grey_and_as_large(data: Path, task: str) -> None:
     own = load_documents(load_task(task), data)
-    blank = own.with_images("blank")
+    blank = own.with_images("blank", task)
     assert len(blank) == len(own)
     for row in range(0, len(own), 1 + len(own) // 12):
         for column in own.image_columns:
@@ -68,7 +68,7 @@ def test_blank_images_are_grey_and_as_large(data: Path, task: str) -> None:
 def test_shuffled_images_are_those_of_another_document(data: Path, task: str) -> None:
     spec = load_task(task)
     own = load_documents(spec, data)
-    other = own.with_images("shuffled")
+    other = own.with_images("shuffled", task)
     rows = range(0, len(own), 1 + len(own) // 40)
     for seen, shown in zip(pixels(own, rows), pixels(other, rows), strict=True):
         assert shown
@@ -81,8 +81,8 @@ def test_shuffled_images_are_those_of_another_document(data: Path, task: str) ->
         assert not {(a, b) for a, b in zip(before, after, strict=True) if a and a == b}
         assert other.select([5, 3]).image_digests(column) == [after[5], after[3]]
         assert other[2:4].image_digests(column) == after[2:4]
-    assert other.content_digests() == own.with_images("shuffled").content_digests()
-    backwards = own.select(list(range(len(own)))[::-1]).with_images("shuffled")
+    assert other.content_digests() == own.with_images("shuffled", task).content_digests()
+    backwards = own.select(list(range(len(own)))[::-1]).with_images("shuffled", task)
     first = columns[0]
     assert backwards.image_digests(first)[::-1] == other.image_digests(first)
     limited = prepare(spec, data, limit=12, images="shuffled").documents
@@ -95,8 +95,8 @@ def test_one_image_cannot_be_exchanged(data: Path) -> None:
     own = load_documents(load_task("pope"), data)
     digests = own.image_digests("image")
     alike = [row for row, digest in enumerate(digests) if digest == digests[0]]
-    with pytest.raises(UsageError, match="no other to exchange it with"):
-        own.select(alike).with_images("shuffled")
+    with pytest.raises(UsageError, match="pope: .* no other to exchange it with"):
+        own.select(alike).with_images("shuffled", "pope")
 
 
 def test_a_protocol_that_takes_nothing_away_has_the_digest_that_it_had() -> None:
