@@ -250,8 +250,8 @@ def _donors(own: "Mapping[str, _AnyImages]", rows: list[int]) -> dict[str, tuple
     """For each image, by its digest, column and row of the one that stands in for it.
 
     Images that one document shows go together, and so do the questions of an image. The groups
-    form a ring in the order of a hash, and each gets the images of the next: no group its own, and
-    none twice; a single group has no other. The ring hangs on the images alone, not on their order, the model or a limit.
+    form a ring in the order of a hash, and each gets the images of the next. The ring hangs on the
+    images alone, not on their order, the model or a limit. A single group has no other: nothing.
     """
     place: dict[str, tuple[str, int]] = {}
     group: dict[str, set[str]] = {}

@@ -95,7 +95,7 @@ def test_one_image_cannot_be_exchanged(data: Path) -> None:
     own = load_documents(load_task("pope"), data)
     digests = own.image_digests("image")
     alike = [row for row, digest in enumerate(digests) if digest == digests[0]]
-    with pytest.raises(UsageError, match="pope: .* no other to exchange it with"):
+    with pytest.raises(UsageError, match=r"pope: .* no other to exchange it with"):
         own.select(alike).with_images("shuffled", "pope")
 
 
