@@ -102,7 +102,7 @@ def test_the_store_keeps_the_pictures_of_its_samples(whole: Run) -> None:
 
     digests = {name for task in TEN for name in whole.samples(task)["image_digest"]}
     for digest in digests:
-        file = whole.picture(digest)
+        file = whole.image(digest)
         assert file is not None
         assert pixel_digest(Image.open(file)) == digest
 
