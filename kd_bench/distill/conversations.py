@@ -55,6 +55,7 @@ class Part:
     """One file, folder or hub dataset.
 
     Attributes:
+        name: as messages call it.
         folder: image names are relative to it.
         stamp: names, sizes and times of its files, or the dataset's fingerprint.
         source: its place among the sources that are mixed.
@@ -63,6 +64,7 @@ class Part:
         file: the index on disk; None for a small source, whose index is `made`.
     """
 
+    name: str
     folder: Path
     stamp: str
     source: int = 0
@@ -84,8 +86,12 @@ class Part:
 
     def conversation(self, row: int) -> Conversation:
         """One row, parsed now."""
-        text = self.index["json"][row].as_py()
-        found = self.dataset[row] if text is None else json.loads(text)
+        try:
+            text = self.index["json"][row].as_py()
+            found = self.dataset[row] if text is None else json.loads(text)
+        except (ValueError, pa.ArrowInvalid):
+            what, hint = self.file or self.name, "Delete it; an index is made again."
+            raise UsageError(f"{what} is damaged at row {row}.", hint) from None
         return conversation_of(found, row, self.folder)
 
 
@@ -145,19 +151,19 @@ class Conversations(Sequence[Conversation]):
         """Conversations that one epoch meets."""
         if all(part.weight == 1 for part in self.parts):
             return len(self)
-        return sum(round(len(places) * weight) for places, weight in self._sources)
+        return sum(_share(len(places), weight) for places, weight in self._sources)
 
     def epoch(self, number: int, seed: int) -> NDArray[np.int64]:
         """Places that one epoch meets, int64 [epoch_size], by source.
 
         Each source is a stream of its own shuffled rounds, of which every epoch takes the next
-        len x weight: no row comes a second time before all others came once.
+        len x weight, one at least: no row comes a second time before all others came once.
         """
         if all(part.weight == 1 for part in self.parts):
             return np.arange(len(self))
         taken = []
         for source, (places, weight) in enumerate(self._sources):
-            count = round(len(places) * weight)
+            count = _share(len(places), weight)
             first, start = divmod(number * count, max(len(places), 1))
             rounds = [
                 np.random.default_rng([seed, source, first + each]).permutation(places)
@@ -177,6 +183,11 @@ class Conversations(Sequence[Conversation]):
         import pyarrow.compute
 
         return pyarrow.compute.list_value_length(self.column("images")).to_numpy()
+
+
+def _share(size: int, weight: float) -> int:
+    """How many rows of a source of this size one epoch meets."""
+    return max(round(size * weight), min(size, 1))
 
 
 def read_conversations(
@@ -229,7 +240,10 @@ def _told(broken: Conversations) -> list[tuple[str, str]]:
     ):
         if hint is not None:
             raise UsageError(problem, hint)
-        number = int(row - broken.starts[broken.starts <= row][-1])
+        part = int(np.searchsorted(broken.starts, row, side="right")) - 1
+        number = int(row - broken.starts[part])
+        if len(broken.parts) > 1:
+            problem = f"{problem} ({broken.parts[part].name})"
         told.append(Conversation(name, (), (), number).given_up(problem))
     return told
 
@@ -243,7 +257,11 @@ def _files(path: str) -> list[str | list[str]]:
     names = sorted(str(each) for each in start.glob(str(found.relative_to(found.anchor))))
     if not names:
         raise UsageError(f"There is no training data at {path}.", "Check data.path.")
-    return [names] if all(name.endswith(".parquet") for name in names) else [*names]
+    return [names] if all(_is_parquet(Path(name)) for name in names) else [*names]
+
+
+def _is_parquet(path: Path) -> bool:
+    return path.suffix.lower() in (".parquet", ".pq")
 
 
 def _part(path: str | list[str], source: DataSource, number: int, stop: int | None) -> Part:
@@ -254,15 +272,16 @@ def _part(path: str | list[str], source: DataSource, number: int, stop: int | No
         stop: rows that are asked for; None for all.
     """
     first = resolve(path if isinstance(path, str) else path[0])
-    is_json = first.is_file() and first.suffix != ".parquet"
+    is_json = first.is_file() and not _is_parquet(first)
     dataset: Any = None if is_json else _dataset(path, source)
     folder = first if first.is_dir() else first.parent if first.exists() else Path()
     if source.images:
         folder = resolve(source.images)
     files = [first] if isinstance(path, str) else [Path(name) for name in path]
     stamp, size = _stamp(files) if first.exists() else (str(dataset._fingerprint), SMALL + 1)
-    part = Part(folder, stamp, number, source.weight or 1.0, dataset)
-    rows = json_rows(first) if dataset is None else ((None, row) for row in dataset)
+    name = first.name if isinstance(path, str) and first.exists() else str(source.path)
+    part = Part(name, folder, stamp, number, source.weight or 1.0, dataset)
+    rows = json_rows(first) if dataset is None else _rows(dataset, part.name)
     batches = _batches(islice(rows, stop), folder, dataset is None)
     if size <= SMALL:
         part.made = pa.Table.from_batches(batches, INDEX)
@@ -280,9 +299,17 @@ def _part(path: str | list[str], source: DataSource, number: int, stop: int | No
 def _is_index(path: Path) -> bool:
     """Whether a file is there and whole."""
     try:
-        return bool(pa.ipc.open_file(pa.memory_map(str(path))).schema == INDEX)
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        table.validate()
+        return bool(table.schema == INDEX)
     except (OSError, pa.ArrowInvalid):
         return False
+
+
+def _rows(dataset: Any, name: str) -> Iterator[tuple[None, Any]]:
+    with explained(f"{name} cannot be read", "Is its text UTF-8, and are its files whole?"):
+        for row in dataset:
+            yield None, row
 
 
 def _stamp(paths: Iterable[Path]) -> tuple[str, int]:
@@ -341,7 +368,7 @@ def json_rows(path: Path) -> Iterator[tuple[str | None, Any]]:
     """
     try:
         with path.open(encoding="utf-8-sig", newline="\n") as file:
-            if path.suffix == ".jsonl" or _is_lines(file):
+            if _is_lines(file, path.suffix == ".jsonl"):
                 for line in file:
                     if line.strip():
                         value = _line(line)
@@ -352,14 +379,14 @@ def json_rows(path: Path) -> Iterator[tuple[str | None, Any]]:
         raise UsageError(f"{path} is not valid JSON: {error}.", "Repair that place.") from None
 
 
-def _is_lines(file: TextIO) -> bool:
-    """Whether a file of another name holds one JSON object a line."""
+def _is_lines(file: TextIO, named_so: bool) -> bool:
+    """Whether a file holds one JSON object a line, whatever its name; a list may be called so."""
     start = file.read(CHUNK).lstrip()
     file.seek(0)
-    if start[:1] != "{":
-        return False
-    first = file.readline()
-    found = isinstance(_line(first), dict) and any(line.strip() for line in file)
+    if named_so or start[:1] != "{":
+        return named_so and start[:1] != "["
+    lines = (line for line in file if line.strip())
+    found = isinstance(_line(next(lines, "")), dict) and next(lines, None) is not None
     file.seek(0)
     return found
 
@@ -427,7 +454,8 @@ class _Window:
         while True:
             try:
                 value, end = _DECODER.raw_decode(self.text, self.place)
-                if end < len(self.text):  # a number could go on
+                goes_on = isinstance(value, int | float) and self.text[end : end + 1] in _NUMBERS
+                if end < len(self.text) and not goes_on:
                     start, self.place = self.place, end
                     return self.text[start:end], value
                 problem = self.error("Expecting ',' delimiter", end)
@@ -452,9 +480,20 @@ class _Window:
 
 
 _DECODER = json.JSONDecoder()
+_NUMBERS = frozenset("0123456789.eE+-")
 
 
 # --- datasets --------------------------------------------------------------------------------
+
+
+def _told_why(load: Any, *arguments: Any, **options: Any) -> Any:
+    """`load_dataset`, whose own errors hide what went wrong."""
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        return load(*arguments, **options)
+    except DatasetGenerationError as error:
+        raise error.__cause__ or error from None
 
 
 def _dataset(path: str | list[str], source: DataSource, *, streaming: bool = False) -> Any:
@@ -474,14 +513,16 @@ def _dataset(path: str | list[str], source: DataSource, *, streaming: bool = Fal
     elif first.exists():
         files = [str(first)] if isinstance(path, str) else path
         with explained(f"{name} is not a parquet file", "Write it with dataset.to_parquet."):
-            dataset = load_dataset("parquet", data_files=files, split="train", streaming=streaming)
+            dataset = _told_why(
+                load_dataset, "parquet", data_files=files, split="train", streaming=streaming
+            )
     elif HUB_NAME.fullmatch(name):
         with explained(
             f"There is no training data at {name}: neither a file nor a dataset of the hub",
             "Check data.path, data.subset and data.split, and the network.",
         ):
             split = source.split or "train"
-            dataset = load_dataset(name, source.subset, split=split, streaming=streaming)
+            dataset = _told_why(load_dataset, name, source.subset, split=split, streaming=streaming)
     else:
         raise UsageError(f"There is no training data at {name}.", "Check data.path.")
     if isinstance(dataset, DatasetDict):
@@ -520,7 +561,8 @@ class Stream(Sequence[Conversation]):
         self.skip, self.size = skip, size
         self._rows: list[Any] = []
         self._window = -1
-        self._iterator: Iterator[Any] = iter(())
+        self._windows: Iterator[Any] = iter(())
+        self._process = -1
 
     def __len__(self) -> int:
         return self.size
@@ -540,20 +582,29 @@ class Stream(Sequence[Conversation]):
         if not 0 <= index < self.size:
             raise IndexError(index)
         window, place = divmod(index, WINDOW)
-        if window != self._window:
-            self._move_to(window)
+        if window != self._window or self._process != os.getpid():
+            with explained("The stream of training data cannot be read", "Check data.path."):
+                self._move_to(window)
         return conversation_of(self._rows[place], self.skip + index, self.folder)
 
     def _move_to(self, window: int) -> None:
-        ahead = (window - self._window - 1) * WINDOW
-        if self._window < 0 or ahead < 0:
-            self._iterator, ahead = iter(self.dataset.skip(self.skip + window * WINDOW)), 0
-        self._rows = list(islice(self._iterator, ahead, ahead + WINDOW))
-        self._window = window
+        """Read on to a window, or from its start where it lies behind.
+
+        A forked worker begins for itself: its parent's files would move under both. Columns are
+        asked for, since of rows `datasets` gives each worker a part.
+        """
+        ahead = window - self._window - 1
+        if self._process != os.getpid() or ahead < 0:
+            left = self.dataset.skip(self.skip + window * WINDOW)
+            self._windows, ahead = left.iter(batch_size=WINDOW), 0
+        columns = next(islice(self._windows, ahead, None))
+        values = zip(*columns.values(), strict=True)
+        self._rows = [dict(zip(columns, row, strict=True)) for row in values]
+        self._window, self._process = window, os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
         """A worker reads for itself."""
-        return self.__dict__ | {"_rows": [], "_window": -1, "_iterator": iter(())}
+        return self.__dict__ | {"_rows": [], "_window": -1, "_windows": iter(()), "_process": -1}
 
     def given_up(self, index: int, reason: str) -> tuple[str, str]:
         """The name of one that cannot be used, and why; it is not read again."""
@@ -574,9 +625,9 @@ def _stream(*sources: DataSource) -> Stream:
             "data.streaming reads one source in its order; several cannot be mixed so.",
             "Leave streaming out: an index of all rows is made once and memory-mapped.",
         )
-    (found,) = _files(source.path)[:1]
+    found, *others = _files(source.path)
     files = [resolve(name) for name in ([found] if isinstance(found, str) else found)]
-    if files[0].exists() and files[0].suffix != ".parquet":
+    if others or (files[0].exists() and not _is_parquet(files[0])):
         raise UsageError(
             f"{source.path} cannot be streamed: data.streaming is for parquet files and datasets "
             "of the hub.",

@@ -250,20 +250,24 @@ def _check_settings(run: TrainingState, stages: list[Stage]) -> None:
                     f"Set {data}.images= to the folder that image names are relative to.",
                 )
         try:
-            sound, _ = run.conversations(stage)
+            sound, broken = run.conversations(stage)
         except UsageError as error:
             alone = len(run.recipe.stages) == 1
             other = "" if alone else f", or leave the stage out with {stage.name}=null"
             problem = f"Stage {stage.name!r}: {error.problem}"
-            raise UsageError(problem, f"Set {data}.path={other}.") from None
+            general = error.hint == "Check data.path."
+            hint = f"Set {data}.path={other}." if general else error.hint
+            raise UsageError(problem, hint) from None
         if isinstance(sound, Stream) and stage.group_by_length:
             raise UsageError(
                 f"Stage {stage.name!r}: the lengths of streamed rows are not known before.",
                 f"Set {stage.name}.group_by_length=false, or leave data.streaming out.",
             )
         if not sound:
+            first = "".join(f" ({name}: {reason})" for name, reason in broken[:1])
             raise UsageError(
-                f"Stage {stage.name!r}: none of its conversations can be used.", "Check data.path."
+                f"Stage {stage.name!r}: none of its conversations can be used{first}.",
+                "`kd-bench data show` lists why.",
             )
         if sound.epoch_size < stage.batch_size:
             raise UsageError(

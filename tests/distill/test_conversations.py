@@ -13,6 +13,8 @@ from datasets import Image as HFImage
 from datasets import Sequence as HFSequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
 
 from kd_bench.distill import conversations as data
 from kd_bench.distill.conversations import data_digest, read_conversations
@@ -275,3 +277,104 @@ def test_a_recipe_takes_one_source_or_several(tmp_path):
     ):
         with pytest.raises(UsageError, match=named):
             load_recipe("mini", [wrong])
+
+
+class Ids(TorchDataset):
+    """Ids of rows, read where the loader reads them."""
+
+    def __init__(self, conversations):
+        self.conversations = conversations
+
+    def __len__(self):
+        return len(self.conversations)
+
+    def __getitem__(self, index):
+        return self.conversations[index].id
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("files", [1, 3])
+def test_workers_of_a_stream_read_the_rows_that_are_asked_for(tmp_path, monkeypatch, files):
+    """Neither does `datasets` share the rows out, nor do forked workers share a file's place."""
+    monkeypatch.setattr(data, "WINDOW", 16)
+    for number in range(files):
+        rows = [{"id": f"{number}-{i}", "conversations": SAID} for i in range(120)]
+        Dataset.from_list(rows).to_parquet(tmp_path / f"part-{number}.parquet")
+    found, _ = read_conversations(DataSource(path=str(tmp_path / "*.parquet"), streaming=True))
+    expected = [each.id for each in found]
+    assert len(set(expected)) == 120 * files
+    assert found[40].id == expected[40]  # the parent has begun to read
+    for workers in (0, 2, 3):
+        loader = DataLoader(Ids(found), batch_size=8, num_workers=workers)
+        for _ in range(2):
+            assert [name for batch in loader for name in batch] == expected, workers
+
+
+def test_a_pattern_of_several_kinds_cannot_be_streamed(parquet, tmp_path):
+    (tmp_path / "part-2.json").write_text(json.dumps(numbered(2)))
+    with pytest.raises(UsageError, match="cannot be streamed"):
+        read_conversations(parquet.model_copy(update={"path": str(tmp_path / "part-*")}))
+
+
+def test_a_light_source_is_met_in_every_epoch(tmp_path):
+    path = rows_file(tmp_path, "a", 5)
+    found, _ = read_conversations(DataSource(path=str(path), weight=0.01))
+    assert found.epoch_size == 1
+    met = Counter(int(i) for number in range(10) for i in found.epoch(number, seed=1))
+    assert sorted(met.values()) == [2] * 5
+
+
+def test_an_index_with_damage_inside_says_what_to_delete(on_disk, tmp_path):
+    path = written(tmp_path, numbered(300))
+    read(path)
+    (index,) = on_disk.glob("*.arrow")
+    content = index.read_bytes()
+    middle = content.index(b'"r150"')
+    index.write_bytes(content[:middle] + b"\xff" * 6 + content[middle + 6 :])
+    with pytest.raises(UsageError, match=r"arrow is damaged at row 150\. Delete it"):
+        read(path)[0][150]
+
+
+def test_parquet_without_rows_or_with_broken_text_says_so(tmp_path):
+    Dataset.from_list(numbered(1)).select([]).to_parquet(tmp_path / "empty.parquet")
+    with pytest.raises(UsageError, match=r"empty\.parquet"):
+        read(tmp_path / "empty.parquet")
+    Dataset.from_list([{"query": "@@@@", "response": "r"}]).to_parquet(
+        path := tmp_path / "x.parquet"
+    )
+    path.write_bytes(path.read_bytes().replace(b"@@@@", b"\xff\xfe\xff\xfe"))
+    with pytest.raises(UsageError, match=r"x\.parquet.*UTF-8"):
+        list(read(path)[0])
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        (
+            "x.json",
+            '\n{"id": "a", "query": "q", "response": "r"}\n\n{"query": "q", "response": "s"}',
+        ),
+        (
+            "x.jsonl",
+            '[{"id": "a", "query": "q", "response": "r"},\n{"query": "q", "response": "s"}]',
+        ),
+    ],
+)
+def test_lists_and_lines_are_known_by_what_they_hold(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    found, broken = read(tmp_path / name)
+    assert (len(found), found[0].id, broken) == (2, "a", [])
+
+
+def test_numbers_at_the_edge_of_what_is_read_are_whole(monkeypatch):
+    for chunk in range(1, 12):
+        monkeypatch.setattr(data, "CHUNK", chunk)
+        found = data.json_items(io.StringIO("[[], 1.5, -2e-3, 7]"), Path("x.json"))
+        assert [value for _, value in found] == [[], 1.5, -0.002, 7]
+
+
+def test_unreadable_rows_of_a_mixture_name_their_file(tmp_path):
+    bad = written(tmp_path, [{"id": "x", "conversations": SAID[:1]}], "bad.json")
+    sources = [DataSource(path=str(each)) for each in (rows_file(tmp_path, "a", 2), bad)]
+    _, told = read_conversations(*sources)
+    assert told == [("x", "no answer to learn from (bad.json) (row 0)")]
