@@ -32,6 +32,9 @@ _settings = threading.Lock()  # Pillow's are those of the whole process
 class Unreadable(Exception):  # noqa: N818 - a finding, not a failure of the program
     """One sample cannot be used; the message says why."""
 
+    def __init__(self, reason: str) -> None:  # printable, whatever words of the data it repeats
+        super().__init__(reason.encode("utf-8", "replace").decode("utf-8"))
+
 
 def open_image(source: Path | bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode one image fully: RGB of 8 bits, upright by its EXIF tag.
@@ -69,10 +72,15 @@ def _decoded(source: Path | bytes, max_pixels: int) -> Image.Image:
             raise Unreadable(
                 f"{opened.width} x {opened.height} pixels are more than the {max_pixels:,} allowed"
             )
-        opened.load()
-        with contextlib.suppress(Exception):  # damaged tags say nothing
-            ImageOps.exif_transpose(opened, in_place=True)
-        return _eight_bits(opened).convert("RGB")
+        return _upright(opened)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """RGB of 8 bits; the image itself is turned, as a copy would not know its format and tags."""
+    image.load()
+    with contextlib.suppress(Exception):  # damaged tags say nothing
+        ImageOps.exif_transpose(image, in_place=True)
+    return _eight_bits(image).convert("RGB")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -105,14 +113,29 @@ ROLES: dict[str, Literal["user", "assistant", "system"]] = {
 }
 IMAGE_KEYS = ("image", "images")
 REJECTED = ("rejected_response", "rejected", "rejected_messages", "rejected_images")
-NOT_SUPPORTED = ("video", "videos", "audio", "audios", "tools", *REJECTED)  # keys of rows
+NOT_SUPPORTED = ("tools", *REJECTED)  # keys of rows
+MEDIA_KEY = re.compile(r"video|audio", re.IGNORECASE)  # what keys for them begin with, anywhere
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 NOT_SUPPORTED_IN_TURNS = ("tool_calls", "function_call", *THOUGHTS)
 MEDIA_MARKS = ("<video>", "<audio>")
 NOT_LEARNT = ("weight", "train", "loss", "loss_scale")  # keys of turns that some trainers weigh
-IMAGE_NAME = re.compile(r"\.(png|jpe?g|webp|gif|bmp|tiff?|avif)$", re.IGNORECASE)
+IMAGE_NAME = re.compile(
+    r"\.(a?png|jpe?g?|jfif|jp2|jxl|webp|gif|bmp|tiff?|avif|hei[cf]|svg|p[bgpn]m|tga)([?#].*)?$",
+    re.IGNORECASE,
+)
+IMAGE_KEY = re.compile(
+    r"((images?|img|pictures?|photos?)[ _-]?(\d+|(path|file|url|bytes|base64)s?)?|bytes|base64)",
+    re.IGNORECASE,
+)
+WEB = re.compile(r"https?://", re.IGNORECASE)
+ORIGIN = ("source", "data_source", "dataset", "model", "image_id", "image_name", "file_name",
+          "filename")  # fmt: skip # keys of rows that may name the file of an image beside it
 IN_PART = ("image", "image_url", "url", "path", "bytes", "base64")  # where a part has its image
+IN_ENTRY = ("bytes", "base64", "path", "url", "image")  # where a mapping has it
+ABOUT_PART = ("id", "index", "name", "filename", "detail", "media_type", "mime_type",
+              "cache_control", "annotations")  # fmt: skip # nothing to learn from
 SHOWN_KEYS = 8
+DEEPEST = 100  # levels of lists and mappings in a row
 
 Source: TypeAlias = Path | bytes
 Row: TypeAlias = Mapping[str, Any]
@@ -192,14 +215,14 @@ def conversation_of(row: Any, number: int, folder: Path) -> Conversation:
         if row.get(key):
             what = key if key.startswith("rejected") else key.removesuffix("s")
             raise Unreadable(f"{what} is not supported")
+    _refuse_media(row)
     said = FORMS[form].read(row)
     if not said:
         raise Unreadable("no conversations")
     _refuse_unused_text(row, form, said)
     listed = [entry for key in IMAGE_KEYS for entry in _listed(row.get(key))]
     turns, entries = _placed(said, listed)
-    if not entries:
-        _refuse_hidden_images(row)
+    _refuse_hidden_images(row, ("id", *TEXT_KEYS, *IMAGE_KEYS), beside=bool(entries))
     if not any(turn.role == "assistant" for turn in turns):
         raise Unreadable("no answer to learn from")
     images = tuple(_source(entry, identifier, folder) for entry in entries)
@@ -209,7 +232,10 @@ def conversation_of(row: Any, number: int, folder: Path) -> Conversation:
 def identifier_of(row: Any, number: int) -> str:
     """A row's own id, else its number."""
     found = row.get("id") if isinstance(row, Mapping) else None
-    text = str(number if found is None else found)[:200]
+    try:
+        text = str(number if found is None else found)[:200]
+    except RecursionError:  # such a row is nested too deep
+        text = str(number)
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -222,7 +248,7 @@ def form_of(row: Row) -> str:
     for name, form in FORMS.items():
         if any(all(key in row for key in keys) for keys in form.needs):
             return name
-    keys = ", ".join(str(key) for key in list(row)[:SHOWN_KEYS]) or "none"
+    keys = ", ".join(str(key)[:60] for key in list(row)[:SHOWN_KEYS]) or "none"
     raise Unreadable(f"its form is not known (keys: {keys}); known are: {', '.join(FORMS)}")
 
 
@@ -243,6 +269,8 @@ def _texts(row: Row) -> list[Said]:
     for pair in row["texts"] if isinstance(row["texts"], list | tuple) else [None]:
         if not isinstance(pair, Mapping) or not {"user", "assistant"} <= set(pair):
             raise Unreadable("a text is not a pair of user and assistant")
+        _refuse_media(pair)
+        _refuse_hidden_images(pair, ("user", "assistant", *ORIGIN))
         said += [_spoken("user", pair["user"]), _spoken("assistant", pair["assistant"])]
     return said
 
@@ -350,7 +378,25 @@ def _message(message: Any) -> Said:
     for key in NOT_LEARNT:
         if key in message and message[key] not in (1, True):
             raise Unreadable(f"a turn with {key}={_short(message[key])} is not supported")
-    return _spoken(role.lower(), _only(message, "value", "content"))
+    said = _spoken(role.lower(), _only(message, "value", "content"))
+    _refuse_media(message)
+    _refuse_hidden_images(message, ("from", "role", "value", "content", *IMAGE_KEYS))
+    _refuse_other_text(message, said)
+    own = [entry for key in IMAGE_KEYS for entry in _listed(message.get(key))]
+    return _with_own_images(said, own) if own else said
+
+
+def _with_own_images(said: Said, own: list[Any]) -> Said:
+    """A message with the images of its own keys: at its marks, else before its text."""
+    role, pieces = said
+    if role == "assistant":
+        raise Unreadable("an answer holds an image")
+    if all(isinstance(piece, str) for piece in pieces):
+        pieces = (None,) * len(own) + pieces
+    if pieces.count(None) != len(own):
+        raise Unreadable(f"{pieces.count(None)} {IMAGE_MARK} marks for {len(own)} images of a turn")
+    rest = iter(own)
+    return role, tuple(_Image(next(rest)) if piece is None else piece for piece in pieces)
 
 
 def _spoken(role: str, content: Any) -> Said:
@@ -388,18 +434,42 @@ def _part(part: Any) -> Piece:
     kind = part.get("type", next((key for key in ("text", "image") if key in part), None))
     if kind in ("text", "input_text"):
         text = part.get("text", "" if set(part) <= {"type"} else None)  # null is absent
-        if not isinstance(text, str) or any(part.get(key) for key in IN_PART):
+        if not isinstance(text, str) or _beside(part, "text"):
             raise Unreadable("a text part of a turn is not text alone")
         return _text(text)
     if kind not in ("image", "image_url", "input_image"):
         raise Unreadable(f"{_short(kind)} is not supported")
     if part.get("text"):
         raise Unreadable("an image part of a turn holds text")
-    for key in IN_PART:
-        entry = part.get(key)
-        if entry is not None:
-            return _Image(entry if key not in ("bytes", "base64") else {key: entry})
+    if other := _beside(part, "source", *IN_PART):
+        raise Unreadable(f"an image part of a turn holds {_short(other)}, too")
+    given = [key for key in ("source", *IN_PART) if part.get(key) not in (None, "")]
+    if len(given) > 1 and set(given) != {"bytes", "path"}:
+        raise Unreadable(f"an image part of a turn has both {given[0]} and {given[1]}")
+    if not given:
+        return None
+    key = "bytes" if "bytes" in given else given[0]
+    if key == "source":
+        return _Image(_from_source(part[key]))
+    return _Image(part[key] if key not in ("bytes", "base64") else {key: part[key]})
+
+
+def _beside(part: Row, *used: str) -> str | None:
+    """A key of a part that is not used and says something; numbers are settings."""
+    for key, value in part.items():
+        is_number = isinstance(value, int | float) and not MEDIA_KEY.match(str(key))
+        if value and not is_number and key not in ("type", *used, *ABOUT_PART):
+            return key
     return None
+
+
+def _from_source(source: Any) -> Any:
+    """The entry for Anthropic's `source` of an image part."""
+    if isinstance(source, Mapping) and source.get("type") == "base64" and source.get("data"):
+        return {"base64": source["data"]}
+    if isinstance(source, Mapping) and source.get("type") == "url" and source.get("url"):
+        return source["url"]
+    raise Unreadable("an image part's source is neither base64 nor url")
 
 
 def _text(text: str) -> str:
@@ -437,22 +507,27 @@ def _source(entry: Any, identifier: str, folder: Path) -> Source:
     """An image's file, or its encoded bytes; a file outside the folder is refused for all rows."""
     if isinstance(entry, bytes | bytearray):
         return bytes(entry)
+    if isinstance(entry, Image.Image):
+        return _encoded(entry)
     if isinstance(entry, Mapping):
-        if data := entry.get("bytes"):
-            try:
-                if isinstance(data, str):
-                    raise TypeError
-                return bytes(data)
-            except (TypeError, ValueError):
-                raise Unreadable("an image's bytes are not bytes") from None
-        if entry.get("base64"):
-            return _from_base64(entry["base64"])
-        entry = entry.get("path", entry.get("url", entry.get("image")))
+        _refuse_media(entry)
+        _refuse_hidden_images(entry, (*IN_ENTRY, *ABOUT_PART))
+        given = [key for key in IN_ENTRY if entry.get(key)]
+        if given[1:] and given != ["bytes", "path"]:
+            raise Unreadable(f"an image has both {given[0]} and {given[1]}")
+        key = given[0] if given else "path"
+        if key == "bytes":
+            return _from_bytes(entry[key])
+        if key == "base64":
+            return _from_base64(entry[key])
+        if isinstance(entry.get(key), Mapping | Image.Image | bytes):
+            return _source(entry[key], identifier, folder)
+        entry = entry.get(key)
     if not isinstance(entry, str) or not entry:
         raise Unreadable("an image has no name")
     if entry.startswith("data:"):
         return _from_base64(entry.partition(",")[2])
-    if re.match(r"https?://", entry):
+    if WEB.match(entry):
         raise Unreadable(f"the image {_short(entry)} is on the web; download it first")
     plain = posixpath.normpath(_text(entry).removeprefix("file://").replace("\\", "/"))
     if "\0" in plain or any(len(part.encode()) > 255 for part in plain.split("/")):
@@ -465,6 +540,25 @@ def _source(entry: Any, identifier: str, folder: Path) -> Source:
             "Image names must stay below data.images.",
         )
     return folder / plain
+
+
+def _encoded(image: Image.Image) -> bytes:
+    """A decoded image, as `datasets` gives those inside messages, as PNG."""
+    buffer = io.BytesIO()
+    try:
+        _upright(image).save(buffer, "PNG", compress_level=1)
+    except Exception as error:  # decoders raise whatever their format suggests to them
+        raise Unreadable(f"a decoded image: {str(error) or type(error).__name__}") from None
+    return buffer.getvalue()
+
+
+def _from_bytes(data: Any) -> bytes:
+    """Arrow gives bytes, JSON a list of their numbers."""
+    if isinstance(data, bytes | bytearray):
+        return bytes(data)
+    if isinstance(data, list) and all(type(each) is int and 0 <= each < 256 for each in data):
+        return bytes(data)
+    raise Unreadable("an image's bytes are not bytes")
 
 
 def _from_base64(text: Any) -> bytes:
@@ -496,22 +590,54 @@ def _refuse_unused_text(row: Row, form: str, said: list[Said]) -> None:
             raise Unreadable(f"its key {key} is not read from the form {form}")
 
 
-def _refuse_hidden_images(row: Row) -> None:
-    """Refuse rows without an image that seem to have one under another key."""
-    for key, value in row.items():
-        if key not in ("id", *TEXT_KEYS) and any(map(_looks_like_image, _listed(value))):
+def _refuse_other_text(message: Row, said: Said) -> None:
+    """Refuse a turn whose text stands under another key, or that says something more there."""
+    whole = "".join(piece for piece in said[1] if isinstance(piece, str))
+    is_empty = not whole.strip() and all(isinstance(piece, str) for piece in said[1])
+    read = {"from", "role", "value", "content", *IMAGE_KEYS, *ABOUT_PART, *ORIGIN}
+    others = [key for key in message if key not in read] if is_empty else []
+    for key in ("text", *TEXT_KEYS, *others):
+        value = message.get(key)
+        if isinstance(value, int | float) or not value:
+            continue
+        if not isinstance(value, str) or value.replace(IMAGE_MARK, "").strip() not in whole:
+            raise Unreadable(f"a turn's key {_short(key)} is not read")
+
+
+def _refuse_media(owner: Row) -> None:
+    """Refuse videos and audio, whatever their keys are called in full."""
+    for key, value in owner.items():
+        if value and MEDIA_KEY.match(str(key)):
+            raise Unreadable(f"{str(key).removesuffix('s')} is not supported")
+
+
+def _refuse_hidden_images(owner: Row, read: tuple[str, ...], *, beside: bool = False) -> None:
+    """Refuse what seems to have an image under a key that is not read.
+
+    Args:
+        beside: images of this row are used, so that it may also tell where they are from.
+    """
+    for key, value in owner.items():
+        told = isinstance(value, str) and (
+            key in ORIGIN or (WEB.match(value) and not IMAGE_KEY.fullmatch(str(key)))
+        )
+        if key not in read and not (beside and told) and _looks_like_image(str(key), value):
             raise Unreadable(
                 f"its key {_short(key)} looks like an image; images are read from "
                 f"{' and '.join(IMAGE_KEYS)}"
             )
 
 
-def _looks_like_image(value: Any) -> bool:
+def _looks_like_image(key: str, value: Any) -> bool:
     if isinstance(value, Mapping):
-        return "bytes" in value and set(value) <= {"bytes", "path"}
-    return isinstance(value, bytes) or (
-        isinstance(value, str) and len(value) < 500 and bool(IMAGE_NAME.search(value))
-    )
+        return any(_looks_like_image(str(name), each) for name, each in value.items())
+    if isinstance(value, list | tuple):
+        numbers = bool(value) and key == "bytes"
+        return numbers or any(_looks_like_image(key, each) for each in value)
+    if isinstance(value, str) and value:
+        is_name = len(value) < 500 and IMAGE_NAME.search(value)
+        return bool(is_name or IMAGE_KEY.fullmatch(key) or re.match(r"data:[^\s,]*,", value))
+    return isinstance(value, bytes | bytearray | Image.Image)
 
 
 def _listed(value: Any) -> list[Any]:
@@ -520,12 +646,15 @@ def _listed(value: Any) -> list[Any]:
     return [each for each in values if each is not None and each != ""]
 
 
-def _without_nulls(value: Any) -> Any:
+def _without_nulls(value: Any, level: int = 1) -> Any:
     """Mappings without the keys that are null: Arrow writes one for every key that others have."""
+    if level > DEEPEST and isinstance(value, Mapping | list | tuple):
+        raise Unreadable(f"nested too deep (more than {DEEPEST} levels)")
     if isinstance(value, Mapping):
-        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+        kept = {key: each for key, each in value.items() if each is not None}
+        return {key: _without_nulls(each, level + 1) for key, each in kept.items()}
     if isinstance(value, list | tuple):
-        return [_without_nulls(each) for each in value]
+        return [_without_nulls(each, level + 1) for each in value]
     return value
 
 

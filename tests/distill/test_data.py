@@ -99,6 +99,36 @@ def test_chat_messages_and_several_pictures_of_a_dataset_folder(tmp_path):
     assert len(found.images) == 2
 
 
+def test_images_inside_the_messages_of_a_dataset_folder(tmp_path):
+    from datasets import Dataset, Features, List, Value
+    from datasets import Image as ImageFeature
+
+    part = {"type": Value("string"), "text": Value("string"), "image": ImageFeature()}
+    features = Features({"messages": List({"role": Value("string"), "content": List(part)})})
+    asked = [
+        {"type": "image", "image": tiny.picture("red")},
+        {"type": "text", "text": "what colour ?"},
+    ]
+    said = [{"type": "text", "text": "red"}]
+    row = {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]}
+    Dataset.from_list([row], features=features).save_to_disk(tmp_path / "s")
+    (found,), broken = read(tmp_path / "s")
+    assert broken == []
+    assert found.turns[0].pieces == (None, "what colour ?")
+    assert open_image(found.images[0]).tobytes() == tiny.picture("red").tobytes()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "RGBA", "I;16"])
+def test_a_decoded_image_is_what_its_file_would_be(tmp_path, mode):
+    from kd_bench.distill.data import conversation_of
+
+    Image.linear_gradient("L").convert(mode).save(path := tmp_path / "a.tiff")
+    with Image.open(path) as opened:
+        row = {"image": opened, "query": "what ?", "response": "grey"}
+        (image,) = conversation_of(row, 0, tmp_path).images
+    assert open_image(image).tobytes() == open_image(path).tobytes()
+
+
 def test_text_only_and_limits(tmp_path):
     rows = [{"id": str(i), "conversations": TURNS[1:2] * 2} for i in range(6)]
     found, _ = read(written(tmp_path, rows), skip=1, limit=3)

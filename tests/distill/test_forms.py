@@ -46,6 +46,12 @@ def turn(**more: Any) -> dict[str, Any]:
     return {"messages": [asked, {"role": "assistant", "content": SAID, **more}]}
 
 
+def asked(**more: Any) -> dict[str, Any]:
+    row = turn()
+    row["messages"][0] |= more
+    return row
+
+
 def test_two_keys_that_agree_are_one(tmp_path: Path) -> None:
     row = turn(value=SAID, **{"from": "gpt"}, weight=1.0)
     row |= {"system": "be brief", "system_prompt": "be brief", "prompt": ASKED}
@@ -108,6 +114,40 @@ ONE_IMAGE = {  # each is one image before one question, and one answer
         "images": ["a.png"],
     },
     "alpaca": {"instruction": f"<image>{ASKED}", "input": "", "output": SAID, "images": ["a.png"]},
+    "image of a turn": {
+        "messages": [
+            {"role": "user", "content": ASKED, "images": ["a.png"]},
+            {"role": "assistant", "content": SAID},
+        ]
+    },
+    "marked image of a turn": {
+        "messages": [
+            {"role": "user", "content": f"<image>{ASKED}", "image": {"path": "a.png"}},
+            {"role": "assistant", "content": SAID, "images": []},
+        ]
+    },
+    "anthropic": openai(
+        {
+            "type": "image",
+            "source": {"type": "base64", "media_type": "image/png", "data": URI.split(",")[1]},
+        }
+    ),
+    "indexed": {**openai({"type": "image", "index": 1, "detail": "high"}), "images": ["a.png"]},
+    "where it is from": {
+        **LLAVA,
+        "source": "coco/val/1.jpg",
+        "dataset": "coco",
+        "model": "x",
+        "image_id": "1.jpg",
+        "width": 4,
+        "height": 4,
+        "task": "vqa",
+        "score": 0.5,
+        "flickr_url": "http://x.org/2.jpg",
+    },
+    "numbers of bytes": {**LLAVA, "image": {"bytes": list(encoded_image()), "path": "a.png"}},
+    "decoded": openai({"type": "image", "image": tiny.picture("red")}),
+    "decoded, of the row": {**LLAVA, "image": [tiny.picture("red")]},
     "cauldron": {
         "images": [{"bytes": encoded_image(), "path": None}],
         "texts": [{"user": ASKED, "assistant": SAID, "source": "x"}],
@@ -181,6 +221,44 @@ def test_earlier_turns_of_a_history_come_first(tmp_path: Path) -> None:
         ({**turn(), "rejected_response": "blue"}, "rejected_response is not supported"),
         ({**turn(), "history": [["a", "b"]]}, "its key history is not read"),
         ({"query": "<video>what", "response": "y"}, "holds <video>"),
+        ({**LLAVA, "Video": "a.mp4"}, "Video is not supported"),
+        ({**LLAVA, "video_path": "a.mp4"}, "video_path is not supported"),
+        ({**LLAVA, "audio_path": "a.wav"}, "audio_path is not supported"),
+        (asked(videos=["a.mp4"]), "video is not supported"),
+        (asked(audio="a.wav"), "audio is not supported"),
+        (asked(picture="a.png"), "'picture' looks like an image"),
+        (asked(content="<image>", images=["a.png", "a.png"]), "1 <image> marks for 2 images of a"),
+        (asked(content="", text="q"), "turn's key 'text' is not read"),
+        (asked(content="", question="q"), "turn's key 'question' is not read"),
+        (asked(text="other"), "turn's key 'text' is not read"),
+        (asked(content="", text=["q"]), "turn's key 'text' is not read"),
+        (turn(images=["a.png"]), "an answer holds an image"),
+        ({**LLAVA, "image2": "a.png"}, "'image2' looks like an image"),
+        ({**LLAVA, "image_path": "a.png"}, "'image_path' looks like an image"),
+        ({**turn(), "image_path": "pictures/1"}, "'image_path' looks like an image"),
+        ({**turn(), "file": "a.HEIC"}, "'file' looks like an image"),
+        ({**turn(), "file": "a.jfif"}, "'file' looks like an image"),
+        ({**turn(), "file": "a.png?s=1"}, "'file' looks like an image"),
+        ({**turn(), "file": URI}, "'file' looks like an image"),
+        ({**turn(), "file": [{"path": "a.png"}]}, "'file' looks like an image"),
+        ({**turn(), "meta": {"image": "1"}}, "'meta' looks like an image"),
+        (
+            {"texts": [{"user": "x", "assistant": "y", "image": "a.png"}]},
+            "'image' looks like an image",
+        ),
+        (openai({"type": "text", "text": "q", "video": "a.mp4"}), "not text alone"),
+        (openai({"type": "text", "text": "q", "content": "more"}), "not text alone"),
+        (
+            openai({"type": "image", "image": "a.png", "image_url": "b.png"}),
+            "both image and image_url",
+        ),
+        (openai({"type": "image", "image": "a.png", "video": "a.mp4"}), "holds 'video', too"),
+        (openai({"type": "image", "source": {"type": "file", "file_id": "1"}}), "part's source"),
+        ({**LLAVA, "image": {"bytes": 10**11}}, "bytes are not bytes"),
+        ({**LLAVA, "image": {"bytes": True}}, "bytes are not bytes"),
+        ({**LLAVA, "image": {"bytes": [True]}}, "bytes are not bytes"),
+        ({**LLAVA, "image": {"path": "a.png", "url": "b.png"}}, "both path and url"),
+        ({"\ud800": "x"}, r"its form is not known \(keys: \?\)"),
         (openai({"type": "text", "text": "<audio>"}), "holds <audio>"),
     ],
 )
@@ -190,6 +268,20 @@ def test_what_would_be_dropped_is_counted(tmp_path: Path, row: dict[str, Any], r
     ((name, why),) = broken
     assert name == "1" or why.endswith("(row 1)")
     assert re.search(reason, why)
+
+
+@pytest.mark.parametrize("depth", [120, 500, 700, 950])
+@pytest.mark.parametrize("key", ["id", "meta", "query", "image"])
+def test_a_row_nested_too_deep_is_counted(tmp_path: Path, depth: int, key: str) -> None:
+    from kd_bench.distill.data import Unreadable, conversation_of, identifier_of
+
+    value: Any = []
+    for _ in range(depth):
+        value = [value]
+    row = {"query": "x", "response": "y", key: value}
+    assert isinstance(identifier_of(row, 3), str)
+    with pytest.raises(Unreadable, match="nested too deep"):
+        conversation_of(row, 3, tmp_path)
 
 
 def test_an_empty_image_is_text_only(tmp_path: Path) -> None:
@@ -270,7 +362,7 @@ def mutated(row: Any, rng: random.Random) -> Any:
 
 @pytest.mark.parametrize("family", ["llava-1.5", "qwen2.5-vl", "gemma3", "paligemma"])
 def test_mutated_rows_are_read_or_counted(tmp_path: Path, family: str) -> None:
-    """150 rows: a sample, a reason with the row's number, or one clear error; never another one."""
+    """200 rows: a sample, a reason with the row's number, or one clear error; never another one."""
     from PIL import Image
 
     tiny.picture("red").save(tmp_path / "a.png")
@@ -278,12 +370,16 @@ def test_mutated_rows_are_read_or_counted(tmp_path: Path, family: str) -> None:
     Image.new("L", (400, 400)).save(tmp_path / "big.png")
     (tmp_path / "cut.png").write_bytes(encoded_image()[:60])
     rng = random.Random(7)
-    sound = [json.loads(json.dumps(row, default=list)) for row in ONE_IMAGE.values()]
+    sound = [
+        json.loads(json.dumps(row, default=list))
+        for name, row in ONE_IMAGE.items()
+        if "decoded" not in name and "numbers" not in name
+    ]
     path = tmp_path / "data.json"
     encoder = Encoder(PUBLIC[family].processor("normalizer"), 512, max_pixels=100_000)
     outcomes = {"learnt": 0, "counted": 0}
     refused: list[str] = []
-    for _ in range(150):
+    for _ in range(200):
         row = mutated(rng.choice(sound), rng)
         path.write_text(json.dumps([row]), encoding="utf-8")
         try:
