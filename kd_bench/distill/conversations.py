@@ -28,7 +28,7 @@ from kd_bench.files import atomic_path, digest_text, read_json, write_json
 from kd_bench.world.build import cache_folder, resolve
 
 CONTENT_LIMIT = 1 << 30  # images beyond this many bytes enter the digest by name and size
-VERSION = 1  # of the index; counted up when forms are read in another way
+VERSION = 2  # of the index; counted up when forms are read in another way
 DIGEST = 2  # version of `data_digest`
 SMALL = 16 << 20  # bytes; the index of smaller sources stays in memory
 ROWS = 2_000  # a record batch
