@@ -92,8 +92,11 @@ def locked(path: Path, problem: str, hint: str) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
+    class Exclusive(FileLock):
+        """lmms-eval makes every plain FileLock of its process one that can be taken again."""
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path, timeout=0)
+    lock = Exclusive(path, timeout=0)
     try:
         lock.acquire()
     except Timeout:

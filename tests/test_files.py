@@ -137,6 +137,20 @@ def test_a_lock_is_one_process_s_and_says_whose_way_it_stands_in(tmp_path: Path)
 
 
 @pytest.mark.slow
+def test_a_lock_stays_one_where_lmms_eval_has_changed_filelock(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom lmms_eval import evaluator\n"
+        "evaluator._enable_reentrant_filelocks()\nfrom kd_bench.files import locked\n"
+        "with locked(Path(sys.argv[1]), 'Busy.', 'Wait.'):\n"
+        "    with locked(Path(sys.argv[1]), 'Busy.', 'Wait.'):\n        print('twice')\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "run.lock")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "Busy. Wait." in done.stderr
+    assert "twice" not in done.stdout
+
+
+@pytest.mark.slow
 def test_killed_writers_never_leave_half_a_file(tmp_path: Path) -> None:
     """SIGKILL at many moments: the reader meets one whole version or another."""
     path = tmp_path / "file.json"
