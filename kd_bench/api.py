@@ -68,12 +68,13 @@ class Training:
         """
         import pandas as pd
 
+        from kd_bench.report.history import log_rows
+
         path = self.folder / "train_log.jsonl"
         if not path.exists():
             raise UsageError(f"There is no {path}.", "Train first.")
         rows = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
+        for row in log_rows(path):
             terms = row.pop("terms", {})
             rows.append({**row, **{f"term_{name}": value for name, value in terms.items()}})
         return pd.DataFrame(rows)

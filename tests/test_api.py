@@ -252,6 +252,13 @@ def test_a_recipe_is_trained_with_settings_of_python(tmp_path):
         replace(training, folder=tmp_path).log()
 
 
+def test_the_log_of_a_killed_training_is_read_up_to_its_torn_line(tmp_path):
+    line = '{"stage": "distil", "step": 4, "loss": 1.5, "terms": {"ce": 1.5}}\n'
+    (tmp_path / "train_log.jsonl").write_text(line + line[:20])
+    frame = kd_bench.Training(tmp_path).log()
+    assert frame[["step", "loss", "term_ce"]].to_numpy().tolist() == [[4, 1.5, 1.5]]
+
+
 def test_a_model_in_memory_is_no_checkpoint():
     with pytest.raises(kd_bench.KdBenchError, match=r"not a model in memory\. Save the model"):
         kd_bench.evaluate(tiny.model())

@@ -84,17 +84,26 @@ def read_log(path: Path, name: str = "") -> TrainingLog | None:
     """Read a log or a folder's, finished or not; lines that are not sound JSON are passed over."""
     if path.is_dir():
         path = path / LOG_NAME
-    rows: list[dict[str, Any]] = []
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        rows = log_rows(path)
     except OSError:
         return None
-    for line in lines:
+    return _collect(rows, name or path.parent.name) if rows else None
+
+
+def log_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of train_log.jsonl without lines that a killed training left torn.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         with suppress(ValueError):
             row = json.loads(line)
             if isinstance(row, dict) and "step" in row:
                 rows.append(row)
-    return _collect(rows, name or path.parent.name) if rows else None
+    return rows
 
 
 def _collect(rows: list[dict[str, Any]], name: str) -> TrainingLog:
