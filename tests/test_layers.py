@@ -41,11 +41,12 @@ INSIDE = {
     "run importing",
     "report": "board tables relations samples style verdicts leaderboard papers plots page history "
     "model_card __init__",
-    "cli": "options process compare demo evaluate report runs tasks train __init__",
+    "cli": "options process compare demo study evaluate report runs tasks train __init__",
 }
 # What stands inside a function on purpose: (module, what it imports).
 LATER = {
     ("evals.benchmark", "scoring"),  # a registry entry may name a rule
+    ("cli.demo", "study"),  # the flag that starts it; the study trains the demo's students
 }
 
 HEAVY = {"torch", "transformers", "lmms_eval", "pandas", "matplotlib", "scipy", "datasets", "numpy"}

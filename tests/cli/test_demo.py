@@ -1,6 +1,5 @@
-"""What the demo and the study run, and what they say at the end."""
+"""What the demo runs, and what it says at the end."""
 
-import csv
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ pytest.importorskip("PIL")
 from kd_bench.cli import demo
 from kd_bench.cli.demo import Student
 from kd_bench.distill.recipe import load_recipe
-from kd_bench.world.build import ERROR, LABELLED, STUDY_ERRORS
+from kd_bench.world.build import ERROR
 from tests.support.report_store import demo_models, make_store
 
 
@@ -60,48 +59,3 @@ def test_the_last_lines_are_the_table_and_the_verdicts_and_the_page_agrees(
     low, high = lines[-1].split("95 % interval ")[1].split(",")[0].split(" to ")
     page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
     assert f"{low} to {high}" in page.replace("\u2212", "-")
-
-
-def test_the_map_has_every_cell_once_and_begins_with_the_demos() -> None:
-    every = demo.cells()
-    assert len({(cell.error, cell.count) for cell in every}) == len(every) == 16
-    source = load_recipe("mini").data
-    assert source is not None
-    assert (every[0].error, every[0].count) == (round(100 * ERROR), source.limit)
-    assert max(cell.count for cell in every) == LABELLED
-
-
-@pytest.mark.slow
-def test_every_cell_finds_its_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KD_BENCH_CACHE", str(tmp_path))
-    from kd_bench.distill.conversations import read_conversations
-
-    labels = []
-    for error in STUDY_ERRORS:
-        cell = demo.Cell(round(100 * error), 300)
-        source = resolved(cell.student("kl", 0)).data  # type: ignore[attr-defined]
-        found, broken = read_conversations(source)
-        assert len(found) == 300
-        assert not broken
-        labels.append([turn.pieces for one in found for turn in one.turns])
-    demos, _ = read_conversations(load_recipe("mini", ["data.limit=300"]).data)
-    assert [turn.pieces for one in demos for turn in one.turns] in labels
-
-
-@pytest.mark.slow
-def test_the_map_is_of_the_cells_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "STUDY_RESULTS", tmp_path / "results")
-    monkeypatch.setattr(demo, "MAP", tmp_path / "map")
-    cell = demo.Cell(25, 600)
-    make_store(tmp_path / "results" / cell.name, units=12)
-    demo.write_map()
-    with (tmp_path / "map" / "map.csv").open(encoding="utf-8", newline="") as stream:
-        table = list(csv.DictReader(stream))
-    assert {(row["wrong_percent"], row["conversations"]) for row in table} == {("25", "600")}
-    by_method = {row["method"]: row for row in table}
-    assert by_method["sft"]["above_sft"] == ""
-    assert float(by_method["kl"]["low"]) < float(by_method["kl"]["above_sft"])
-    assert by_method["switch-kd"]["seeds"] == "3"
-    drawn = (tmp_path / "map" / "map.svg").read_text(encoding="utf-8")
-    assert "in 1 of 16 cells" in drawn
-    assert all(f"{error} % wrong" in drawn for error in (0, 10, 25, 40))
