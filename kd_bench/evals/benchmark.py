@@ -107,16 +107,17 @@ def _remember_normalised_answers() -> None:
     """Let upstream normalise each wording of an answer once.
 
     VQA scores normalise ten annotators' answers a question, most of them alike, and took most of
-    the time outside the model. The function looks at its text alone.
+    the time outside the model. Both functions look at their text alone.
     """
-    from lmms_eval.tasks._task_utils.vqa_eval_metric import EvalAIAnswerProcessor
+    from lmms_eval.tasks._task_utils.vqa_eval_metric import EvalAIAnswerProcessor as Normaliser
 
-    normalise = EvalAIAnswerProcessor.process_punctuation
-    remembered = functools.lru_cache(maxsize=2**16)(
-        functools.partial(normalise, EvalAIAnswerProcessor())
-    )
-    remembered_method = functools.wraps(normalise)(lambda _, text: remembered(text))
-    EvalAIAnswerProcessor.process_punctuation = remembered_method
+    def remembering(normalise: Callable[[Any, str], str]) -> Callable[[Any, str], str]:
+        of_text = functools.partial(normalise, Normaliser())
+        remembered = functools.lru_cache(maxsize=2**16)(of_text)
+        return functools.wraps(normalise)(lambda _, text: remembered(text))
+
+    Normaliser.process_punctuation = remembering(Normaliser.process_punctuation)
+    Normaliser.process_digit_article = remembering(Normaliser.process_digit_article)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -107,6 +108,7 @@ _THERE = re.compile(
 _HEDGED = re.compile(r"\b(?:chance|may|might|maybe|perhaps|possibl\w+|probabl\w+|seems?)\b", re.I)
 
 
+@lru_cache(maxsize=2**16)  # a benchmark's answers are few wordings
 def read_yes_no(answer: str) -> str:
     """`yes` or `no` out of the first sentence, or out of a stated answer; else nothing.
 
@@ -208,6 +210,7 @@ def _letters_of(text: str, options: Mapping[str, str]) -> list[str]:
     return [*named, *(letter for letter in others if letter not in named)] if named else []
 
 
+@lru_cache(maxsize=2**16)
 def read_short(answer: str) -> str:
     """A short answer without its wrapping, for upstream's own normaliser.
 

@@ -8,7 +8,7 @@ import io
 import resource
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,7 @@ class Synthetic:
 
     batch_size = 64
     path = "synthetic"
+    generation: Mapping[str, Any] = {}
 
     def __init__(self, *_: Any) -> None: ...
 
