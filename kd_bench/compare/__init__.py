@@ -16,19 +16,23 @@ from numpy.typing import NDArray
 
 from kd_bench.aggregators import get_aggregator
 from kd_bench.compare.align import (
+    CONTENT_READ,
     AlignedTask,
     Difference,
     Resampled,
     align,
+    blank_runs,
     common_tasks,
     evidence_of,
     label,
     numeric_notes,
     paired_difference,
     resample,
+    with_columns,
     with_holm,
+    without_content,
 )
-from kd_bench.compare.estimates import Evidence
+from kd_bench.compare.estimates import BLANK, CONTENT, Estimate, Evidence
 from kd_bench.compare.methods import training_noise
 from kd_bench.errors import NotComparableError, UsageError, closest
 from kd_bench.records import AVERAGE, SAMPLE_COLUMNS, Interval
@@ -40,6 +44,11 @@ if TYPE_CHECKING:
 
 # Categories are many and small: enough draws for a 95 % interval.
 CATEGORY_RESAMPLES = 2_000
+# The two parts of a difference, by the column that splits it.
+PARTS = {
+    CONTENT: ("content difference", "form difference"),
+    BLANK: ("guessing difference", "sight difference"),
+}
 # A soft score of half or more counts as right (VQAv2: two of ten people gave that answer).
 RIGHT = 0.5
 
@@ -138,9 +147,13 @@ class TaskComparison:
 
 @dataclass(frozen=True)
 class Relation:
-    """What the roles make of the scores: retention, gap closed, vision gap, language gap.
+    """What the roles and the further columns of the runs make of the scores.
 
     Attributes:
+        kind: retention, gap closed, vision gap, language gap, where the roles are there;
+            form gap (content minus score) and sight (score minus blank score) of a run that
+            knows them; content and form difference, guessing and sight difference, the parts of
+            a run's difference from the first, which add up to it.
         run_id: the student (for the vision gap: the hybrid's student).
         task: a benchmark id, or `average`.
         unit: `ratio` or `points`.
@@ -178,7 +191,8 @@ class Comparison:
 
         Columns: task, run, model, method, seed, documents; score with low and high; and, for every
         run but the first, difference (minus the first) with difference_low, difference_high, p,
-        p_holm and detectable. Points, but for p.
+        p_holm and detectable. Points, but for p. Then form_gap and sight, and the parts of the
+        difference (`PARTS`), each with low and high, where any run has them.
         """
         import pandas as pd
 
@@ -208,7 +222,17 @@ class Comparison:
                 for name in ("p", "p_holm", "detectable"):
                     row[name] = getattr(found, name, nothing)
                 rows.append(row)
-        return pd.DataFrame(rows).astype({"seed": "Int64", "detectable": "float64"})
+        frame = pd.DataFrame(rows).astype({"seed": "Int64", "detectable": "float64"})
+        for kind in ("form gap", "sight", *PARTS[CONTENT], *PARTS[BLANK]):
+            known = {(r.task, r.run_id): r.measure for r in self.relations if r.kind == kind}
+            measures = [known.get(key) for key in zip(frame["task"], frame["run"], strict=True)]
+            if known:
+                column = kind.replace(" ", "_")
+                spans = [measure and measure.interval for measure in measures]
+                frame[column] = [measure.value if measure else nothing for measure in measures]
+                frame[f"{column}_low"] = [span.low if span else nothing for span in spans]
+                frame[f"{column}_high"] = [span.high if span else nothing for span in spans]
+        return frame
 
 
 def compare(
@@ -231,10 +255,14 @@ def compare(
     chosen = common_tasks(runs, tasks)
     facts = [_facts(run) for run in runs]
     notes = _notes(runs, chosen if tasks is None else None)
+    blanks, unused = blank_runs(runs)
+    notes += unused
     sampled: list[Resampled] = []
     for task in chosen:
-        one = resample(align(runs, task, allow_different=allow_different), resamples, seed)
-        notes.extend(one.aligned.notes)
+        aligned = align(runs, task, allow_different=allow_different, columns=CONTENT_READ)
+        aligned, unused = with_columns(aligned, blanks)
+        one = resample(aligned, resamples, seed)
+        notes += [*one.aligned.notes, *unused]
         if np.isnan(one.scores).any():
             notes.append(f"{task}: too few documents to score; left out.")
         else:
@@ -245,11 +273,13 @@ def compare(
             "Evaluate with a larger `eval --limit`.",
         )
     columns = [_against_first(sampled, run, seed, level) for run in range(1, len(runs))]
+    notes += without_content(runs, sampled)
     evidence = evidence_of(sampled)
     relations = [
         relation
         for key in [AVERAGE, *(one.aligned.task for one in sampled)]
-        for relation in _relations(evidence, key, facts, level)
+        for relate in (_relations, _gaps_and_parts)
+        for relation in relate(evidence, key, facts, level)
     ]
     warnings = [line for run in runs[1:] for line in training_noise([runs[0]], [run])]
     return Comparison(
@@ -402,6 +432,26 @@ def _relations(
                 measure = Measure(gap.value, gap.interval)
                 found.append(Relation(kind, fact.run_id, task, measure, "points"))
     return found
+
+
+def _gaps_and_parts(
+    evidence: Evidence, task: str, facts: list[RunFacts], level: float
+) -> list[Relation]:
+    """Form gap and sight of every run, and the parts of its difference from the first."""
+    found: list[tuple[str, str, Estimate | None]] = []
+    for place, fact in enumerate(facts):
+        own = [str(place)]
+        found.append(("form gap", fact.run_id, evidence.form_gap(task, own, level)))
+        found.append(("sight", fact.run_id, evidence.sight(task, own, level)))
+        for column, kinds in PARTS.items():
+            split = evidence.split(task, ["0"], own, column, level) if place else None
+            parts = zip(kinds, split or (), strict=False)
+            found += [(kind, fact.run_id, part) for kind, part in parts]
+    return [
+        Relation(kind, run_id, task, Measure(each.value, each.interval), "points")
+        for kind, run_id, each in found
+        if each is not None
+    ]
 
 
 def _hybrid_of(student: RunFacts, facts: list[RunFacts]) -> int | None:

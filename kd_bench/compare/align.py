@@ -4,7 +4,7 @@ A difference has an interval, a test, counts of what changed, and what could hav
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -12,10 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kd_bench import registry
-from kd_bench.aggregators import get_aggregator, unit_statistics
-from kd_bench.compare.estimates import Evidence, Group, TaskEvidence
-from kd_bench.errors import IncompleteRunError, NotComparableError, UsageError, closest
-from kd_bench.records import AVERAGE, SAMPLE_COLUMNS, Interval, TaskResult
+from kd_bench.aggregators import UnitStatistics, by_content, get_aggregator, unit_statistics
+from kd_bench.compare.estimates import BLANK, CONTENT, Evidence, Group, TaskEvidence, beside
+from kd_bench.errors import (
+    IncompleteRunError,
+    KdBenchError,
+    NotComparableError,
+    UsageError,
+    closest,
+)
+from kd_bench.records import AVERAGE, CONTENT_COLUMNS, SAMPLE_COLUMNS, Interval, TaskResult
 from kd_bench.stats import (
     RESAMPLES,
     exact_or_swap,
@@ -26,7 +32,7 @@ from kd_bench.stats import (
     two_sided,
     unit_seed,
 )
-from kd_bench.store import Run
+from kd_bench.store import Run, catalogue
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,6 +42,10 @@ Array = NDArray[np.float64]
 
 # What a score needs; texts are read only where somebody wants to see them.
 STATISTICS_COLUMNS = ("document_id", "unit_id", "category", "target", "parsed", "score")
+# What a document has whatever was answered.
+ALIKE = ("unit_id", "target")
+# What its further column by content needs as well.
+CONTENT_READ = ("content", "score_by_content")
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,7 @@ class AlignedTask:
         units, statistics: unit ids [units]; sufficient statistics [runs, units, m].
         comparable: False when the fingerprints differ and that was allowed.
         notes: what a reader must know about the alignment.
+        further: statistics [units, m] of further columns, by `estimates.beside` of a position.
     """
 
     task: str
@@ -56,6 +67,7 @@ class AlignedTask:
     statistics: Array
     comparable: bool = True
     notes: tuple[str, ...] = ()
+    further: Mapping[str, Array] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -82,10 +94,15 @@ class AlignedTask:
         whole = get_aggregator(self.aggregator).item == "unit"
         return len(self.units) if whole else len(self.samples[0])
 
+    @property
+    def columns(self) -> dict[str, Array]:
+        """Statistics [units, m] of the runs, by position, and of their further columns."""
+        return {**{str(run): each for run, each in enumerate(self.statistics)}, **self.further}
+
     def draws(self, resamples: int = RESAMPLES, seed: int = 0) -> Array:
-        """Paired bootstrap scores, [runs, resamples]."""
-        seeds = unit_seed(self.units, seed)
-        return paired_bootstrap(self.aggregator, self.statistics, resamples, seeds)
+        """Paired bootstrap scores of `columns`, [runs and further, resamples]."""
+        stacked = np.stack(list(self.columns.values()))
+        return paired_bootstrap(self.aggregator, stacked, resamples, unit_seed(self.units, seed))
 
     def changes(self, first: int, second: int) -> tuple[int, int]:
         """Items that the second run fixed and broke against the first."""
@@ -191,6 +208,88 @@ def align(
     return AlignedTask.of(task, aggregator_of(results[0]), frames, notes)
 
 
+def content_statistics(aggregator: str, samples: "pd.DataFrame") -> UnitStatistics | None:
+    """Unit statistics of what the answers say; None where some have no score by content."""
+    if "score_by_content" not in samples or samples["score_by_content"].isna().any():
+        return None
+    return unit_statistics(aggregator, by_content(samples))
+
+
+def blank_runs(runs: Sequence[Run]) -> tuple[dict[int, Run], list[str]]:
+    """`Catalogue.blank_of` every run, by its position, and why others are not used."""
+    stores = {store: catalogue(store) for store in {run.path.parents[1] for run in runs}}
+    found, notes = {}, []
+    for place, run in enumerate(runs):
+        blank, reason = stores[run.path.parents[1]].blank_of(run, run.manifest)
+        if blank is not None:
+            found[place] = blank
+        notes += [reason] if reason else []
+    return found, notes
+
+
+def with_columns(aligned: AlignedTask, blanks: Mapping[int, Run]) -> tuple[AlignedTask, list[str]]:
+    """The same with the runs' columns by content and of blank images, where they are known.
+
+    Args:
+        aligned: read with `CONTENT_READ`.
+        blanks: by a run's position, `Catalogue.blank_of` it.
+
+    Returns:
+        Also why a blank run is not used.
+    """
+    further, notes = {}, []
+    for place, frame in enumerate(aligned.samples):
+        content = content_statistics(aligned.aggregator, frame)
+        if content is not None:
+            further[beside(CONTENT, str(place))] = content.values
+        if place in blanks and blanks[place].done(aligned.task):
+            try:
+                values = blank_statistics(aligned.aggregator, frame, blanks[place], aligned.task)
+            except KdBenchError as error:
+                notes.append(error.problem)
+            else:
+                further[beside(BLANK, str(place))] = values
+    return replace(aligned, further=further), notes
+
+
+def without_content(runs: Sequence[Run], tasks: "Sequence[Resampled]") -> list[str]:
+    """A line for each run without scores by content, where another run has them."""
+    missing = {
+        place: [
+            task.aligned.task
+            for task in tasks
+            if beside(CONTENT, str(place)) not in task.aligned.further
+        ]
+        for place in range(len(runs))
+    }
+    if all(len(lacking) == len(tasks) for lacking in missing.values()):
+        return []
+    return [
+        f"{label(runs[place])} has no scores by content for {', '.join(lacking)}: no form gap."
+        for place, lacking in missing.items()
+        if lacking
+    ]
+
+
+def blank_statistics(aggregator: str, samples: "pd.DataFrame", run: Run, task: str) -> Array:
+    """Statistics [units, m] of a run with blank images on the documents of `samples`.
+
+    Raises:
+        IncompleteRunError: its samples are damaged.
+        NotComparableError: it lacks documents, or groups them differently.
+    """
+    frame, order = _read(run, task, STATISTICS_COLUMNS), samples["document_id"]
+    if order.isin(frame.index).all():
+        frame = frame.loc[order].reset_index()
+        frame["category"] = samples["category"]
+        if all((frame[name].to_numpy() == samples[name].to_numpy()).all() for name in ALIKE):
+            return unit_statistics(aggregator, frame).values
+    raise NotComparableError(
+        f"{task} of {label(run)} has other documents than the run with images.",
+        "Evaluate both on the same data.",
+    )
+
+
 def numeric_notes(runs: Sequence[Run]) -> list[str]:
     """How the runs' arithmetic and decoding differ: comparable, but part of the difference."""
     notes = []
@@ -230,7 +329,8 @@ def _refuse_unless(allowed: bool, text: str, notes: list[str]) -> None:
 
 def _read(run: Run, task: str, columns: Sequence[str]) -> "pd.DataFrame":
     """Checked samples of one run, indexed by document id."""
-    wanted = [column for column in SAMPLE_COLUMNS if column in {*columns, *STATISTICS_COLUMNS}]
+    known = (*SAMPLE_COLUMNS, *CONTENT_COLUMNS)
+    wanted = [column for column in known if column in {*columns, *STATISTICS_COLUMNS}]
     frame = run.samples(task, wanted).set_index("document_id")
     scores = frame["score"].to_numpy(dtype=np.float64)
     problem = ""
@@ -311,7 +411,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Resampled:
-    """One benchmark's scores [runs] and their paired bootstrap draws [runs, resamples]."""
+    """One benchmark's scores [runs] and paired bootstrap draws of its columns, runs first."""
 
     aligned: AlignedTask
     scores: Array
@@ -330,11 +430,11 @@ class Resampled:
     @cached_property
     def evidence(self) -> TaskEvidence:
         """What the estimator takes; runs are named by their position."""
-        names = [str(run) for run in range(len(self.draws))]
+        columns = self.aligned.columns
         return TaskEvidence.from_draws(
             self.aligned.aggregator,
-            names,
-            self.aligned.statistics,
+            list(columns),
+            np.stack(list(columns.values())),
             self.draws,
             unit_seed(self.aligned.units),
         )

@@ -35,6 +35,19 @@ Array = NDArray[np.float64]
 Group = Sequence[str]
 """Run folder names of one method's training seeds; one name is a single model."""
 
+CONTENT = "content"
+"""The column of what a run's answers say, whatever their form."""
+BLANK = "blank"
+"""The column of what the same model scores on the same documents with blank images."""
+
+_NOTHING = ""
+"""The name of a run that has no points: what a gap is the difference from."""
+
+
+def beside(column: str, run: str) -> str:
+    """The name under which evidence holds a further column of a run; "" is its score itself."""
+    return f"{column} of {run}" if column else run
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -133,6 +146,19 @@ class TaskEvidence:
             },
         )
 
+    def between(self, lower: str, upper: str) -> "TaskEvidence":
+        """Column `upper` minus column `lower` of every run that has both, by the run's name."""
+        scores, draws, contents = {_NOTHING: 0.0}, {}, {_NOTHING: ""}
+        for run in self.scores:
+            one, other = beside(lower, run), beside(upper, run)
+            if one in self.scores and other in self.scores:
+                scores[run] = self.scores[other] - self.scores[one]
+                draws[run] = self.draws[other] - self.draws[one]
+                told = self.contents[one], self.contents[other]
+                contents[run] = "" if told[0] == told[1] else " ".join(told)
+        count = len(next(iter(self.draws.values())))
+        return TaskEvidence(self.units, scores, {}, {_NOTHING: np.zeros(count), **draws}, contents)
+
 
 class Evidence:
     """Benchmarks of several runs, and every number with an interval that is made of them.
@@ -140,8 +166,9 @@ class Evidence:
     Keys are benchmark ids and `AVERAGE`, the mean over all benchmarks of the runs that have all.
     """
 
-    def __init__(self, tasks: Mapping[str, TaskEvidence]) -> None:
+    def __init__(self, tasks: Mapping[str, TaskEvidence], reach: float = 100.0) -> None:
         self.tasks = dict(tasks)
+        self.reach = reach  # no difference is larger
 
     def has(self, key: str, *groups: Group) -> bool:
         """Whether every run of the groups has this benchmark (all of them, for the average)."""
@@ -193,13 +220,51 @@ class Evidence:
             found = self._estimate(key, [first, second], 0.0, drawn, float(drawn.std()), 1e9, level)
             return replace(found, p=1.0, unchanged=True)
         found = self._contrast(key, [second, first], lambda mean: mean[0] - mean[1], level)
-        drawn = np.clip(found.distribution, -100, 100)  # no difference of two scores is larger
+        drawn = np.clip(found.distribution, -self.reach, self.reach)
         p = 1.0 if found.value == 0 else 0.0
         if found.error > 0:
             p = 2 * float(distributions.t.sf(abs(found.value) / found.error, found.freedom))
         error, freedom = found.error, found.freedom
         found = self._estimate(key, [first, second], found.value, drawn, error, freedom, level)
         return replace(found, p=p)
+
+    def form_gap(self, key: str, group: Group, level: float = 0.95) -> Estimate | None:
+        """Points that the answers' form costs: content minus score; None where not known of all."""
+        return self._gap(key, group, "", CONTENT, level)
+
+    def sight(self, key: str, group: Group, level: float = 0.95) -> Estimate | None:
+        """Points that the images give: score minus blank score; None where not known of all."""
+        return self._gap(key, group, BLANK, "", level)
+
+    def split(
+        self, key: str, first: Group, second: Group, column: str, level: float = 0.95
+    ) -> tuple[Estimate, Estimate] | None:
+        """`difference` in two parts that add up to it: of a column, and of the score over it.
+
+        Of `CONTENT` these are content and form, of `BLANK` guessing and sight. Paired by run and
+        unit, so that what a run's two columns share is in no interval twice.
+
+        Returns:
+            None where some run lacks the column.
+        """
+        own = [[beside(column, run) for run in group] for group in (first, second)]
+        if not self.has(key, first, second, *own):
+            return None
+        over = self._between(column, "", 2 * self.reach)
+        return (
+            self.difference(key, own[0], own[1], level),
+            over.difference(key, first, second, level),
+        )
+
+    def _gap(self, key: str, group: Group, lower: str, upper: str, level: float) -> Estimate | None:
+        """The mean of column `upper` minus column `lower` over a group's runs."""
+        if not self.has(key, *([beside(each, run) for run in group] for each in (lower, upper))):
+            return None
+        found = self._between(lower, upper, self.reach).difference(key, [_NOTHING], group, level)
+        return replace(found, seeds=(len(group),))
+
+    def _between(self, lower: str, upper: str, reach: float) -> "Evidence":
+        return Evidence({key: t.between(lower, upper) for key, t in self.tasks.items()}, reach)
 
     def retention(
         self, key: str, student: Group, teacher: Group, level: float = 0.95

@@ -11,14 +11,14 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from kd_bench import registry
 from kd_bench.errors import IncompleteRunError, KdBenchError, UsageError, closest
 from kd_bench.files import write_text
-from kd_bench.records import RunManifest
+from kd_bench.records import Identity, RunManifest
 from kd_bench.store.run import TOLERANCE, Run, held_run, slug, wanted_run
 
 __all__ = [
@@ -120,6 +120,33 @@ class Catalogue:
                 groups.setdefault((model.name, model.role), []).append(listed)
         return groups
 
+    def blank_of(self, run: Run, manifest: RunManifest) -> tuple[Run | None, str]:
+        """The newest run of the same model, documents and protocol but with blank images.
+
+        Returns:
+            The run, and nothing; or None, and why a run that looks like it is not used: one of
+            the same weights or name. Nothing where the store has none.
+        """
+        if manifest.protocol.images or not manifest.verified:
+            return None, ""
+        protocol = replace(manifest.protocol, images="blank")
+        twin = replace(manifest.identity, protocol=protocol)
+        reason = ""
+        for other, its in reversed(self.runs):
+            model = its.model
+            named = model.name in (manifest.model.name, f"{manifest.model.name}-blank")
+            if its.protocol.images != "blank" or not its.verified:
+                continue
+            if twin.holds(its.identity) and its.status in ("complete", "partial"):
+                return other, ""
+            if named or model.weights_digest == twin.weights:
+                why = its.status if twin.holds(its.identity) else _what_differs(twin, its.identity)
+                reason = reason or (
+                    f"{other.path.name} does not tell the sight of {manifest.model.name} "
+                    f"({run.path.name}): it is {why}."
+                )
+        return None, reason
+
     def role_of(self, name: str, weights: str) -> str:
         """The role that the store knows for these weights; empty where it knows none."""
         for run in (True, False):  # the same name's record first
@@ -191,6 +218,19 @@ def catalogue(results: Path) -> Catalogue:
                 damaged.append((run, error))
     runs.sort(key=lambda each: (each[1].created, each[0].path.name))
     return Catalogue(results, tuple(runs), tuple(damaged))
+
+
+def _what_differs(one: Identity, other: Identity) -> str:
+    """The first thing in which two identities differ."""
+    if one.weights != other.weights:
+        return "of another checkpoint"
+    for part in fields(one.protocol):
+        pair = [getattr(each.protocol, part.name) for each in (one, other)]
+        if pair[0] != pair[1] and part.name != "batch_size":
+            return f"of another {part.name.replace('_', ' ')}"
+    if one.setup != other.setup:
+        return "of another configuration, tokenizer or processor"
+    return "of other data or prompts"
 
 
 def runs_elsewhere(results: Path) -> str:
