@@ -6,6 +6,7 @@ spreads the student's weights over the devices, the frozen teacher stays whole o
 """
 
 import os
+from datetime import timedelta
 from typing import Any
 
 from kd_bench.errors import UsageError
@@ -21,8 +22,12 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def join() -> None:
-    """Meet the other processes; nothing to do alone."""
+def join(timeout: timedelta | None = None) -> None:
+    """Meet the other processes; nothing to do alone.
+
+    Args:
+        timeout: how long one may have to wait for the others; None is torch's ten minutes.
+    """
     if world_size() == 1:
         return
     import torch
@@ -30,7 +35,8 @@ def join() -> None:
 
     # Without an accelerator the processes find each other only if told to stay on the CPU; and
     # lmms-eval asks this very state how many there are.
-    PartialState(cpu=not torch.accelerator.is_available())
+    options = {} if timeout is None else {"timeout": timeout}
+    PartialState(cpu=not torch.accelerator.is_available(), **options)
 
 
 def barrier() -> None:

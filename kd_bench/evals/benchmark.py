@@ -244,6 +244,7 @@ def prepare(
     limit: int | None = None,
     chat: bool = False,
     images: str = "",
+    together: bool = False,
 ) -> PreparedTask:
     """Read a benchmark's documents and render its prompts.
 
@@ -251,6 +252,7 @@ def prepare(
         limit: about that many documents from the front; pairs and rotations stay whole.
         chat: for one of lmms-eval's chat models, which is given messages.
         images: what stands in for the documents' own, of `documents.IMAGES`.
+        together: every process prepares the same; they share out the reading of the images.
 
     Raises:
         UsageError: data, columns or the upstream task are missing.
@@ -264,6 +266,8 @@ def prepare(
     total = len(documents)
     if limit is not None and limit < len(documents):
         documents = documents.select(_first_units(spec, documents, limit))
+    if together:
+        documents.hash_together()
     upstream = variant.upstream or spec.upstream
     config = _configure(spec, upstream, name)
     with quiet():
@@ -421,6 +425,16 @@ def _task_class(chat: bool) -> type[Any]:
             assert split is not None
             self.dataset = {split: self._documents}
             self.dataset_no_image = self.dataset  # images are decoded only when asked for
+
+        def build_all_requests(self, *, rank: int = 0, world_size: int = 1, **more: Any) -> None:
+            """All requests in every process, as they lie in the files.
+
+            Which process answers one is decided by its image: `models.own_share`.
+            """
+            del rank, world_size
+            super().build_all_requests(**more)
+            place = self._documents.image_place
+            self._instances.sort(key=lambda request: place(request.doc_id))
 
         def process_results(self, doc: Document, results: list[str], full_docs: Any = None) -> Any:
             metrics, guessed = self._scored(doc, results, full_docs)

@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL.Image import Image
 
+from kd_bench.distill import processes
 from kd_bench.distill.data import Unreadable, open_image
 from kd_bench.errors import UsageError, closest, one_line
 from kd_bench.registry import TaskSpec
@@ -125,6 +126,18 @@ class Documents(Sequence[Document]):
         """sha256 of each row's stored image file, shortened; empty where there is none."""
         return [self._images[column].digest(row) for row in self._order]
 
+    def hash_together(self) -> None:
+        """Read and hash each image in one of the processes only; then all of them know it."""
+        for images in self._own_images.values():
+            if isinstance(images, _Images) and processes.world_size() > 1:
+                images.hash_together(self._order)
+
+    def image_place(self, index: int) -> int:
+        """Where the document's first image lies in its files; neighbours are read together."""
+        row = self._order[index]
+        first = next(iter(self._own_images.values()), None)
+        return first.place(row) if isinstance(first, _Images) else row
+
     def content_digests(self) -> list[str]:
         """sha256 of each row with all its images, hexadecimal."""
         columns = [self.image_digests(column) for column in self.image_columns]
@@ -152,21 +165,36 @@ class _Images:
                 self._groups.append((first, number, group))
                 first += file.metadata.row_group(group).num_rows
         self._read = functools.lru_cache(maxsize=2)(self._read_group)
-        self._digest = functools.cache(self._digest_of)
+        self._digests: dict[int, str] = {}
 
     def encoded(self, row: int) -> bytes | None:
-        return self._encoded(row if self._rows is None else self._rows[row])
+        return self._encoded(self.place(row))
 
     def digest(self, row: int) -> str:
-        return self._digest(row if self._rows is None else self._rows[row])
+        return self._digest(self.place(row))
+
+    def _digest(self, place: int) -> str:
+        if place not in self._digests:
+            data = self._encoded(place)
+            self._digests[place] = "" if data is None else hashlib.sha256(data).hexdigest()[:32]
+        return self._digests[place]
+
+    def hash_together(self, rows: Sequence[int]) -> None:
+        """Each process hashes its part of the rows' images and tells the others."""
+        places = sorted(set(map(self.place, rows)))
+        rank, count = processes.rank(), processes.world_size()
+        start, end = (len(places) * part // count for part in (rank, rank + 1))
+        found = {place: self._digest(place) for place in places[start:end]}
+        for share in processes.gather(found):
+            self._digests.update(share)
+
+    def place(self, row: int) -> int:
+        """Which image of the files a row shows, counted over all of them."""
+        return row if self._rows is None else self._rows[row]
 
     def _encoded(self, place: int) -> bytes | None:
         group = bisect.bisect_right(self._groups, (place, len(self._files), 0)) - 1
         return self._read(group)[place - self._groups[group][0]]
-
-    def _digest_of(self, place: int) -> str:
-        data = self._encoded(place)
-        return "" if data is None else hashlib.sha256(data).hexdigest()[:32]
 
     def _read_group(self, group: int) -> list[bytes | None]:
         _, file, number = self._groups[group]

@@ -12,6 +12,7 @@ import torch
 from lmms_eval.api.model import lmms
 from PIL import Image
 
+from kd_bench.distill import processes
 from kd_bench.distill.chat import use_template
 from kd_bench.distill.models import check_image_token, load_model, load_processor
 from kd_bench.distill.models import quiet as silence
@@ -186,6 +187,8 @@ class StockAdapter:
 class Journalled(_Generative):
     """Puts a journal between lmms-eval and a model: known answers are not computed again.
 
+    Of several processes each answers its share; then all of them know every answer.
+
     Args:
         source: `KdBench` or `StockAdapter`.
         key: document index -> journal key and image key.
@@ -222,16 +225,44 @@ class Journalled(_Generative):
         for place, (key, _) in enumerate(keys):
             if key not in self._known:
                 missing.setdefault(key, place)
-        places = list(missing.values())
+        places = own_share(list(missing.values()), lambda place: keys[place][1])
         asked = [requests[place] for place in places]
+        own: dict[str, Answer] = {}
         for batch in self._source.answers(asked, [keys[place][1] for place in places]):
             pairs = [(keys[places[answer.index]][0], answer) for answer in batch]
             self._record(pairs)
-            self._known.update(pairs)
-            self.computed += len(pairs)
+            own.update(pairs)
+        for share in processes.gather(own):
+            self._known.update(share)
+            self.computed += len(share)
         for request, (key, _) in zip(requests, keys, strict=True):
             self.answered[int(request.args[3])] = self._known[key]
         return [self._known[key].text for key, _ in keys]
+
+
+IMAGE_COST = 15
+"""What an image costs beside a question about it: its tower and the prefill of its tokens."""
+
+
+def own_share(places: Sequence[int], image_key: Callable[[int], str]) -> list[int]:
+    """Those of the requests that this process answers: all questions of an image, or none.
+
+    Neighbours stay together, so that a process reads its own part of the images' files. Every
+    process must be given the same requests.
+    """
+    groups: dict[str, list[int]] = {}
+    for place in places:
+        groups.setdefault(image_key(place) or f"alone {place}", []).append(place)
+    total = len(places) + IMAGE_COST * len(groups)
+    share: list[int] = []
+    before = 0
+    for group in groups.values():
+        cost = len(group) + IMAGE_COST
+        # It belongs where its middle lies.
+        if (2 * before + cost) * processes.world_size() // (2 * total) == processes.rank():
+            share += group
+        before += cost
+    return share
 
 
 def _question(task_dict: Any, number: int, request: Any, key: str) -> Question:

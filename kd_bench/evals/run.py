@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -142,7 +143,7 @@ def evaluate(model: Model, settings: EvalSettings | None = None) -> Run:
     for task, profile in settings.profiles.items():
         load_task(task).profile(profile)
     checkpoint, protocol = _subject(model, suite, settings)
-    processes.join()
+    processes.join(timedelta(days=1))  # one may have answered long before the last
     if settings.role is None:
         checkpoint = _with_recorded_role(checkpoint, settings.results)
     folder = settings.data
@@ -457,7 +458,7 @@ class Worker:
                 _PREPARED.pop(next(iter(_PREPARED)))
             data = self._plan.data
             _PREPARED[key] = prepare(
-                spec, data, profile=profile, limit=limit, chat=chat, images=images
+                spec, data, profile=profile, limit=limit, chat=chat, images=images, together=True
             )
         return _PREPARED[key]
 
@@ -553,14 +554,12 @@ def ask(
     model = Journalled(source, places.__getitem__, known, record)
     with tempfile.TemporaryDirectory() as scratch, quiet(debug):
         outcome = simple_evaluate(model, prepared.task, Path(scratch), reasoning_tags)
-    shares = processes.gather((model.answered, model.computed))
     if outcome is None:
         return None
-    answers = {index: answer for share, _ in shares for index, answer in share.items()}
     metrics = upstream_metrics(outcome["results"][prepared.task.task_name])
     count_tokens = getattr(source, "count_tokens", None)
-    samples, metrics = score(prepared, answers, metrics, thinking, count_tokens)
-    return ScoredTask(samples, metrics, sum(number for _, number in shares), before)
+    samples, metrics = score(prepared, model.answered, metrics, thinking, count_tokens)
+    return ScoredTask(samples, metrics, model.computed, before)
 
 
 def answer_keys(prepared: PreparedTask, *model_digests: str) -> list[str]:
