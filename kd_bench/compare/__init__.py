@@ -186,6 +186,14 @@ class Comparison:
         """JSON text with a format version; a number that does not exist is null."""
         return json.dumps({"format": 1, **_finite(asdict(self))}, indent=2, ensure_ascii=False)
 
+    def measures(self, kind: str, run_id: str) -> dict[str, Measure]:
+        """A run's relations of one kind by benchmark, and `average`; empty where there are none."""
+        return {
+            each.task: each.measure
+            for each in self.relations
+            if (each.kind, each.run_id) == (kind, run_id)
+        }
+
     def to_frame(self) -> "pd.DataFrame":
         """One row a run and benchmark, `average` last; what is not known is NaN.
 
@@ -224,9 +232,10 @@ class Comparison:
                 rows.append(row)
         frame = pd.DataFrame(rows).astype({"seed": "Int64", "detectable": "float64"})
         for kind in ("form gap", "sight", *PARTS[CONTENT], *PARTS[BLANK]):
-            known = {(r.task, r.run_id): r.measure for r in self.relations if r.kind == kind}
-            measures = [known.get(key) for key in zip(frame["task"], frame["run"], strict=True)]
-            if known:
+            known = {run.run_id: self.measures(kind, run.run_id) for run in self.runs}
+            cells = zip(frame["run"], frame["task"], strict=True)
+            measures = [known[run].get(task) for run, task in cells]
+            if any(known.values()):
                 column = kind.replace(" ", "_")
                 spans = [measure and measure.interval for measure in measures]
                 frame[column] = [measure.value if measure else nothing for measure in measures]

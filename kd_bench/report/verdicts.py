@@ -9,7 +9,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd_bench.compare import Comparison, Flip, Measure, Relation
+from kd_bench.compare import PARTS, Comparison, Flip, Measure, Relation
 from kd_bench.compare.align import Difference
 from kd_bench.compare.methods import MethodsComparison
 from kd_bench.errors import KdBenchError, one_line
@@ -33,9 +33,12 @@ def _probability(p: float) -> str:
 
 
 def comparison_tables(comparison: Comparison) -> list[Table]:
-    """One table for each run against the first, then what the roles make of the scores."""
-    tables = [_against_first(comparison, number) for number in range(1, len(comparison.runs))]
-    return [*tables, _relation_table(comparison)] if comparison.relations else tables
+    """Each run against the first and what the difference is made of; form gaps; roles."""
+    tables = []
+    for number in range(1, len(comparison.runs)):
+        tables += [_against_first(comparison, number), _part_table(comparison, number)]
+    tables += [_gap_table(comparison), _relation_table(comparison)]
+    return [table for table in tables if table is not None]
 
 
 def _against_first(comparison: Comparison, number: int) -> Table:
@@ -81,8 +84,66 @@ def _against_first(comparison: Comparison, number: int) -> Table:
     )
 
 
-def _relation_table(comparison: Comparison) -> Table:
+def _part_table(comparison: Comparison, number: int) -> Table | None:
+    """The parts of one run's difference from the first; None where none is known."""
+    first, other = comparison.runs[0], comparison.runs[number]
+    columns = {
+        kind: Column(kind, kind.removesuffix(" difference").capitalize(), "difference")
+        for kinds in PARTS.values()
+        for kind in kinds
+        if comparison.measures(kind, other.run_id)
+    }
+    if not columns:
+        return None
+    parts = {kind: comparison.measures(kind, other.run_id) for kind in columns}
+    whole = {each.task: each.differences[number - 1] for each in comparison.tasks}
+    whole[AVERAGE] = comparison.average_differences[number - 1]
+    return Table(
+        f"What {other.name} against {first.name} is made of",
+        (_TASK, _DIFFERENCE, *columns.values()),
+        tuple(
+            _gap_row(key, [difference, *(parts[kind].get(key) for kind in columns)])
+            for key, difference in whole.items()
+        ),
+        caption="Content and form add up to the difference, and so do guessing and sight; each "
+        "with its own 95 % interval. Content: what the answers say, whatever their form. "
+        "Guessing: the scores with blank images.",
+    )
+
+
+def _gap_table(comparison: Comparison) -> Table | None:
+    """Form gap and sight of every run that knows them; None where none does."""
+    found = {
+        (kind, run.run_id): (Column(f"{kind} {run.run_id}", kind, "difference", run.name), measures)
+        for run in comparison.runs
+        for kind in ("form gap", "sight")
+        if (measures := comparison.measures(kind, run.run_id))
+    }
+    if not found:
+        return None
+    return Table(
+        "Form gap and sight",
+        (_TASK, *(column for column, _ in found.values())),
+        tuple(
+            _gap_row(key, [measures.get(key) for _, measures in found.values()])
+            for key in (*(each.task for each in comparison.tasks), AVERAGE)
+        ),
+        caption="Points, with 95 % intervals. Form gap: score by content minus the score. Sight: "
+        "the score minus that of the same model with blank images.",
+    )
+
+
+def _gap_row(key: str, measures: Sequence[Measure | Difference | None]) -> Row:
+    cells = (Cell(each.value, interval=each.interval) if each else None for each in measures)
+    return Row.of(key, key, *cells, section="all" if key == AVERAGE else "")
+
+
+def _relation_table(comparison: Comparison) -> Table | None:
     names = {run.run_id: run.name for run in comparison.runs}
+    of_roles = ("retention", "gap closed", "vision gap", "language gap")
+    relations = [r for r in comparison.relations if r.task == AVERAGE and r.kind in of_roles]
+    if not relations:
+        return None
     return Table(
         "On the average",
         (Column("kind", "Measure", "text"), Column("run", "Model", "text"), Column("v", "Value")),
@@ -93,8 +154,7 @@ def _relation_table(comparison: Comparison) -> Table:
                 names[each.run_id],
                 _measured(each),
             )
-            for each in comparison.relations
-            if each.task == AVERAGE
+            for each in relations
         ),
         caption="Retention and gap closed in percent; vision and language gap in points; 95 % "
         "intervals.",

@@ -1,6 +1,7 @@
 """Form gap and sight: further columns of a run on the same units, and a difference in two parts."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -9,12 +10,17 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kd_bench.aggregators import unit_statistics
+from kd_bench.aggregators import aggregate, by_content, unit_statistics
+from kd_bench.compare import PARTS, Comparison, compare
 from kd_bench.compare.align import content_statistics
 from kd_bench.compare.estimates import BLANK, CONTENT, Estimate, Evidence, TaskEvidence, beside
+from kd_bench.files import digest_text
 from kd_bench.records import AVERAGE
+from kd_bench.report.verdicts import comparison_tables
 from kd_bench.stats import unchanged_draws
-from tests.compare.test_compare import samples
+from kd_bench.store import Run, catalogue
+from tests.compare.test_compare import FAST, samples
+from tests.statistics.simulate import small_frames, write_run
 
 RNG = np.random.default_rng(21)
 
@@ -181,3 +187,187 @@ def answered(rng: np.random.Generator, rows: int) -> pd.DataFrame:
         content=said,
         score_by_content=(said == target).astype(float),
     )
+
+
+# --- runs --------------------------------------------------------------------------------------
+
+KINDS = ("form gap", "sight", *PARTS[CONTENT], *PARTS[BLANK])
+
+
+def told(frame: pd.DataFrame, lost: float, seed: int) -> pd.DataFrame:
+    """The frame as content, of which upstream's scorer did not read a share."""
+    hidden = np.random.default_rng(seed).random(len(frame)) < lost
+    return frame.assign(
+        content=frame["parsed"],
+        score_by_content=frame["score"],
+        parsed=frame["parsed"].where(~hidden, ""),
+        score=frame["score"].where(~hidden, 0.0),
+    )
+
+
+def write_blank(run: Run, frames: dict[str, pd.DataFrame], **changes: object) -> Run:
+    """The same model with blank images; `changes` of its model or protocol."""
+    name = f"{run.manifest.model.name}-{changes.get('images', 'blank')}"
+    made = write_run(run.path.parents[1], name, frames, fingerprint=digest_text("blank"))
+    its = run.manifest
+    model, protocol = replace(its.model, name=name), replace(its.protocol, images="blank")
+    for key, value in changes.items():
+        if key in vars(model):
+            model = replace(model, **{key: value})
+        else:
+            protocol = replace(protocol, **{key: value})
+    made.write_manifest(replace(made.manifest, model=model, protocol=protocol))
+    return made
+
+
+@pytest.fixture(scope="module")
+def frames() -> list[dict[str, pd.DataFrame]]:
+    drawn = small_frames(seed=2, models=5, shrink=20)
+    lost = (0.3, 0.1, 0.0, 0.0, 0.0)
+    return [
+        {task: told(frame, share, row) for task, frame in model.items()}
+        for row, (model, share) in enumerate(zip(drawn, lost, strict=True))
+    ]
+
+
+@pytest.fixture(scope="module")
+def pair(frames, tmp_path_factory) -> list[Run]:
+    results = tmp_path_factory.mktemp("results")
+    runs = [write_run(results, name, frames[row]) for row, name in enumerate(("sft", "kd"))]
+    for row, run in enumerate(runs):
+        write_blank(run, frames[row + 3])
+    return runs
+
+
+@pytest.fixture(scope="module")
+def comparison(pair) -> Comparison:
+    return compare(pair, resamples=1000, categories=False)
+
+
+def test_every_benchmark_and_the_average_are_split(comparison, pair, frames):
+    one, other = (run.path.name for run in pair)
+    keys = {each.task for each in comparison.tasks} | {AVERAGE}
+    for kind in KINDS:
+        assert set(comparison.measures(kind, other)) == keys
+        assert set(comparison.measures(kind, one)) == (
+            keys if kind in ("form gap", "sight") else set()
+        )
+    whole = {each.task: each.differences[0].value for each in comparison.tasks}
+    whole[AVERAGE] = comparison.average_differences[0].value
+    for kinds in PARTS.values():
+        parts = [comparison.measures(kind, other) for kind in kinds]
+        for key in keys:
+            assert sum(p[key].value for p in parts) == pytest.approx(whole[key], abs=1e-9)
+    for task in comparison.tasks:
+        frame, blank = frames[0][task.task], frames[3][task.task]
+        score, content = (aggregate(task.aggregator, f) for f in (frame, by_content(frame)))
+        form_gap = comparison.measures("form gap", one)[task.task]
+        assert form_gap.value == pytest.approx(content - score)
+        sight = comparison.measures("sight", one)[task.task]
+        assert sight.value == pytest.approx(score - aggregate(task.aggregator, blank))
+    lost, kept = (comparison.measures("form gap", run)[AVERAGE] for run in (one, other))
+    assert lost.interval.low > kept.value > 0
+    assert not comparison.notes
+
+
+def test_further_columns_change_nothing_of_what_was_there(comparison, pair, tmp_path, frames):
+    bare = [
+        {task: f.drop(columns=["content", "score_by_content"]) for task, f in frames[row].items()}
+        for row in (0, 1)
+    ]
+    runs = [write_run(tmp_path, name, bare[row]) for row, name in enumerate(("sft", "kd"))]
+    old = compare(runs, resamples=1000, categories=False)
+    assert old.relations == []
+    assert old.notes == []
+    assert [(t.scores, t.differences) for t in old.tasks] == [
+        (t.scores, t.differences) for t in comparison.tasks
+    ]
+    assert old.average_differences == comparison.average_differences
+
+
+def test_tables_and_frame_show_the_parts_beside_the_difference(comparison):
+    main, parts, gaps = comparison_tables(comparison)
+    assert [column.title for column in main.columns][3] == "Difference"
+    titles = [column.title for column in parts.columns]
+    assert titles == ["Benchmark", "Difference", "Content", "Form", "Guessing", "Sight"]
+    for row in parts.rows:
+        whole, content, form, guessing, sight = (cell.value for cell in row.cells[1:])
+        assert content + form == pytest.approx(whole)
+        assert guessing + sight == pytest.approx(whole)
+        assert all(cell.interval for cell in row.cells[1:])
+    assert [column.group for column in gaps.columns] == ["", "sft", "sft", "kd", "kd"]
+    frame = comparison.to_frame().set_index(["task", "model"])
+    row = frame.loc[("pope", "kd")]
+    assert row["content_difference"] + row["form_difference"] == pytest.approx(row["difference"])
+    assert row["sight_low"] < row["sight"] < row["sight_high"]
+    assert np.isnan(frame.loc[("pope", "sft"), "sight_difference"])
+    assert '"form gap"' in comparison.to_json()
+
+
+def test_a_run_without_scores_by_content_says_so_and_has_no_split(frames, tmp_path):
+    bare = {t: f.drop(columns=["content", "score_by_content"]) for t, f in frames[0].items()}
+    runs = [write_run(tmp_path, "old", bare), write_run(tmp_path, "new", frames[1])]
+    found = compare(runs, **FAST)
+    assert {each.kind for each in found.relations} == {"form gap"}
+    assert {each.run_id for each in found.relations} == {runs[1].path.name}
+    (note,) = found.notes
+    assert note.startswith("old (")
+    assert note.endswith("no form gap.")
+    assert len(comparison_tables(found)) == 2
+
+
+@pytest.mark.parametrize(
+    "changes,why",
+    [
+        ({"weights_digest": "f" * 64}, "of another checkpoint"),
+        ({"prompt_template": "{{ messages }}"}, "of another prompt template"),
+        ({"limit": 8}, "of another limit"),
+        ({"dtype": "bfloat16"}, "of another dtype"),
+    ],
+)
+def test_a_blank_run_of_something_else_is_not_used_and_named(changes, why, frames, tmp_path):
+    runs = [write_run(tmp_path, name, frames[row]) for row, name in enumerate(("sft", "kd"))]
+    blank = write_blank(runs[1], frames[3], **changes)
+    found = compare(runs, **FAST)
+    assert not [each for each in found.relations if each.kind == "sight"]
+    (note,) = [note for note in found.notes if "sight" in note]
+    assert note.startswith(f"{blank.path.name} does not tell the sight of kd")
+    assert note.endswith(f"it is {why}.")
+
+
+def test_a_blank_run_is_found_by_identity_whatever_its_name(frames, tmp_path):
+    run = write_run(tmp_path, "kd", frames[0])
+    blank = write_blank(run, frames[3], name="guesses")
+    assert catalogue(tmp_path).blank_of(run, run.manifest) == (blank, "")
+    write_blank(run, frames[4], images="shuffled")
+    assert catalogue(tmp_path).blank_of(run, run.manifest) == (blank, "")
+    assert catalogue(tmp_path).blank_of(blank, blank.manifest) == (None, "")
+
+
+def test_blank_answers_to_other_documents_are_left_out_with_a_line(frames, tmp_path):
+    run, other = (write_run(tmp_path, name, frames[row]) for row, name in enumerate(("a", "b")))
+    swapped = frames[3]["pope"].assign(target=lambda f: f["target"].iloc[::-1].to_numpy())
+    write_blank(run, {**frames[3], "pope": swapped})
+    found = compare([run, other], **FAST)
+    known = found.measures("sight", run.path.name)
+    assert set(known) == {each.task for each in found.tasks} - {"pope"}
+    assert any("pope of a-blank" in note and "other documents" in note for note in found.notes)
+
+
+def test_a_damaged_blank_run_costs_its_own_column_only(frames, tmp_path):
+    runs = [write_run(tmp_path, name, frames[row]) for row, name in enumerate(("a", "b"))]
+    blank = write_blank(runs[0], frames[3])
+    path = blank.path / "tasks" / "gqa.samples.parquet"
+    path.write_bytes(path.read_bytes()[:-9])
+    found = compare(runs, **FAST)
+    assert "gqa" not in found.measures("sight", runs[0].path.name)
+    assert any(path.name in note for note in found.notes)
+
+
+def test_a_blank_run_beside_its_own_run_is_all_sight(pair):
+    blank, _ = catalogue(pair[0].path.parents[1]).blank_of(pair[0], pair[0].manifest)
+    found = compare([pair[0], blank], **FAST, allow_different=True)
+    sight = found.measures("sight", pair[0].path.name)
+    for task in found.tasks:
+        assert sight[task.task].value == pytest.approx(-task.differences[0].value)
+    assert found.measures("sight", blank.path.name) == {}
