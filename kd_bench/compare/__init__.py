@@ -32,7 +32,7 @@ from kd_bench.compare.align import (
     with_holm,
     without_content,
 )
-from kd_bench.compare.estimates import BLANK, CONTENT, Estimate, Evidence
+from kd_bench.compare.estimates import GAPS, PART_NAMES, Evidence, Measure, in_columns
 from kd_bench.compare.methods import training_noise
 from kd_bench.errors import NotComparableError, UsageError, closest
 from kd_bench.records import AVERAGE, SAMPLE_COLUMNS, Interval
@@ -44,11 +44,6 @@ if TYPE_CHECKING:
 
 # Categories are many and small: enough draws for a 95 % interval.
 CATEGORY_RESAMPLES = 2_000
-# The two parts of a difference, by the column that splits it.
-PARTS = {
-    CONTENT: ("content difference", "form difference"),
-    BLANK: ("guessing difference", "sight difference"),
-}
 # A soft score of half or more counts as right (VQAv2: two of ten people gave that answer).
 RIGHT = 0.5
 
@@ -63,14 +58,6 @@ class RunFacts:
     method: str
     seed: int | None
     status: str
-
-
-@dataclass(frozen=True)
-class Measure:
-    """A number with its interval; None where it is undefined (a ratio over nothing)."""
-
-    value: float
-    interval: Interval | None
 
 
 @dataclass(frozen=True)
@@ -200,7 +187,7 @@ class Comparison:
         Columns: task, run, model, method, seed, documents; score with low and high; and, for every
         run but the first, difference (minus the first) with difference_low, difference_high, p,
         p_holm and detectable. Points, but for p. Then form_gap and sight, and the parts of the
-        difference (`PARTS`), each with low and high, where any run has them.
+        difference (`estimates.PARTS`), each with low and high, where any run has them.
         """
         import pandas as pd
 
@@ -231,16 +218,12 @@ class Comparison:
                     row[name] = getattr(found, name, nothing)
                 rows.append(row)
         frame = pd.DataFrame(rows).astype({"seed": "Int64", "detectable": "float64"})
-        for kind in ("form gap", "sight", *PARTS[CONTENT], *PARTS[BLANK]):
+        for kind in (*GAPS, *PART_NAMES):
             known = {run.run_id: self.measures(kind, run.run_id) for run in self.runs}
             cells = zip(frame["run"], frame["task"], strict=True)
             measures = [known[run].get(task) for run, task in cells]
             if any(known.values()):
-                column = kind.replace(" ", "_")
-                spans = [measure and measure.interval for measure in measures]
-                frame[column] = [measure.value if measure else nothing for measure in measures]
-                frame[f"{column}_low"] = [span.low if span else nothing for span in spans]
-                frame[f"{column}_high"] = [span.high if span else nothing for span in spans]
+                frame = frame.assign(**in_columns(kind, measures))
         return frame
 
 
@@ -447,20 +430,16 @@ def _gaps_and_parts(
     evidence: Evidence, task: str, facts: list[RunFacts], level: float
 ) -> list[Relation]:
     """Form gap and sight of every run, and the parts of its difference from the first."""
-    found: list[tuple[str, str, Estimate | None]] = []
+    found = []
     for place, fact in enumerate(facts):
         own = [str(place)]
-        found.append(("form gap", fact.run_id, evidence.form_gap(task, own, level)))
-        found.append(("sight", fact.run_id, evidence.sight(task, own, level)))
-        for column, kinds in PARTS.items():
-            split = evidence.split(task, ["0"], own, column, level) if place else None
-            parts = zip(kinds, split or (), strict=False)
-            found += [(kind, fact.run_id, part) for kind, part in parts]
-    return [
-        Relation(kind, run_id, task, Measure(each.value, each.interval), "points")
-        for kind, run_id, each in found
-        if each is not None
-    ]
+        known = evidence.gaps(task, own, level)
+        known |= evidence.parts(task, ["0"], own, level) if place else {}
+        found += [
+            Relation(kind, fact.run_id, task, Measure(each.value, each.interval), "points")
+            for kind, each in known.items()
+        ]
+    return found
 
 
 def _hybrid_of(student: RunFacts, facts: list[RunFacts]) -> int | None:

@@ -40,6 +40,15 @@ CONTENT = "content"
 BLANK = "blank"
 """The column of what the same model scores on the same documents with blank images."""
 
+PARTS = {
+    CONTENT: ("content difference", "form difference"),
+    BLANK: ("guessing difference", "sight difference"),
+}
+"""The two parts of a difference, by the column that splits it."""
+PART_NAMES = tuple(part for parts in PARTS.values() for part in parts)
+GAPS = ("form gap", "sight")
+"""What a run's columns tell of it alone."""
+
 _NOTHING = ""
 """The name of a run that has no points: what a gap is the difference from."""
 
@@ -47,6 +56,14 @@ _NOTHING = ""
 def beside(column: str, run: str) -> str:
     """The name under which evidence holds a further column of a run; "" is its score itself."""
     return f"{column} of {run}" if column else run
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number with its interval; None where it is undefined (a ratio over nothing)."""
+
+    value: float
+    interval: Interval | None
 
 
 @dataclass(frozen=True)
@@ -256,6 +273,21 @@ class Evidence:
             over.difference(key, first, second, level),
         )
 
+    def gaps(self, key: str, group: Group, level: float = 0.95) -> dict[str, Estimate]:
+        """Those of `GAPS` that are known."""
+        found = (self.form_gap(key, group, level), self.sight(key, group, level))
+        return {kind: each for kind, each in zip(GAPS, found, strict=True) if each is not None}
+
+    def parts(
+        self, key: str, first: Group, second: Group, level: float = 0.95
+    ) -> dict[str, Estimate]:
+        """The parts of a difference by their names in `PARTS`, of the columns that are known."""
+        found: dict[str, Estimate] = {}
+        for column, kinds in PARTS.items():
+            split = self.split(key, first, second, column, level)
+            found |= dict(zip(kinds, split, strict=True)) if split else {}
+        return found
+
     def _gap(self, key: str, group: Group, lower: str, upper: str, level: float) -> Estimate | None:
         """The mean of column `upper` minus column `lower` over a group's runs."""
         if not self.has(key, *([beside(each, run) for run in group] for each in (lower, upper))):
@@ -403,6 +435,18 @@ class Evidence:
             freedoms.append(max(task.units - 1, 1))
         total = sum(v**2 / df for v, df in zip(variances, freedoms, strict=True))
         return sum(variances) ** 2 / total if total > 0 else float(max(sum(freedoms), 1))
+
+
+def in_columns(
+    kind: str, measures: "Sequence[Estimate | Measure | None]"
+) -> dict[str, list[float]]:
+    """Values and bounds as columns of a table: `kind`, `kind_low` and `kind_high`; NaN unknown."""
+    name, spans = kind.replace(" ", "_"), [each and each.interval for each in measures]
+    return {
+        name: [each.value if each else math.nan for each in measures],
+        f"{name}_low": [span.low if span else math.nan for span in spans],
+        f"{name}_high": [span.high if span else math.nan for span in spans],
+    }
 
 
 def _slopes(function: Callable[[Array], Array], means: Array) -> Array:

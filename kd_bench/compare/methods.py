@@ -2,15 +2,24 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kd_bench.compare.align import align, common_tasks, evidence_of, label, resample
-from kd_bench.compare.estimates import Estimate
+from kd_bench.compare.align import (
+    CONTENT_READ,
+    align,
+    blank_runs,
+    common_tasks,
+    evidence_of,
+    label,
+    resample,
+    with_columns,
+)
+from kd_bench.compare.estimates import PART_NAMES, Estimate, in_columns
 from kd_bench.errors import KdBenchError, UsageError, closest
 from kd_bench.records import AVERAGE
 from kd_bench.stats import RESAMPLES, holm
@@ -56,12 +65,14 @@ class MethodPair:
         estimates: with 95 % intervals of each difference alone.
         p_holm: on the average, corrected over all pairs of methods; of a benchmark, over all
             pairs and benchmarks.
+        parts: by the name of the part (`estimates.PARTS`), then as `estimates`, as far as known.
     """
 
     first: str
     second: str
     estimates: dict[str, Estimate]
     p_holm: dict[str, float]
+    parts: dict[str, dict[str, Estimate]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,19 +84,23 @@ class MethodsComparison:
         scores: by method, then by benchmark and `average`.
         warnings: methods with one seed or with changed recipes, runs passed over, and what is
             not comparable.
+        gaps: by method, form gap and sight, then as `scores`, as far as known.
     """
 
     methods: dict[str, int]
     scores: dict[str, dict[str, Estimate]]
     pairs: list[MethodPair]
     warnings: list[str]
+    gaps: dict[str, dict[str, dict[str, Estimate]]] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """JSON text with a format version."""
         body = asdict(self)
-        found = [*(each for by_key in body["scores"].values() for each in by_key.values())]
-        found += [each for pair in body["pairs"] for each in pair["estimates"].values()]
-        for each in found:
+        groups = [*body["scores"].values()]
+        groups += [each for by_method in body["gaps"].values() for each in by_method.values()]
+        for pair in body["pairs"]:
+            groups += [pair["estimates"], *pair["parts"].values()]
+        for each in (each for by_key in groups for each in by_key.values()):
             del each["distribution"]
             each["p"] = each["p"] if each["p"] == each["p"] else None
         return json.dumps({"format": 1, **body}, indent=2, ensure_ascii=False)
@@ -94,11 +109,12 @@ class MethodsComparison:
         """One row a pair of methods and benchmark (and `average`): second minus first, in points.
 
         Columns: task, first, second, first_seeds, second_seeds, difference, low, high (NaN where
-        there is no interval), p, p_holm.
+        there is no interval), p, p_holm; then each part of the difference with low and high,
+        where any pair knows it.
         """
         import pandas as pd
 
-        return pd.DataFrame(
+        frame = pd.DataFrame(
             {
                 "task": task,
                 "first": pair.first,
@@ -114,6 +130,11 @@ class MethodsComparison:
             for pair in self.pairs
             for task, found in pair.estimates.items()
         )
+        for kind in PART_NAMES:
+            parts = [p.parts.get(kind, {}).get(key) for p in self.pairs for key in p.estimates]
+            if any(parts):
+                frame = frame.assign(**in_columns(kind, parts))
+        return frame
 
 
 def runs_of_method(results: Path, method: str, suite: str | None = None) -> list[Run]:
@@ -193,7 +214,13 @@ def compare_all_methods(
     groups = {method: group for method, (group, _) in chosen.items()}
     runs = [run for group in groups.values() for run in group]
     tasks = common_tasks(runs)
-    aligned = [align(runs, task, allow_different=allow_different) for task in tasks]
+    blanks, notes = blank_runs(runs)
+    aligned = []
+    for task in tasks:
+        one = align(runs, task, allow_different=allow_different, columns=CONTENT_READ)
+        one, unused = with_columns(one, blanks)
+        aligned.append(one)
+        notes += [*one.notes, *unused]
     evidence = evidence_of([resample(each, resamples, seed) for each in aligned])
     places = map(str, range(len(runs)))
     names = {method: [next(places) for _ in group] for method, group in groups.items()}
@@ -210,9 +237,19 @@ def compare_all_methods(
             method: {key: evidence.score(key, names[method]) for key in keys} for method in methods
         },
         pairs=[
-            MethodPair(one, other, found, {**{task: next(single) for task in tasks}, AVERAGE: p})
+            MethodPair(
+                one,
+                other,
+                found,
+                {**{task: next(single) for task in tasks}, AVERAGE: p},
+                _by_kind({key: evidence.parts(key, names[one], names[other]) for key in keys}),
+            )
             for (one, other, found), p in zip(pairs, whole, strict=True)
         ],
+        gaps={
+            method: _by_kind({key: evidence.gaps(key, names[method]) for key in keys})
+            for method in methods
+        },
         warnings=[
             f"{method} has one training seed here: its training noise is unknown."
             for method, group in groups.items()
@@ -220,8 +257,16 @@ def compare_all_methods(
         ]
         + [line for _, left_out in chosen.values() for line in left_out]
         + [line for group in groups.values() for line in _changed_recipes(group)]
-        + [note for each in aligned for note in each.notes],
+        + notes,
     )
+
+
+def _by_kind(by_key: dict[str, dict[str, Estimate]]) -> dict[str, dict[str, Estimate]]:
+    """Estimates by key and kind -> by kind and key, without kinds that no key has."""
+    kinds = dict.fromkeys(kind for found in by_key.values() for kind in found)
+    return {
+        kind: {key: found[kind] for key, found in by_key.items() if kind in found} for kind in kinds
+    }
 
 
 # --- one seed ----------------------------------------------------------------------------------

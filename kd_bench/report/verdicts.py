@@ -6,12 +6,13 @@ that had nothing to say.
 
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from kd_bench.compare import PARTS, Comparison, Flip, Measure, Relation
+from kd_bench.compare import Comparison, Flip, Relation
 from kd_bench.compare.align import Difference
-from kd_bench.compare.methods import MethodsComparison
+from kd_bench.compare.estimates import GAPS, PART_NAMES, Estimate, Measure
+from kd_bench.compare.methods import MethodPair, MethodsComparison
 from kd_bench.errors import KdBenchError, one_line
 from kd_bench.files import write_text
 from kd_bench.gate import NOT_WORSE, GateReport, Verdict
@@ -34,10 +35,20 @@ def _probability(p: float) -> str:
 
 def comparison_tables(comparison: Comparison) -> list[Table]:
     """Each run against the first and what the difference is made of; form gaps; roles."""
-    tables = []
-    for number in range(1, len(comparison.runs)):
-        tables += [_against_first(comparison, number), _part_table(comparison, number)]
-    tables += [_gap_table(comparison), _relation_table(comparison)]
+    first, *others = comparison.runs
+    tables: list[Table | None] = []
+    for number, other in enumerate(others):
+        whole = {each.task: each.differences[number] for each in comparison.tasks}
+        whole[AVERAGE] = comparison.average_differences[number]
+        parts = {kind: comparison.measures(kind, other.run_id) for kind in PART_NAMES}
+        tables.append(_against_first(comparison, number + 1))
+        tables.append(_part_table(f"{other.name} against {first.name}", whole, parts))
+    gaps = [
+        (run.name, kind, comparison.measures(kind, run.run_id))
+        for run in comparison.runs
+        for kind in GAPS
+    ]
+    tables += [_gap_table(gaps), _relation_table(comparison)]
     return [table for table in tables if table is not None]
 
 
@@ -84,25 +95,23 @@ def _against_first(comparison: Comparison, number: int) -> Table:
     )
 
 
-def _part_table(comparison: Comparison, number: int) -> Table | None:
-    """The parts of one run's difference from the first; None where none is known."""
-    first, other = comparison.runs[0], comparison.runs[number]
-    columns = {
-        kind: Column(kind, kind.removesuffix(" difference").capitalize(), "difference")
-        for kinds in PARTS.values()
-        for kind in kinds
-        if comparison.measures(kind, other.run_id)
-    }
-    if not columns:
+def _part_table(
+    title: str,
+    whole: "Mapping[str, Difference | Estimate]",
+    parts: "Mapping[str, Mapping[str, Measure | Estimate]]",
+) -> Table | None:
+    """The parts of a difference by their names, then by benchmark; None where none is known."""
+    known = {kind: measures for kind, measures in parts.items() if measures}
+    if not known:
         return None
-    parts = {kind: comparison.measures(kind, other.run_id) for kind in columns}
-    whole = {each.task: each.differences[number - 1] for each in comparison.tasks}
-    whole[AVERAGE] = comparison.average_differences[number - 1]
+    columns = (
+        Column(kind, kind.removesuffix(" difference").capitalize(), "difference") for kind in known
+    )
     return Table(
-        f"What {other.name} against {first.name} is made of",
-        (_TASK, _DIFFERENCE, *columns.values()),
+        f"What {title} is made of",
+        (_TASK, _DIFFERENCE, *columns),
         tuple(
-            _gap_row(key, [difference, *(parts[kind].get(key) for kind in columns)])
+            _gap_row(key, [difference, *(measures.get(key) for measures in known.values())])
             for key, difference in whole.items()
         ),
         caption="Content and form add up to the difference, and so do guessing and sight; each "
@@ -111,29 +120,33 @@ def _part_table(comparison: Comparison, number: int) -> Table | None:
     )
 
 
-def _gap_table(comparison: Comparison) -> Table | None:
-    """Form gap and sight of every run that knows them; None where none does."""
-    found = {
-        (kind, run.run_id): (Column(f"{kind} {run.run_id}", kind, "difference", run.name), measures)
-        for run in comparison.runs
-        for kind in ("form gap", "sight")
-        if (measures := comparison.measures(kind, run.run_id))
-    }
-    if not found:
+def _gap_table(
+    gaps: "Sequence[tuple[str, str, Mapping[str, Measure | Estimate]]]",
+) -> Table | None:
+    """Form gap and sight, each of a model by benchmark; None where none is known."""
+    known = [(name, kind, measures) for name, kind, measures in gaps if measures]
+    keys = dict.fromkeys(key for _, _, measures in known for key in measures if key != AVERAGE)
+    if not known:
         return None
     return Table(
         "Form gap and sight",
-        (_TASK, *(column for column, _ in found.values())),
+        (
+            _TASK,
+            *(
+                Column(f"{place}", f"{kind.capitalize()}, {name}", "difference")
+                for place, (name, kind, _) in enumerate(known)
+            ),
+        ),
         tuple(
-            _gap_row(key, [measures.get(key) for _, measures in found.values()])
-            for key in (*(each.task for each in comparison.tasks), AVERAGE)
+            _gap_row(key, [measures.get(key) for _, _, measures in known])
+            for key in (*keys, AVERAGE)
         ),
         caption="Points, with 95 % intervals. Form gap: score by content minus the score. Sight: "
         "the score minus that of the same model with blank images.",
     )
 
 
-def _gap_row(key: str, measures: Sequence[Measure | Difference | None]) -> Row:
+def _gap_row(key: str, measures: "Sequence[Measure | Difference | Estimate | None]") -> Row:
     cells = (Cell(each.value, interval=each.interval) if each else None for each in measures)
     return Row.of(key, key, *cells, section="all" if key == AVERAGE else "")
 
@@ -187,7 +200,7 @@ def flip_table(flips: Sequence[Flip], task: str, names: tuple[str, str]) -> Tabl
 
 
 def method_tables(comparison: MethodsComparison) -> list[Table]:
-    """Every pair of methods on the average, then each pair by benchmark."""
+    """Every pair of methods on the average, then each by benchmark with its parts; form gaps."""
     counts = comparison.methods
     whole = Table(
         "Methods on the average",
@@ -206,30 +219,45 @@ def method_tables(comparison: MethodsComparison) -> list[Table]:
         "after Holm over all pairs of methods.",
         notes=tuple(comparison.warnings),
     )
-    by_pair = (
-        Table(
-            f"{pair.second} against {pair.first}",
-            (_TASK, Column("first", pair.first), Column("second", pair.second), _DIFFERENCE, _P,
-             _UNITS),
-            tuple(
-                Row.of(
-                    key,
-                    key,
-                    comparison.scores[pair.first][key].value,
-                    comparison.scores[pair.second][key].value,
-                    Cell(found.value, interval=found.interval),
-                    _probability(pair.p_holm[key]),
-                    found.units,
-                    section="all" if key == AVERAGE else "",
-                )
-                for key, found in pair.estimates.items()
-            ),
-            caption="Means over seeds; 95 % intervals over seeds and documents; p after Holm over "
-            "all pairs and benchmarks, of the average over all pairs.",
-        )
-        for pair in comparison.pairs
-    )  # fmt: skip
-    return [whole, *by_pair]
+    tables: list[Table | None] = [whole]
+    for pair in comparison.pairs:
+        title = f"{pair.second} against {pair.first}"
+        tables += [_pair_table(comparison, pair), _part_table(title, pair.estimates, pair.parts)]
+    gaps = [
+        (method, kind, measures)
+        for method, by_kind in comparison.gaps.items()
+        for kind, measures in by_kind.items()
+    ]
+    return [table for table in (*tables, _gap_table(gaps)) if table is not None]
+
+
+def _pair_table(comparison: MethodsComparison, pair: MethodPair) -> Table:
+    return Table(
+        f"{pair.second} against {pair.first}",
+        (
+            _TASK,
+            Column("first", pair.first),
+            Column("second", pair.second),
+            _DIFFERENCE,
+            _P,
+            _UNITS,
+        ),
+        tuple(
+            Row.of(
+                key,
+                key,
+                comparison.scores[pair.first][key].value,
+                comparison.scores[pair.second][key].value,
+                Cell(found.value, interval=found.interval),
+                _probability(pair.p_holm[key]),
+                found.units,
+                section="all" if key == AVERAGE else "",
+            )
+            for key, found in pair.estimates.items()
+        ),
+        caption="Means over seeds; 95 % intervals over seeds and documents; p after Holm over "
+        "all pairs and benchmarks, of the average over all pairs.",
+    )
 
 
 # --- verdicts ------------------------------------------------------------------------------------

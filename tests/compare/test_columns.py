@@ -11,12 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kd_bench.aggregators import aggregate, by_content, unit_statistics
-from kd_bench.compare import PARTS, Comparison, compare
+from kd_bench.compare import Comparison, compare
 from kd_bench.compare.align import content_statistics
-from kd_bench.compare.estimates import BLANK, CONTENT, Estimate, Evidence, TaskEvidence, beside
+from kd_bench.compare.estimates import (
+    BLANK,
+    CONTENT,
+    PARTS,
+    Estimate,
+    Evidence,
+    TaskEvidence,
+    beside,
+)
+from kd_bench.compare.methods import compare_all_methods
 from kd_bench.files import digest_text
 from kd_bench.records import AVERAGE
-from kd_bench.report.verdicts import comparison_tables
+from kd_bench.report.verdicts import comparison_tables, method_tables
 from kd_bench.stats import unchanged_draws
 from kd_bench.store import Run, catalogue
 from tests.compare.test_compare import FAST, samples
@@ -295,7 +304,8 @@ def test_tables_and_frame_show_the_parts_beside_the_difference(comparison):
         assert content + form == pytest.approx(whole)
         assert guessing + sight == pytest.approx(whole)
         assert all(cell.interval for cell in row.cells[1:])
-    assert [column.group for column in gaps.columns] == ["", "sft", "sft", "kd", "kd"]
+    titles = [f"{kind}, {name}" for name in ("sft", "kd") for kind in ("Form gap", "Sight")]
+    assert [column.title for column in gaps.columns] == ["Benchmark", *titles]
     frame = comparison.to_frame().set_index(["task", "model"])
     row = frame.loc[("pope", "kd")]
     assert row["content_difference"] + row["form_difference"] == pytest.approx(row["difference"])
@@ -371,3 +381,35 @@ def test_a_blank_run_beside_its_own_run_is_all_sight(pair):
     for task in found.tasks:
         assert sight[task.task].value == pytest.approx(-task.differences[0].value)
     assert found.measures("sight", blank.path.name) == {}
+
+
+def test_methods_are_split_over_their_seeds(frames, tmp_path):
+    drawn = small_frames(seed=4, models=5, shrink=25)
+    small = [
+        {t: told(f, (0.2, 0.2, 0.0, 0.0, 0.0)[row], row) for t, f in model.items()}
+        for row, model in enumerate(drawn)
+    ]
+    for row, (method, seed) in enumerate((("sft", 0), ("sft", 1), ("kd", 0), ("kd", 1))):
+        run = write_run(tmp_path, f"{method}{seed}", small[row], method=method, seed=seed)
+        if method == "kd" or seed == 0:
+            write_blank(run, small[4])
+    found = compare_all_methods(tmp_path, ["sft", "kd"], resamples=1000)
+    (pair,) = found.pairs
+    assert set(pair.parts) == set(PARTS[CONTENT])  # one seed of sft has no blank run
+    assert set(found.gaps["sft"]) == {"form gap"}
+    assert set(found.gaps["kd"]) == {"form gap", "sight"}
+    content, form = (pair.parts[kind] for kind in PARTS[CONTENT])
+    for key, whole in pair.estimates.items():
+        assert content[key].value + form[key].value == pytest.approx(whole.value, abs=1e-9)
+        assert content[key].seeds == form[key].seeds == (2, 2)
+        assert form[key].interval.low <= form[key].value <= form[key].interval.high
+    assert form[AVERAGE].value == pytest.approx(found.gaps["sft"]["form gap"][AVERAGE].value)
+    assert "Infinity" not in found.to_json()
+    table = found.to_frame().set_index("task")
+    assert table.loc["pope", "form_difference"] == form["pope"].value
+    assert table.loc["pope", "form_difference_low"] == form["pope"].interval.low
+    titles = [each.title for each in method_tables(found)]
+    assert titles == [
+        "Methods on the average", "kd against sft", "What kd against sft is made of",
+        "Form gap and sight",
+    ]  # fmt: skip
