@@ -9,6 +9,10 @@ the data set, or is read as if it held none. With the data folder beside it, uni
 questions and categories are those of a run of our own; without it, an image's questions count as
 independent documents, and the note says so.
 
+MMMU may be asked several times a document; upstream takes the answer that is right, if one is
+(pass@k), and so does the run, which says so. What the answers say whatever their form is read
+from the log, too, where it holds what that needs: options, annotators' answers.
+
 A log is believed as far as it can be checked: every document once, scores between 0 and 1, and
 samples that give the score which lmms-eval wrote beside them. All that is done before a run exists.
 """
@@ -17,20 +21,38 @@ import codecs
 import json
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
+from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
 
-from kd_bench.aggregators import aggregate
+from kd_bench.aggregators import aggregate, by_content
 from kd_bench.errors import IncompleteRunError, KdBenchError, UsageError, one_line
-from kd_bench.evals.benchmark import REASONING_TAGS, upstream_metrics
+from kd_bench.evals.benchmark import REASONING_TAGS, mmmu_right, task_config, upstream_metrics
 from kd_bench.evals.checkpoint import trained_name
-from kd_bench.evals.scoring import JUDGES, Thinking, points_of, rates
+from kd_bench.evals.scoring import (
+    CONTENT_SCORE,
+    JUDGES,
+    Thinking,
+    content_of,
+    points_of,
+    rates,
+)
 from kd_bench.files import digest_files, digest_text, read_json
 from kd_bench.provenance import collect
-from kd_bench.records import SAMPLE_COLUMNS, ModelRef, Protocol, Role, Status, TaskResult
+from kd_bench.records import (
+    CONTENT_COLUMNS,
+    SAMPLE_COLUMNS,
+    ModelRef,
+    Protocol,
+    Role,
+    Status,
+    TaskResult,
+)
 from kd_bench.registry import TaskSpec, load_tasks
 from kd_bench.stats import score_interval
 from kd_bench.store import Run, catalogue, held_run, wanted_run
@@ -52,6 +74,10 @@ REPLACED = "kd_bench: replaced"
 """Key of a read sample: whether half a character, which no file can hold, was replaced in it."""
 SCORED, GENERATED = "kd_bench: scored", "kd_bench: generated"
 """Keys of a read sample: the text that upstream scored, and what the model wrote."""
+RESPONSES = "kd_bench: responses"
+"""Key of a read sample: of each response that upstream scored, the two texts."""
+NEEDED = ("answer", "answers", "choices", "options", "question_type")
+"""Columns of a logged document that upstream's scoring reads."""
 THOUGHTS = Thinking(REASONING_TAGS)
 """lmms-eval's own tags, which it takes out since 0.7."""
 SPELLINGS = {"mme_percetion_score": "mme_perception_score"}
@@ -337,13 +363,21 @@ def _entries(spec: TaskSpec, log: Path, counts: dict[str, int]) -> list[Entry]:
         )
     for entry in entries:
         try:
-            entry[SCORED], entry[GENERATED] = _answers(entry)
-        except TypeError as error:
+            entry[RESPONSES] = _responses(entry)
+            _choose(spec, entry)
+        except Exception as error:  # the log's values run through upstream's own functions
             raise IncompleteRunError(
                 f"{log}: the answer to document {entry['doc_id']} cannot be read: "
                 f"{one_line(error)}.",
                 "Give the log as it was written.",
             ) from None
+    counted = Counter(len(entry[RESPONSES]) for entry in entries)
+    if spec.id == "mmmu" and len(counted) > 1:
+        raise IncompleteRunError(
+            f"{log} has {min(counted)} to {max(counted)} responses a document, which is no "
+            "pass@k of any k.",
+            "Give the log of one evaluation.",
+        )
     return entries
 
 
@@ -399,7 +433,7 @@ def _end_of(pattern: str, text: str, start: int) -> int | None:
 
 
 def _sample(path: Path, number: int, line: bytes, kind: str = "line") -> Entry:
-    """One sample without what is not used of it: the document and the prompt's settings."""
+    """One sample without what is not used of it: most of the document, the prompt's settings."""
     try:
         entry = json.loads(line.decode(*UTF8))
         if type(entry["doc_id"]) is not int or entry["doc_id"] < 0:
@@ -410,6 +444,7 @@ def _sample(path: Path, number: int, line: bytes, kind: str = "line") -> Entry:
         raise IncompleteRunError(problem, "Was the log cut short?") from None
     kept = {key: value for key, value in entry.items() if key not in ("doc", "arguments")}
     kept["input"] = _prompt(entry)
+    kept["doc"] = _needed(entry.get("doc"))
     if b"\\ud" not in line.lower() and b"\xed" not in line:  # no surrogate, escaped or encoded
         return kept
     text = json.dumps(kept, ensure_ascii=False)
@@ -430,11 +465,23 @@ def _prompt(entry: Entry) -> str:
     return str(document.get("question", "")) if isinstance(document, dict) else ""
 
 
-def _answers(entry: Entry) -> tuple[str, str]:
-    """What upstream scored, and what the model wrote, thoughts included.
+def _needed(document: Any) -> Entry:
+    """What scoring reads of a logged document; ten annotators' answers as their words alone."""
+    if not isinstance(document, dict):
+        return {}
+    kept = {key: document[key] for key in NEEDED if key in document}
+    if isinstance(given := kept.get("answers"), list):
+        texts = [each.get("answer") if isinstance(each, dict) else each for each in given]
+        kept["answers"] = [sys.intern(str(text)) for text in texts]
+    return kept
+
+
+def _responses(entry: Entry) -> list[tuple[str, str]]:
+    """Of each response that upstream took: what it scored, and what the model wrote.
 
     A thought is taken out of `filtered_resps` since 0.7; `resps`, the whole, is there only where
-    it differs. Before 0.7 both are nested in lists.
+    it differs, and holds all responses where a filter took one or some of them. Both are nested
+    in a list before 0.7, and in two where a filter leaves several responses.
 
     Raises:
         TypeError: there is no answer, or one that is no text.
@@ -443,15 +490,52 @@ def _answers(entry: Entry) -> tuple[str, str]:
     if not told:
         if not entry.keys() & {"filtered_resps", "resps"}:
             raise TypeError("neither filtered_resps nor resps is there")
-        return "", ""
+        return [("", "")]
+    scored, whole = _texts(told[0]), _texts(told[-1])
+    if not entry.get("filtered_resps"):
+        return [(scored[0], scored[0])]  # the filter that every task has takes the first
+    # A vote may have taken any of the responses.
+    left = list(whole)
+    generated = []
+    for number, text in enumerate(scored):
+        same = [each for each in left if text in (each, THOUGHTS.answer(each))]
+        if same:
+            left.remove(same[0])
+        generated.append(same[0] if same else whole[number] if len(whole) == len(scored) else text)
+    return list(zip(scored, generated, strict=True))
+
+
+def _texts(value: Any) -> list[str]:
+    """The responses to a document, however deep the lists around them are."""
+    while isinstance(value, list) and value and isinstance(value[0], list):
+        value = value[0]
     texts = []
-    for value in told:
-        while isinstance(value, list):
-            value = value[0] if value else ""
-        if isinstance(value, dict | bool):
-            raise TypeError(f"{value!r:.40} is no text")
-        texts.append("" if value is None else str(value))
-    return texts[0], texts[-1]
+    for each in value if isinstance(value, list) else [value]:
+        if isinstance(each, dict | bool | list):
+            raise TypeError(f"{each!r:.40} is no text")
+        texts.append("" if each is None else str(each))
+    return texts or [""]
+
+
+def _choose(spec: TaskSpec, entry: Entry) -> None:
+    """Take the response that upstream's score is of: the first; of MMMU's, the first right one.
+
+    Raises:
+        ValueError: the log does not tell which one that is.
+    """
+    chosen, count = 0, len(entry[RESPONSES])
+    if spec.id == "mmmu" and isinstance(told := entry.get("mmmu_acc"), dict):
+        # Before 0.3.1 there was one reading of one response: a letter, or candidates of a number.
+        once = "mmmu_acc_pass_at_k" not in entry
+        readings = [told["parsed_pred"]] if once else told["parsed_pred"]
+        if len(readings) != count:
+            raise ValueError(f"it has {count} responses and {len(readings)} readings")
+        right = [number for number, said in enumerate(readings) if mmmu_right(told, said)]
+        chosen = right[0] if right else 0
+        entry["mmmu_acc"] = told | {"parsed_pred": [readings[chosen]]}
+    elif count > 1 and spec.answer == "text":
+        raise ValueError(f"it has {count} responses, and its score may be of any of them")
+    entry[SCORED], entry[GENERATED] = entry[RESPONSES][chosen]
 
 
 # --- samples and score ---------------------------------------------------------------------------
@@ -474,11 +558,22 @@ def _result(
     if alone and spec.unit == "picture":
         notes.append("an image's questions are counted as independent: the interval is too short")
     notes += _thoughts(entries)
+    asked = len(entries[0][RESPONSES]) if spec.id == "mmmu" else 1
+    if asked > 1:
+        notes.append(f"{asked} responses a document: right where one of them is (pass@{asked})")
+    unknown = int(samples["score_by_content"].isna().sum())
+    if unknown:
+        notes.append(
+            f"the score by content is not known: the log lacks what {unknown:,} of it need"
+        )
+    else:
+        content = aggregate(spec.aggregator, by_content(samples))
+        metrics = metrics | {CONTENT_SCORE: content / 100}
     prompts = [entry["input"] for entry in entries]
     return TaskResult(
         task=spec.id,
         # Prompts and their number are known, data and settings are not: equal only to itself.
-        fingerprint=digest_text("imported", spec.id, *prompts),
+        fingerprint=digest_text("imported", spec.id, *["again"] * (asked - 1), *prompts),
         metric=spec.metric,
         score=aggregate(spec.aggregator, samples),
         metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
@@ -587,18 +682,108 @@ def _from_log(spec: TaskSpec, entries: list[Entry]) -> "pd.DataFrame":
             "answer_confidence": float("nan"),
         }
         target, parsed = str(entry.get("target", "")), answer.strip().lower()
+        logged: Entry = {}
         if spec.id in _LOGGED:  # read by the judge that reads rows of our own
             prefix, names = _LOGGED[spec.id]
-            if spec.id == "mmmu" and "mmmu_acc_pass_at_k" not in entry:  # once: of one answer
-                told = entry["mmmu_acc"]
-                entry["mmmu_acc"] = told | {"parsed_pred": [told["parsed_pred"]]}
             logged = next(value for key, value in entry.items() if key.startswith(prefix))
             score, target, parsed = JUDGES[spec.id]({"answer": target, **logged}, answer, entry)
             row |= names(logged)
         else:
             score = float(entry[spec.metric])
-        rows.append({**row, "target": target, "parsed": parsed, "score": float(score)})
-    return pd.DataFrame(rows, columns=list(SAMPLE_COLUMNS))
+        row |= {"target": target, "parsed": parsed, "score": float(score), **_tokens(entry)}
+        document = {"answer": target, **entry["doc"], **logged}
+        row["content"], row["score_by_content"] = _content(spec, entry, document, row)
+        rows.append(row)
+    return pd.DataFrame(rows, columns=[*SAMPLE_COLUMNS, *CONTENT_COLUMNS])
+
+
+def _tokens(entry: Entry) -> dict[str, int]:
+    """Generated tokens and those of a thought among them, where the log has them, as since 0.7."""
+    told = entry.get("token_counts")
+    counted = told[0] if isinstance(told, list) and told and isinstance(told[0], dict) else {}
+    of_thought, tokens = (
+        value if type(value := counted.get(key)) is int and value > 0 else 0
+        for key in ("reasoning_tokens", "output_tokens")
+    )
+    thought = THOUGHTS.thought(entry[GENERATED])
+    if thought and not of_thought:
+        of_thought = round(tokens * len(thought) / len(entry[GENERATED]))
+    return {"tokens": tokens, "thinking_tokens": min(of_thought, tokens)}
+
+
+def _content(spec: TaskSpec, entry: Entry, document: Entry, row: Entry) -> tuple[str, float]:
+    """What an answer says and what that is worth; NaN where the log does not hold what it needs."""
+    if spec.answer == "letter" and document.get("question_type") != "open":
+        options = document.get("options", document.get("choices")) or _options(entry["input"])
+        if not options and not spec.id.startswith("mmbench"):
+            return "", float("nan")
+        document = document | {"options": options, "choices": options}
+
+    def again(said: str) -> float:
+        if spec.id == "mmmu":
+            from lmms_eval.tasks.mmmu.utils import parse_open_response
+
+            return mmmu_right(document, parse_open_response(said))
+        score_of = _upstream_score(spec.upstream, spec.metric)
+        if score_of(document, entry[SCORED].strip()) != row["score"]:
+            return float("nan")  # not the words that upstream has compared with
+        return score_of(document, said)
+
+    responses = entry[RESPONSES] if spec.id == "mmmu" else [(entry[SCORED], "")]
+    read = []
+    for scored, _ in responses:
+        text = THOUGHTS.answer(scored).strip()
+        is_scored = text == scored.strip() and len(responses) == 1
+        score = row["score"] if is_scored else None
+        try:
+            read.append(content_of(spec, document, text, row["target"], score, again))
+        except Exception:  # a column is not there, or not what upstream's functions take
+            return "", float("nan")
+    return max(read, key=lambda each: each[1])
+
+
+@cache
+def _upstream_score(upstream: str, metric: str) -> Callable[[Entry, str], float]:
+    """Upstream's score of an answer to a document.
+
+    It raises KeyError where the document lacks a column.
+    """
+    config = task_config(upstream)
+    process = config.get("process_results")
+    if callable(process):
+
+        def processed(document: Entry, said: str) -> float:
+            given = list(document["answers"])
+            if upstream == "vqav2_val":
+                given = [{"answer": text, "answer_id": n} for n, text in enumerate(given)]
+            return float(process({"question_id": "", "answers": given}, [said])[metric])
+
+        return processed
+    from lmms_eval.api.registry import get_metric
+
+    (entry,) = [each for each in config["metric_list"] if each["metric"] == metric]
+    chosen = ("metric", "aggregation", "higher_is_better")
+    settings = {key: value for key, value in entry.items() if key not in chosen}
+    compare = get_metric(metric)
+    return lambda document, said: float(
+        compare(references=[document["answer"]], predictions=[said], **settings)[metric]
+    )
+
+
+def _options(prompt: str) -> list[str]:
+    r"""Options that a prompt names one a line, `A. red`; none where the lines can be read twice.
+
+    >>> _options("Which? A. is odd.\nA. red\nB. blue\n\nAnswer with the letter.")
+    ['red', 'blue']
+    """
+    found = re.search(r"^A\. .*(?:\n[B-Z]\. .*)+", prompt, re.MULTILINE)
+    lines = found[0].split("\n") if found else []
+    after = prompt[found.end() :] if found else ""
+    in_order = all(line[0] == letter for line, letter in zip(lines, ascii_uppercase, strict=False))
+    # A text of several lines would end the list, or an option's text, too early.
+    is_whole = re.match(r"(?:\s*$|\n\s*\n|\nAnswer\b)", after) is not None
+    alone = len(re.findall(r"^[A-Z]\. ", prompt, re.MULTILINE)) == len(lines)
+    return [line[3:] for line in lines] if in_order and is_whole and alone else []
 
 
 def _names_of_rotation(row: Entry) -> Entry:
@@ -633,18 +818,28 @@ def _from_data(spec: TaskSpec, entries: list[Entry], data: Path) -> "pd.DataFram
     from kd_bench.evals.scoring import samples_frame
 
     prepared = prepare(spec, data)
-    answers = {}
-    for entry in entries:
-        index = int(entry["doc_id"])
-        answers[index] = Answer(index, entry[SCORED].strip(), _status(entry))
-    missing = set(range(len(prepared.documents))) ^ set(answers)
+    by_index = {int(entry["doc_id"]): entry for entry in entries}
+    missing = set(range(len(prepared.documents))) ^ set(by_index)
     if missing:
         raise UsageError(
-            f"{spec.id}: the log has {len(answers)} documents, {data} has "
+            f"{spec.id}: the log has {len(by_index)} documents, {data} has "
             f"{len(prepared.documents)}.",
             "Give the data that was evaluated, or leave --data out.",
         )
+    answers = {}
     for document in prepared.documents:
-        prepared.task.process_results(document, [answers[document.index].text])
-    samples = samples_frame(prepared, answers, Thinking("none"))
-    return samples.assign(answer=[entry[GENERATED].strip() for entry in entries])
+        entry = by_index[document.index]
+        if len(entry[RESPONSES]) > 1 and spec.id == "mmmu":  # today's reading may be another
+            scores = [
+                prepared.task.score_of(document, said.strip(), spec.metric)
+                for said, _ in entry[RESPONSES]
+            ]
+            entry[SCORED], entry[GENERATED] = entry[RESPONSES][scores.index(max(scores))]
+        text, tokens = entry[SCORED].strip(), _tokens(entry)["tokens"]
+        answers[document.index] = Answer(document.index, text, _status(entry), tokens)
+        prepared.task.process_results(document, [text])
+    samples = samples_frame(prepared, answers, Thinking("none"), bare=THOUGHTS)
+    return samples.assign(
+        answer=[entry[GENERATED].strip() for entry in entries],
+        thinking_tokens=[_tokens(entry)["thinking_tokens"] for entry in entries],
+    )

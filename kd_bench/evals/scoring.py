@@ -16,7 +16,7 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -296,6 +296,8 @@ def samples_frame(
     answers: dict[int, Answer],
     thinking: Thinking,
     count_tokens: Callable[[str], int] | None = None,
+    *,
+    bare: Thinking | None = None,
 ) -> "pd.DataFrame":
     """One row a document, in document order.
 
@@ -304,10 +306,11 @@ def samples_frame(
     Args:
         thinking: the raw answer is stored; what is scored is the answer without its thoughts.
         count_tokens: of a text; None takes a thought's share of the characters.
+        bare: thoughts that are scored, and yet no part of what an answer says.
     """
     import pandas as pd
 
-    spec = prepared.spec
+    spec, bare = prepared.spec, bare or thinking
     units = unit_ids(spec, prepared.documents)
     seen: Counter[str] = Counter()
     rows = []
@@ -315,7 +318,12 @@ def samples_frame(
         answer = answers[document.index]
         text = thinking.answer(answer.text)
         score, target, parsed = _judged(prepared, document, text)
-        said, content = _content(prepared, document, text, target, float(score))
+        again = partial(prepared.task.score_of, document, metric=spec.metric)
+        said, content = "", float("nan")
+        if prepared.variant.scored:
+            saying = bare.answer(text)
+            worth = float(score) if saying == text else None
+            said, content = content_of(spec, document, saying, target, worth, again)
         rows.append(
             (
                 _document_id(prepared, document, seen),
@@ -394,13 +402,21 @@ CONTENT_SCORE = "kd_bench_content"
 OWN_WORDS = re.compile(r"[\w' -]+")
 
 
-def _content(
-    prepared: PreparedTask, document: Document, text: str, target: str, score: float
+def content_of(
+    spec: TaskSpec,
+    document: Row,
+    text: str,
+    target: str,
+    score: float | None,
+    again: Callable[[str], float],
 ) -> tuple[str, float]:
-    """What an answer says whatever its form, and what that is worth."""
-    spec = prepared.spec
-    if not prepared.variant.scored:
-        return "", float("nan")
+    """What an answer says whatever its form, and what that is worth.
+
+    Args:
+        document: options are read from it.
+        score: upstream's for this very text; None where it has scored another.
+        again: upstream's score of another wording.
+    """
     if spec.answer == "yes_no":
         said = read_yes_no(text)
         return said, float(bool(said) and said == target.strip().lower())
@@ -409,12 +425,14 @@ def _content(
         said = read_choice(text, options)
         return said, float(bool(said) and said == target.strip().upper())
     said = read_short(text)
-    if said == text.strip() or (said.lower() == text.strip().lower() and OWN_WORDS.fullmatch(said)):
-        return said, score  # nothing to take off: upstream has scored these very words
-    return said, prepared.task.score_of(document, said, spec.metric)
+    is_bare = said == text.strip() or (
+        said.lower() == text.strip().lower() and OWN_WORDS.fullmatch(said)
+    )
+    # Where nothing is to be taken off, upstream has scored these very words.
+    return said, score if is_bare and score is not None else again(said)
 
 
-def _options(task: str, document: Document) -> dict[str, str]:
+def _options(task: str, document: Row) -> dict[str, str]:
     """Text of each option by its letter; nothing where the answer is open."""
     if task.startswith("mmbench"):
         named = {letter: document.get(letter) for letter in "ABCDE"}

@@ -5,6 +5,7 @@ import resource
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from kd_bench.errors import KdBenchError, UsageError
@@ -313,7 +314,8 @@ def test_mme_by_its_old_name_and_its_new_one(tmp_path: Path, form: str) -> None:
     (run,) = import_results(folder, tmp_path / "results")
     result = run.result("mme")
     assert (result.score, result.units) == (25.0, 1)
-    assert result.metrics == {"mme_perception_score": 50.0}
+    # The log's target is no yes or no: whatever is said, no answer is right by its content.
+    assert result.metrics == {"mme_perception_score": 50.0, "kd_bench_content": 0.0}
     wrong = {f"{metric},none": 200.0}
     assert "results.json says" in refused(
         logged(tmp_path / "other", form, "mme", wrong, said), tmp_path / "elsewhere"
@@ -418,3 +420,143 @@ def test_a_folder_of_other_json_files_is_left_alone(tmp_path: Path) -> None:
     (folder / "results.json").write_text('{"mine": 2}')
     (run,) = import_results(folder, tmp_path / "results")
     assert run.manifest.tasks == ["gqa"]
+
+
+# --- several responses to a document -------------------------------------------------------------
+
+
+def several(folder: Path, form: str, readings: list[tuple[str, list[Any], list[Any]]]) -> Path:
+    """A log of MMMU with k responses, as a filter `take_first_k` leaves them.
+
+    Args:
+        readings: question type, responses and what upstream read in them, of each document.
+    """
+    lines, right = [], 0.0
+    for number, (kind, said, read) in enumerate(readings):
+        answer = "B" if kind == "multiple-choice" else "24"
+        row = {"id": f"validation_Math_{number}", "subdomain": "Math", "question_type": kind,
+               "answer": answer, "parsed_pred": read}  # fmt: skip
+        flat = {"filtered_resps": said} if form == "0.7" else {"filtered_resps": [said]}
+        if form == "0.3.5":
+            flat["resps"] = [said]
+        lines.append({"doc_id": number, "input": "q\nA. 1\nB. 2\n\nAnswer it.", "target": "B",
+                      **flat, "mmmu_acc": row, "mmmu_acc_pass_at_k": row})  # fmt: skip
+        right += "B" in read or [24.0, "24"] in read
+    folder.mkdir(parents=True)
+    outcome = {
+        "results": {"mmmu_val": {"mmmu_acc,pass@2": right / len(lines)}},
+        "config": {"model": "vllm", "model_args": "model=org/big"},
+    }
+    (folder / "t_results.json").write_text(json.dumps(outcome))
+    log = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "t_samples_mmmu_val.jsonl").write_text(log)
+    return folder
+
+
+TWICE = [
+    ("multiple-choice", ["A", "(B)"], ["A", "B"]),
+    ("multiple-choice", ["A", "C"], ["A", "C"]),
+    ("open", ["7", "It is 24"], [[7.0, "7"], [24.0, "24"]]),
+]
+
+
+@pytest.mark.parametrize("form", ["0.3.5", "0.4", "0.7"])
+def test_a_document_of_several_responses_is_right_where_one_is(tmp_path: Path, form: str) -> None:
+    (run,) = import_results(several(tmp_path / "log", form, TWICE), tmp_path / "results")
+    samples, result = run.samples("mmmu"), run.result("mmmu")
+    assert samples["score"].tolist() == [1.0, 0.0, 1.0]
+    assert samples["answer"].tolist() == ["(B)", "A", "It is 24"]  # the right one, else the first
+    assert "2 responses a document: right where one of them is (pass@2)" in result.notes
+    once = [(kind, said[1:], read[1:]) for kind, said, read in TWICE]
+    (other,) = import_results(several(tmp_path / "one", form, once), tmp_path / "others")
+    assert other.samples("mmmu")["score"].tolist() == [1.0, 0.0, 1.0]
+    assert other.result("mmmu").fingerprint != result.fingerprint  # pass@2 beside pass@1
+
+
+@pytest.mark.parametrize("form", ["0.4", "0.7"])
+def test_of_several_responses_the_filter_took_one(tmp_path: Path, form: str) -> None:
+    """`repeats` without a filter of its own takes the first; a vote takes the most frequent."""
+    lines = entries(("a", "b", "a", "a"))
+    for line in lines:
+        whole = ["<think>hm</think>b", "<think>so</think>" + line["filtered_resps"][0]]
+        line["resps"] = whole if form == "0.7" else [whole]
+        if form == "0.7":
+            line["filtered_resps"] = line["filtered_resps"][0]
+    (run,) = import_results(written(tmp_path / "log", lines), tmp_path / "results")
+    said = run.samples("textvqa")["answer"].tolist()
+    assert said == [f"<think>{'hm' if a == 'b' else 'so'}</think>{a}" for a in ANSWERS]
+
+
+def test_responses_whose_score_cannot_be_told_are_refused(tmp_path: Path) -> None:
+    fewer = [TWICE[0], ("multiple-choice", ["A", "C"], ["A"])]
+    told = refused(several(tmp_path / "fewer", "0.7", fewer), tmp_path)
+    assert "document 1 cannot be read: it has 2 responses and 1 readings" in told
+    mixed = [TWICE[0], ("multiple-choice", ["A"], ["A"])]
+    told = refused(several(tmp_path / "mixed", "0.7", mixed), tmp_path)
+    assert "has 1 to 2 responses a document" in told
+    folder = several(tmp_path / "bare", "0.7", TWICE)
+    log = folder / "t_samples_mmmu_val.jsonl"
+    log.write_text(log.read_text().replace('"parsed_pred"', '"other"'))
+    assert "document 0 cannot be read" in refused(folder, tmp_path)
+    lines = [{**entry, "filtered_resps": ["a", "b"]} for entry in entries()]
+    told = refused(written(tmp_path / "text", lines), tmp_path)
+    assert "it has 2 responses, and its score may be of any of them" in told
+
+
+# --- what the answers say, without the documents -------------------------------------------------
+
+BOARD = "Which is red?\nA. apple\nB. sky\nAnswer with the option's letter."
+SQA = {"question": "Which is red?", "choices": ["apple", "sky"], "answer": 1}
+GIVEN = ["red"] * 6 + ["dark red"] * 4
+ANNOTATORS = [{"answer": text, "answer_id": number} for number, text in enumerate(GIVEN)]
+
+
+@pytest.mark.parametrize(
+    "task, metrics, entry, said, content",
+    [
+        ("scienceqa_img", 0.0, {"target": "B", "input": BOARD}, "(B)", 1.0),
+        ("scienceqa_img", 0.0, {"target": "B", "input": BOARD}, "**sky**", 1.0),
+        ("scienceqa_img", 0.0, {"target": "B", "input": BOARD}, "(A)", 0.0),
+        ("scienceqa_img", 0.0, {"target": "B", "input": "Which?", "doc": SQA}, "(B)", 1.0),
+        ("scienceqa_img", 0.0, {"target": "B", "input": "Which?"}, "(B)", None),
+        ("scienceqa_img", 0.0, {"target": "B", "input": f"{BOARD}\nA. no"}, "(B)", None),
+        ("gqa", 0.0, {"target": "red", "input": "q"}, "The answer is **Red**.", 1.0),
+        ("gqa", 1.0, {"target": "red", "input": "q"}, "Red", 1.0),
+        ("gqa", 0.0, {"target": "red", "input": "q"}, "<think>blue?</think>Red", 1.0),
+        ("textvqa_val", 1.0, {"input": "q"}, "red", 1.0),
+        ("textvqa_val", 0.0, {"input": "q"}, "Answer: red", None),
+        ("textvqa_val", 0.0, {"input": "q", "doc": {"answers": GIVEN}}, "Answer: red", 1.0),
+        ("vqav2_val", 0.0, {"input": "q", "doc": {"answers": ANNOTATORS}}, "**red**", 1.0),
+        # The log's own score does not follow from its annotators: they are others'.
+        ("textvqa_val", 0.3, {"input": "q", "doc": {"answers": GIVEN}}, "Answer: red", None),
+    ],
+)  # fmt: skip
+def test_what_the_answers_say_is_read_where_the_log_holds_it(
+    tmp_path: Path, task: str, metrics: float, entry: dict[str, Any], said: str,
+    content: float | None,
+) -> None:  # fmt: skip
+    folder = tmp_path / "log"
+    folder.mkdir()
+    line = {"doc_id": 0, "filtered_resps": [said], "exact_match": metrics, **entry}
+    outcome = {"results": {task: {"exact_match,none": metrics}}, "config": {"model": "m"}}
+    (folder / "t_results.json").write_text(json.dumps(outcome))
+    (folder / f"t_samples_{task}.jsonl").write_text(json.dumps(line))
+    (run,) = import_results(folder, tmp_path / "results")
+    (result,) = run.results().values()
+    assert result.metrics.get("kd_bench_content") == content
+    told = run.samples(result.task, ["score", "score_by_content"]).iloc[0].tolist()
+    assert told == [metrics, content] if content is not None else pd.isna(told[1])
+    noted = "the score by content is not known" in " ".join(result.notes)
+    assert noted == (content is None)
+
+
+def test_tokens_are_those_of_the_log(tmp_path: Path) -> None:
+    lines = entries((THOUGHT, "b", "a", "a"))
+    lines[0] |= {"exact_match": 1.0, "token_counts": [{"output_tokens": 12}]}
+    lines[1] |= {"token_counts": [{"output_tokens": 9, "reasoning_tokens": 7}]}
+    lines[2] |= {"token_counts": [None]}
+    (run,) = import_results(written(tmp_path / "log", lines), tmp_path / "results")
+    samples = run.samples("textvqa", ["tokens", "thinking_tokens"])
+    share = len(THOUGHT) - len("a")
+    assert samples["tokens"].tolist() == [12, 9, 0, 0]
+    assert samples["thinking_tokens"].tolist() == [round(12 * share / len(THOUGHT)), 7, 0, 0]

@@ -226,6 +226,11 @@ def test_results_of_lmms_eval_become_runs(
     assert seen["mme"].result("mme").score == pytest.approx(25)
     assert seen["mmbench_en"].result("mmbench_en").units == 1
     assert seen["pope"].result("pope").units == (1 if with_data else 6)
+    content = {task: run.result(task).metrics.get("kd_bench_content") for task, run in seen.items()}
+    assert content["scienceqa_img"] == 1.0  # `(A)` is what upstream does not read
+    assert content["pope"] > 0.5
+    assert content["gqa"] == 1.0
+    assert None not in content.values()
     if with_data:
         assert seen["gqa"].samples("gqa")["question"][0].endswith("wearing?")
     else:
