@@ -35,7 +35,14 @@ from kd_bench.compare.align import (
 from kd_bench.compare.estimates import Estimate
 from kd_bench.compare.methods import seeds_of_one_method, training_noise
 from kd_bench.errors import ExitCode, IncompleteRunError, NotComparableError, UsageError
-from kd_bench.policy import Margins, Policy, RuleOutcome, judge_rules, require_teacher
+from kd_bench.policy import (
+    Margins,
+    Policy,
+    RuleOutcome,
+    judge_rules,
+    judged,
+    require_teacher,
+)
 from kd_bench.records import AVERAGE, Interval
 from kd_bench.stats import (
     NonInferiority,
@@ -66,6 +73,7 @@ class Verdict:
             it excludes zero when the difference is real.
         units: what was resampled: images, pairs, groups or documents.
         same: both gave the same answer to every document of every benchmark.
+        score: what was judged: `upstream`, `content`, or, of an average, `mixed`.
     """
 
     name: str
@@ -80,6 +88,13 @@ class Verdict:
     corrected: Interval | None = None
     units: int = 0
     same: bool = False
+    score: str = "upstream"
+
+    @property
+    def title(self) -> str:
+        """The name, with the score that was judged where it is not upstream's."""
+        said = {"upstream": "", "content": " (by content)", "mixed": " (partly by content)"}
+        return self.name + said[self.score]
 
     @property
     def decided_by(self) -> str:
@@ -101,7 +116,7 @@ class Verdict:
         """The verdict in words and numbers."""
         test, change = self.non_inferiority, self.difference
         text = (
-            f"{self.name} {self.verdict}: {self.baseline:.1f} -> {self.candidate:.1f} "
+            f"{self.title} {self.verdict}: {self.baseline:.1f} -> {self.candidate:.1f} "
             f"({change.value:+.2f}; {self.decided_by}; p {_probability(change.p_holm)} after "
             f"Holm); margin {test.margin:g}, bound {test.bound:+.2f} "
             f"({_percent(1 - test.level)}, one-sided); {self.units:,} units"
@@ -261,13 +276,24 @@ def check(
         alpha=policy.alpha,
         verdicts=verdicts,
         rules=judge_rules(new, old, policy, tasks, sampled),
-        notes=notes,
+        notes=notes + _upstream_beside(new, old, policy, tasks),
         every=policy.every,
         about="this recipe" if over_seeds else "these weights",
         policy=policy.source,
         policy_digest=policy.digest,
         warnings=tuple(training_noise(new, old)),
     )
+
+
+def _upstream_beside(
+    new: Sequence[Run], old: Sequence[Run], policy: Policy, tasks: Sequence[str]
+) -> list[str]:
+    """Upstream's scores of the benchmarks that were judged by content."""
+    found = []
+    for task in (task for task in tasks if policy.score_of(task) == "content"):
+        before, after = (np.mean([run.result(task).score for run in side]) for side in (old, new))
+        found.append(f"{task} {before:.1f} -> {after:.1f} ({after - before:+.2f})")
+    return [f"Judged by content; upstream's scores: {', '.join(found)}."] if found else []
 
 
 def _require_resamples(tests: int, policy: Policy) -> None:
@@ -337,9 +363,15 @@ def judge(
                 else percentile_interval(one.distribution, 1 - levels[number]),
                 units=one.units,
                 same=same,
+                score=_judged_score(tasks if name == AVERAGE else [name], policy),
             )
         )
     return verdicts
+
+
+def _judged_score(tasks: Sequence[str], policy: Policy) -> str:
+    found = {policy.score_of(task) for task in tasks}
+    return found.pop() if len(found) == 1 else "mixed"
 
 
 def _verdict(difference: Difference, test: NonInferiority, alpha: float, same: bool) -> VerdictName:
@@ -391,8 +423,9 @@ def _same_answers(sampled: Sequence[Resampled]) -> bool:
 
 def _resample(runs: Sequence[Run], task: str, policy: Policy) -> Resampled:
     """Bootstrap one benchmark after its samples have given the stored scores back."""
-    sampled = resample(align(runs, task), policy.resamples, policy.seed)
-    for run, score in zip(runs, sampled.scores, strict=True):
+    sampled = resample(judged(runs, task, policy), policy.resamples, policy.seed)
+    upstream = sampled.scores if policy.score_of(task) == "upstream" else align(runs, task).scores
+    for run, score in zip(runs, upstream, strict=True):
         if np.isnan(score):
             raise IncompleteRunError(
                 f"{task} of {label(run)} has too few documents to score.",

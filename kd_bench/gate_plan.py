@@ -15,12 +15,12 @@ import numpy as np
 from scipy.stats import norm
 
 from kd_bench.aggregators import get_aggregator
-from kd_bench.compare.align import AlignedTask, Resampled, align, evidence_of, label, resample
+from kd_bench.compare.align import AlignedTask, Resampled, evidence_of, label, resample
 from kd_bench.compare.estimates import Evidence
 from kd_bench.compare.methods import seeds_of_one_method
 from kd_bench.errors import UsageError
 from kd_bench.gate import counted, require_sound
-from kd_bench.policy import Policy
+from kd_bench.policy import Policy, judged
 from kd_bench.records import AVERAGE
 from kd_bench.stats import FEWEST_UNITS, seed_variance
 from kd_bench.store import Run
@@ -87,7 +87,8 @@ def plan(baseline: Run, others: Sequence[Run], policy: Policy) -> Plan:
     limits = require_sound(others, [baseline], policy)
     tasks, _ = counted(others, [baseline], policy)
     aligned = [
-        align(runs, task) if others else _with_equals(baseline, task, policy.seed) for task in tasks
+        judged(runs, task, policy) if others else _with_equals(baseline, task, policy)
+        for task in tasks
     ]
     frames = [resample(each, policy.resamples, policy.seed) for each in aligned]
     few = [each.aligned.task for each in frames if len(each.aligned.units) < FEWEST_UNITS]
@@ -188,20 +189,22 @@ def _policy_text(
     tasks = ", ".join(f"{each.name}: {each.margin:g}" for each in benchmarks)
     rule = "every: true\n" if policy.every else ""
     rule += f"benchmarks: [{', '.join(named)}]\n" if named else ""
+    scores = ", ".join(f"{task}: {score}" for task, score in policy.score.items())
+    rule += f"score: {{{scores}}}\n" if scores else ""
     return (
         f"alpha: {policy.alpha:g}\n{rule}margins:\n  {suite}:\n    average: {average.margin:g}\n"
         f"    default: {max(each.margin for each in benchmarks):g}\n    tasks: {{{tasks}}}\n"
     )
 
 
-def _with_equals(run: Run, task: str, seed: int) -> AlignedTask:
+def _with_equals(run: Run, task: str, policy: Policy) -> AlignedTask:
     """The run and students that are right as often, each with `ASSUMED_CHURN` of items changed.
 
     A changed document (where groups are scored as a whole: a group) swaps between right and
     wrong, as many each way on average.
     """
-    alone = align([run], task)
-    rng = np.random.default_rng([seed, len(alone.units)])
+    alone = judged([run], task, policy)
+    rng = np.random.default_rng([policy.seed, len(alone.units)])
     frame = alone.samples[0]
     whole = get_aggregator(alone.aggregator).item == "unit"
     units = frame["unit_id"].astype(str).to_numpy()

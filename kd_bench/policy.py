@@ -4,13 +4,23 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 from pydantic import Field, PrivateAttr, field_validator
 
 from kd_bench import config, registry
-from kd_bench.compare.align import Resampled, align, common_tasks, evidence_of, label, resample
+from kd_bench.compare.align import (
+    CONTENT_READ,
+    AlignedTask,
+    Resampled,
+    align,
+    common_tasks,
+    evidence_of,
+    has_content,
+    label,
+    resample,
+)
 from kd_bench.config import StrictModel
 from kd_bench.errors import IncompleteRunError, UsageError, closest
 from kd_bench.files import digest_text
@@ -69,6 +79,10 @@ class CostLimits(StrictModel):
     peak_memory_bytes: float | None = Field(default=None, gt=0)
 
 
+ScoreName = Literal["upstream", "content"]
+SCORES: tuple[str, ...] = get_args(ScoreName)
+
+
 class Policy(StrictModel):
     """What `check` tolerates.
 
@@ -80,6 +94,8 @@ class Policy(StrictModel):
         benchmarks: those that count, where it is not the whole suite: each must be shown not
             worse, and there is no average.
         advisory: benchmarks whose verdict is shown and decides nothing.
+        score: what is judged, `upstream` (the benchmark's own score) or `content` (what the
+            answers say, whatever their form): one word, or by benchmark and `default`.
         broken_per_thousand: budget of documents that broke minus those that were mended; the
             rule fails when the interval of that net number lies above.
     """
@@ -91,12 +107,31 @@ class Policy(StrictModel):
     margins: dict[str, Margins]
     benchmarks: list[str] | None = Field(default=None, min_length=1)
     advisory: list[str] = Field(default=[])
+    score: dict[str, ScoreName] = Field(default={})
     retention: Retention | None = None
     broken_per_thousand: float | None = Field(default=None, ge=0)
     health: HealthLimits = Field(default=HealthLimits())
     cost: CostLimits = Field(default=CostLimits())
 
     _source: str = PrivateAttr(default="")
+
+    @field_validator("score", mode="before")
+    @classmethod
+    def _names_a_score(cls, score: Any) -> Any:
+        by_task = {"default": score} if isinstance(score, str) else score
+        if not isinstance(by_task, dict):
+            raise ValueError("write `score: content`, or a score by benchmark: {pope: content}")
+        for name in by_task.values():
+            if name not in SCORES:
+                raise ValueError(
+                    f"there is no score {name!r}.{closest(str(name), list(SCORES))} "
+                    f"Known: {', '.join(SCORES)}"
+                )
+        return by_task
+
+    def score_of(self, task: str) -> ScoreName:
+        """Which score of a benchmark is judged."""
+        return self.score.get(task, self.score.get("default", "upstream"))
 
     @property
     def source(self) -> str:
@@ -106,7 +141,10 @@ class Policy(StrictModel):
     @property
     def digest(self) -> str:
         """sha256 of what the policy says, defaults included; comments do not count."""
-        return digest_text(json.dumps(self.model_dump(), sort_keys=True))
+        told = self.model_dump()
+        if set(self.score.values()) <= {"upstream"}:
+            del told["score"]  # policies of before there was another keep their digest
+        return digest_text(json.dumps(told, sort_keys=True))
 
     def margins_for(self, suite: str) -> Margins:
         """The margins of a suite.
@@ -145,6 +183,7 @@ def load_policy(path: Path | None = None, suites: Sequence[str] = ()) -> Policy:
             )
     known = registry.task_names()
     named = [task for margins in policy.margins.values() for task in margins.tasks]
+    named += [task for task in policy.score if task != "default"]
     for task in [*named, *policy.advisory, *(policy.benchmarks or [])]:
         if task not in known:
             raise UsageError(
@@ -152,6 +191,24 @@ def load_policy(path: Path | None = None, suites: Sequence[str] = ()) -> Policy:
                 f"Known: {', '.join(known)}.",
             )
     return policy
+
+
+def judged(runs: Sequence[Run], task: str, policy: Policy) -> AlignedTask:
+    """One benchmark's samples of several runs, with the scores that the policy judges.
+
+    Raises:
+        IncompleteRunError: by content, and a run has no such scores; else as `align`.
+    """
+    if policy.score_of(task) == "upstream":
+        return align(runs, task)
+    aligned = align(runs, task, columns=CONTENT_READ)
+    for run, frame in zip(runs, aligned.samples, strict=True):
+        if not has_content(frame):
+            raise IncompleteRunError(
+                f"{task} of {label(run)} has no scores by content, which the policy judges.",
+                "Evaluate it again with this version, or set `score: upstream` in the policy.",
+            )
+    return aligned.by_content()
 
 
 # --- the further rules -------------------------------------------------------------------------
@@ -218,7 +275,10 @@ def _retention_rule(
             "Evaluate it on the same benchmarks, or drop `retention` from the policy.",
         )
     evidence = evidence_of(
-        [resample(align([teacher, *new], task), policy.resamples, policy.seed) for task in tasks]
+        [
+            resample(judged([teacher, *new], task, policy), policy.resamples, policy.seed)
+            for task in tasks
+        ]
     )
     students = [str(number) for number in range(1, len(new) + 1)]
     level = 1 - 2 * policy.alpha

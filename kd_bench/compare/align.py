@@ -94,6 +94,11 @@ class AlignedTask:
         whole = get_aggregator(self.aggregator).item == "unit"
         return len(self.units) if whole else len(self.samples[0])
 
+    def by_content(self) -> "AlignedTask":
+        """The same with what the answers say in place of what upstream read (`CONTENT_READ`)."""
+        frames = [by_content(frame) for frame in self.samples]
+        return self.of(self.task, self.aggregator, frames, self.notes)
+
     @property
     def columns(self) -> dict[str, Array]:
         """Statistics [units, m] of the runs, by position, and of their further columns."""
@@ -208,9 +213,14 @@ def align(
     return AlignedTask.of(task, aggregator_of(results[0]), frames, notes)
 
 
+def has_content(samples: "pd.DataFrame") -> bool:
+    """Whether every sample has a score by content."""
+    return "score_by_content" in samples and not samples["score_by_content"].isna().any()
+
+
 def content_statistics(aggregator: str, samples: "pd.DataFrame") -> UnitStatistics | None:
     """Unit statistics of what the answers say; None where some have no score by content."""
-    if "score_by_content" not in samples or samples["score_by_content"].isna().any():
+    if not has_content(samples):
         return None
     return unit_statistics(aggregator, by_content(samples))
 

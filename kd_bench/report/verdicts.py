@@ -303,7 +303,7 @@ def verdict_table(report: GateReport) -> Table:
     rows = tuple(
         Row.of(
             verdict.name,
-            verdict.name,
+            verdict.title,
             verdict.baseline,
             verdict.candidate,
             verdict.difference.value,
@@ -441,7 +441,7 @@ def _summary(verdict: Verdict) -> tuple[str, ...]:
     change, test = verdict.difference, verdict.non_inferiority
     words = verdict.verdict + " (real drop)" * _small_drop(verdict)
     return (
-        verdict.name,
+        verdict.title,
         f"{verdict.baseline:.1f}",
         f"{verdict.candidate:.1f}",
         f"{change.value:+.2f}",

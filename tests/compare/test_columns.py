@@ -1,5 +1,6 @@
 """Form gap and sight: further columns of a run on the same units, and a difference in two parts."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from kd_bench.aggregators import aggregate, by_content, unit_statistics
 from kd_bench.compare import Comparison, compare
-from kd_bench.compare.align import content_statistics
+from kd_bench.compare.align import aggregator_of, content_statistics
 from kd_bench.compare.estimates import (
     BLANK,
     CONTENT,
@@ -23,9 +24,19 @@ from kd_bench.compare.estimates import (
     beside,
 )
 from kd_bench.compare.methods import compare_all_methods
+from kd_bench.errors import IncompleteRunError, UsageError
 from kd_bench.files import digest_text
+from kd_bench.gate import check
+from kd_bench.gate_plan import plan
+from kd_bench.policy import Margins, Policy, load_policy
 from kd_bench.records import AVERAGE
-from kd_bench.report.verdicts import comparison_tables, method_tables
+from kd_bench.report.verdicts import (
+    comparison_tables,
+    job_summary,
+    junit_xml,
+    method_tables,
+    verdict_table,
+)
 from kd_bench.stats import unchanged_draws
 from kd_bench.store import Run, catalogue
 from tests.compare.test_compare import FAST, samples
@@ -383,7 +394,7 @@ def test_a_blank_run_beside_its_own_run_is_all_sight(pair):
     assert found.measures("sight", blank.path.name) == {}
 
 
-def test_methods_are_split_over_their_seeds(frames, tmp_path):
+def test_methods_are_split_over_their_seeds(tmp_path):
     drawn = small_frames(seed=4, models=5, shrink=25)
     small = [
         {t: told(f, (0.2, 0.2, 0.0, 0.0, 0.0)[row], row) for t, f in model.items()}
@@ -413,3 +424,106 @@ def test_methods_are_split_over_their_seeds(frames, tmp_path):
         "Methods on the average", "kd against sft", "What kd against sft is made of",
         "Form gap and sight",
     ]  # fmt: skip
+
+
+# --- the gate ----------------------------------------------------------------------------------
+
+WIDE = {"ten": Margins(average=50, default=90)}
+
+
+def policy(**rules: object) -> Policy:
+    return Policy(margins=WIDE, resamples=1000, **rules)
+
+
+def test_a_policy_by_content_judges_what_was_said(pair, frames):
+    by_upstream, judged = (check(pair[1], pair[0], policy(**r)) for r in ({}, {"score": "content"}))
+    for verdict, other in zip(judged.verdicts, by_upstream.verdicts, strict=True):
+        assert (verdict.score, other.score) == ("content", "upstream")
+        assert f"{verdict.name} (by content)" in verdict.sentence
+        assert "by content" not in other.sentence
+    for verdict in judged.verdicts[:-1]:
+        name = aggregator_of(pair[0].result(verdict.name))
+        said = [aggregate(name, by_content(frames[row][verdict.name])) for row in (0, 1)]
+        assert (verdict.baseline, verdict.candidate) == pytest.approx(tuple(said))
+        alone = Evidence(
+            {
+                "t": TaskEvidence.of(
+                    name,
+                    unit_statistics(name, frames[0][verdict.name]).units,
+                    {
+                        str(row): content_statistics(name, frames[row][verdict.name]).values
+                        for row in (0, 1)
+                    },
+                    1000,
+                )
+            }
+        ).difference("t", ["0"], ["1"])
+        assert verdict.difference.interval == alone.interval
+    (note,) = [note for note in judged.notes if note.startswith("Judged by content")]
+    assert "pope 60.9 -> 64.3" in note
+    assert "pope (by content)" in str(verdict_table(judged).rows)
+    assert "pope (by content)" in job_summary(judged)
+    assert "pope (by content)" in junit_xml(judged)
+
+
+def test_a_policy_may_judge_some_benchmarks_by_content(pair):
+    found = check(pair[1], pair[0], policy(score={"pope": "content"}))
+    scores = {verdict.name: verdict.score for verdict in found.verdicts}
+    assert scores.pop("pope") == "content"
+    assert scores.pop(AVERAGE) == "mixed"
+    assert set(scores.values()) == {"upstream"}
+    whole = policy(score={"default": "content", "pope": "upstream"})
+    assert (whole.score_of("pope"), whole.score_of("gqa")) == ("upstream", "content")
+
+
+def test_form_that_was_lost_is_a_regression_by_upstream_and_none_by_content(frames, tmp_path):
+    said = {task: frame for task, frame in frames[2].items() if task != "pope"}
+    lost = {task: told(frame, 0.5, 3) for task, frame in said.items()}
+    runs = [write_run(tmp_path, name, its) for name, its in (("was", said), ("lost", lost))]
+    rules = {"margins": {"ten": Margins(average=1, default=2)}, "resamples": 1000}
+    assert check(runs[1], runs[0], Policy(**rules)).exit_code == 1
+    by_content = check(runs[1], runs[0], Policy(**rules, score="content"))
+    assert by_content.exit_code == 0
+    assert all(each.same for each in by_content.verdicts)
+
+
+def test_a_run_without_scores_by_content_is_refused_with_the_way_out(frames, tmp_path):
+    bare = {t: f.drop(columns=["content", "score_by_content"]) for t, f in frames[0].items()}
+    runs = [write_run(tmp_path, "old", bare), write_run(tmp_path, "new", frames[1])]
+    with pytest.raises(IncompleteRunError, match=r"mme of old .* has no scores by content") as told:
+        check(runs[1], runs[0], policy(score="content"))
+    assert "score: upstream" in told.value.hint
+    assert check(runs[1], runs[0], policy()).verdicts
+
+
+def test_policies_without_a_score_keep_their_digest():
+    plain = policy()
+    assert plain.digest == policy(score="upstream").digest != policy(score="content").digest
+    told = plain.model_dump()
+    del told["score"]
+    assert plain.digest == digest_text(json.dumps(told, sort_keys=True))
+
+
+@pytest.mark.parametrize(
+    "text,why",
+    [
+        ("score: contents", "there is no score 'contents'. Did you mean 'content'?"),
+        ("score: {pope: conten}", "there is no score 'conten'. Did you mean 'content'?"),
+        ("score: {popee: content}", "there is no benchmark 'popee'. Did you mean 'pope'?"),
+        ("score: [content]", "write `score: content`, or a score by benchmark"),
+        ("scores: content", "unknown key 'scores'. Did you mean 'score'?"),
+    ],
+)
+def test_a_mistyped_score_is_one_clear_line(text, why, tmp_path):
+    path = tmp_path / "policy.yaml"
+    path.write_text(f"margins:\n  ten: {{average: 1, default: 2}}\n{text}\n")
+    with pytest.raises(UsageError) as told:
+        load_policy(path)
+    assert why in told.value.problem
+    assert "\n" not in str(told.value)
+
+
+def test_margins_are_planned_for_the_score_that_is_judged(pair):
+    by_content = plan(pair[0], [], policy(score={"default": "content"}))
+    assert "score: {default: content}" in by_content.policy
+    assert "score" not in plan(pair[0], [], policy()).policy
