@@ -211,7 +211,7 @@ class Distiller(nn.Module):
             self._teach(self.teacher, batch, passes)
         if switches:
             with seeing_with(self.teacher, self.parts, kept):
-                passes.hidden["switch"] = self.teacher.hidden_states(batch)[answers]
+                passes.hidden["switch"] = self.teacher.answer_states(batch)
         return passes
 
     def _teach(
@@ -244,7 +244,7 @@ class Distiller(nn.Module):
     ) -> None:
         """Run one model and keep what the terms look at."""
         if not self.image_terms or not has_images(batch):
-            passes.hidden[name] = model.hidden_states(batch)[answers]
+            passes.hidden[name] = model.answer_states(batch)
             return
         places = batch["input_ids"] == model.image_token_id  # [batch, length]
         with FirstLayerProbe(model, self._watches_attention) as probe:

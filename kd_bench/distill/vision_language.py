@@ -13,7 +13,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -27,6 +27,16 @@ Inputs = Mapping[str, Any]
 """What the processor returns: `input_ids`, `attention_mask`, `pixel_values`, ..."""
 
 NOT_GIVEN = ("labels", "sample_index")  # ours, or read by the loss that is computed elsewhere
+PLAIN_LAYERS = (
+    "LlamaDecoderLayer",
+    "MistralDecoderLayer",
+    "Qwen2DecoderLayer",
+    "Qwen2VLDecoderLayer",
+    "Qwen2_5_VLDecoderLayer",
+    "Qwen3DecoderLayer",
+    "Qwen3VLTextDecoderLayer",
+)
+"""Decoder layers that `_at_answers` computes at a part of the positions."""
 TEACHERS = "teacher."
 """Begins the names of the teacher's own tensors in a batch that the student's cannot serve."""
 OF_IMAGES = (
@@ -233,6 +243,39 @@ class VisionLanguageModel:
         Raises:
             UsageError: the images do not fit the text, or there is a video.
         """
+        return self._run(inputs)
+
+    def answer_states(self, inputs: Inputs) -> Tensor:
+        """Last hidden states [N, hidden] at the answers of a batch padded on the right.
+
+        Behind its keys and values the last decoder layer runs at the answers alone, where it is
+        one of `PLAIN_LAYERS`.
+
+        Raises:
+            UsageError: as `hidden_states`.
+        """
+        answers = answers_of(inputs)
+        layer = self._plain_last_layer
+        if layer is None or "forward" in vars(layer):  # placed by accelerate, layer by layer
+            return self._run(inputs).flatten(0, 1).index_select(0, answers.rows)
+        layer.forward = partial(_last_layer, layer, answers, inputs.get("attention_mask"))
+        try:
+            return self._run(inputs)
+        finally:
+            del layer.forward
+
+    @cached_property
+    def _plain_last_layer(self) -> Any:
+        """The last decoder layer, if `_at_answers` computes what it does; else None."""
+        layers = getattr(self.language_model, "layers", None)
+        if layers is None or self.vision_geometry["DeepStack layers"] >= len(layers):
+            return None
+        layer = layers[-1]
+        names = {kind.__name__ for kind in type(layer).__mro__}  # FSDP puts one before its own
+        plain = bool(names & {*PLAIN_LAYERS})
+        return layer if plain and getattr(layer.self_attn, "sliding_window", None) is None else None
+
+    def _run(self, inputs: Inputs) -> Tensor:
         try:
             output = self.core(**self._given(inputs, self.core.forward), use_cache=False)
         except ValueError as error:
@@ -240,7 +283,8 @@ class VisionLanguageModel:
                 f"{self.architecture} does not take this batch: {str(error).splitlines()[0]}",
                 "Use the processor of this checkpoint and do not truncate inside an image.",
             ) from error
-        return output.last_hidden_state
+        states: Tensor = output.last_hidden_state
+        return states
 
     def image_embeddings(self, inputs: Inputs) -> tuple[Tensor, ...]:
         """Projected image tokens [image tokens, hidden]: for the input, then for each layer.
@@ -277,6 +321,103 @@ class VisionLanguageModel:
         if "final_logit_softcapping" not in inspect.getsource(type(self.whole).forward):
             return None
         return getattr(self.config.get_text_config(), "final_logit_softcapping", None)
+
+
+# The last layer, at the answers alone
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Where the answers of a batch lie: N in all, at most A in one sample.
+
+    Attributes:
+        rows: places in [batch * length], rising, [N].
+        slots: places in [batch * A], [N].
+        table: position of each slot in its sample, the last one where no answer fills it,
+            [batch, A].
+    """
+
+    rows: Tensor
+    slots: Tensor
+    table: Tensor
+
+
+def answers_of(inputs: Inputs) -> Answers:
+    """Where the answers of a batch with `labels` lie."""
+    positions = answer_positions(inputs["labels"])  # [batch, length]
+    batch, length = positions.shape
+    rows = positions.flatten().nonzero().squeeze(1)
+    counts = positions.sum(1)
+    most = max(int(counts.max()), 1) if batch else 1
+    sample = rows // length
+    before = counts.cumsum(0) - counts  # answers of the samples above
+    slots = sample * most + torch.arange(len(rows), device=rows.device) - before[sample]
+    table = rows.new_full((batch * most,), length - 1)
+    table[slots] = rows % length
+    return Answers(rows, slots, table.view(batch, most))
+
+
+def _last_layer(
+    layer: Any, answers: Answers, mask: Tensor | None, hidden_states: Tensor, *_: Any, **given: Any
+) -> Tensor:
+    """In place of a decoder layer's own forward: [batch, length, width] -> [N, width]."""
+    work = partial(_at_answers, layer, answers, mask, given["position_embeddings"])
+    if layer.gradient_checkpointing and layer.training:
+        recomputed: Tensor = layer._gradient_checkpointing_func(work, hidden_states)
+        return recomputed
+    return work(hidden_states)
+
+
+def _at_answers(
+    layer: Any,
+    answers: Answers,
+    mask: Tensor | None,
+    rotary: tuple[Tensor, Tensor],
+    hidden: Tensor,
+) -> Tensor:
+    """A decoder layer of `PLAIN_LAYERS`: keys and values everywhere, all else at the answers.
+
+    Args:
+        mask: tokens that are no padding [batch, length]; None is all.
+        rotary: cosines and sines [batch or 1, length, head width].
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    attention, (batch, length, _) = layer.self_attn, hidden.shape
+    rotate = inspect.getmodule(type(attention)).apply_rotary_pos_emb  # type: ignore[union-attr]
+    heads = (-1, attention.head_dim)
+    normed = layer.input_layernorm(hidden)
+
+    def rows_of(states: Tensor) -> Tensor:
+        return states.expand(batch, -1, -1).flatten(0, 1).index_select(0, answers.rows)
+
+    def normalised(name: str, states: Tensor) -> Tensor:
+        return getattr(attention, name)(states) if hasattr(attention, name) else states
+
+    # [batch, heads, length, head width] twice, and [N, heads, head width]
+    key = normalised("k_norm", attention.k_proj(normed).unflatten(-1, heads)).transpose(1, 2)
+    value = attention.v_proj(normed).unflatten(-1, heads).transpose(1, 2)
+    query = normalised("q_norm", attention.q_proj(rows_of(normed)).unflatten(-1, heads))
+    _, key = rotate(key[:, :0], key, *rotary)
+    query, _ = rotate(query, query[:, :0], *(rows_of(each) for each in rotary))
+    packed = query.new_zeros(answers.table.numel(), *query.shape[1:])
+    packed = packed.index_copy(0, answers.slots, query).unflatten(0, answers.table.shape)
+    seen = torch.arange(length, device=hidden.device) <= answers.table.unsqueeze(-1)
+    if mask is not None:
+        seen = seen & mask.bool().unsqueeze(1)  # [batch, A, length]
+    found, _ = sdpa_attention_forward(
+        attention,
+        packed.transpose(1, 2),
+        key,
+        value,
+        seen.unsqueeze(1),
+        dropout=attention.attention_dropout if attention.training else 0.0,
+        scaling=attention.scaling,
+    )
+    found = found.flatten(0, 1).index_select(0, answers.slots).flatten(1)
+    states = rows_of(hidden) + attention.o_proj(found)
+    out: Tensor = states + layer.mlp(layer.post_attention_layernorm(states))
+    return out
 
 
 # The visual switch

@@ -14,6 +14,7 @@ from kd_bench.distill.recipe import METHODS
 from kd_bench.distill.vision_language import (
     VisionLanguageModel,
     answer_positions,
+    answers_of,
     has_images,
     keeping_vision,
     put_vision,
@@ -146,6 +147,78 @@ def test_the_switchs_gradient_reaches_the_students_tower_and_nothing_else(case: 
     finally:
         teacher.requires_grad_(True)
         student.zero_grad(set_to_none=True)
+
+
+WHOLE = ("paligemma", "paligemma2", "gemma3")
+"""Families whose last layer runs everywhere: other layers, prefixes seen in both directions."""
+
+
+def states_and_gradients(parts: VisionLanguageModel, states: Any) -> list[Tensor]:
+    """Hidden states at the answers, and the gradient of a sum over them at every weight."""
+    parts.model.zero_grad(set_to_none=True)
+    found = states()
+    (parts.lm_head(found).sin() * torch.arange(1, len(found) + 1)[:, None]).sum().backward()
+    weights = parts.model.named_parameters()
+    return [found.detach(), *(p.grad for _, p in weights if p.grad is not None)]
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_the_last_layer_runs_at_answers_alone_and_gives_the_same(
+    case: Case, checkpointed: bool
+) -> None:
+    family, student, _, batch = case
+    student = copy.deepcopy(student).train()
+    if checkpointed:
+        checkpoint_activations(student)
+    parts = VisionLanguageModel(student)
+    # A sample without an answer, and one with a single one.
+    labels = batch["labels"].clone()
+    labels[0] = -100
+    labels[1, : int((labels[1] != -100).nonzero()[-1])] = -100
+    batch = batch | {"labels": labels}
+    positions = answer_positions(labels)
+    seen: list[int] = []
+    mlp = parts.language_model.layers[-1].mlp  # type: ignore[union-attr, index]
+    mlp.register_forward_hook(lambda _, given, __: seen.append(given[0].shape[:-1].numel()))
+    expected = states_and_gradients(parts, lambda: parts.hidden_states(batch)[positions])
+    found = states_and_gradients(parts, lambda: parts.answer_states(batch))
+    # Beside the largest of all: a softmax has no gradient at the bias of its keys but rounding.
+    least = 1e-3 * max(float(each.abs().max()) for each in expected[1:])
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours - theirs).abs().max() <= 2e-5 * max(float(theirs.abs().max()), least)
+    everywhere, counted = labels.numel(), int(positions.sum())
+    assert set(seen) == ({everywhere} if family in WHOLE else {everywhere, counted})
+
+
+def test_answers_are_found_where_they_lie() -> None:
+    labels = torch.tensor([[-100, 5, -100, 6], [-100] * 4, [-100, -100, -100, 7]])
+    answers = answers_of({"labels": labels})
+    assert answers.rows.tolist() == [0, 2, 10]
+    assert answers.slots.tolist() == [0, 1, 4]
+    assert answers.table.tolist() == [[0, 2], [3, 3], [2, 3]]
+    none = answers_of({"labels": torch.full((2, 3), -100)})
+    assert len(none.rows) == 0
+    assert none.table.shape == (2, 1)
+
+
+def test_a_last_layer_that_cannot_be_narrowed_runs_everywhere() -> None:
+    """Placed by accelerate, with a sliding window, or met by DeepStack."""
+    parts = VisionLanguageModel(make("llava-siglip"))
+    batch = batch_for("llava-siglip", token_counts("llava-siglip", parts))
+    positions = answer_positions(batch["labels"])
+    expected = parts.hidden_states(batch)[positions]
+    layer: Any = parts.language_model.layers[-1]  # type: ignore[union-attr, index]
+    assert not torch.equal(parts.answer_states(batch), expected)  # by rounding
+    layer.forward = layer.forward
+    assert torch.equal(parts.answer_states(batch), expected)
+    assert "forward" in vars(layer)  # whose it is, keeps it
+    del layer.forward
+    layer.self_attn.sliding_window = 4
+    assert torch.equal(VisionLanguageModel(parts.model).answer_states(batch), expected)
+    qwen = make("qwen3-vl")
+    assert VisionLanguageModel(qwen)._plain_last_layer is not None
+    qwen.model.language_model.layers = qwen.model.language_model.layers[:2]
+    assert VisionLanguageModel(qwen)._plain_last_layer is None
 
 
 @torch.no_grad()
@@ -302,6 +375,8 @@ def test_adapters_stay_in_effect() -> None:
         found = logits(adapted, batch, positions)
         whole = adapted(**without_labels(batch)).logits
         torch.testing.assert_close(found, whole[positions], rtol=1e-5, atol=1e-6)
+        narrowed = parts.lm_head(parts.answer_states(batch))
+        torch.testing.assert_close(narrowed, found, rtol=1e-4, atol=1e-5)
         with adapted.disable_adapter():
             assert not torch.allclose(found, logits(adapted, batch, positions))
 
