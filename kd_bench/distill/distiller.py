@@ -7,7 +7,7 @@ gradient, the switch with gradients to the student's vision tower only.
 import contextlib
 import secrets
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,10 @@ from kd_bench.distill.recipe import (
     needs_teacher,
 )
 from kd_bench.distill.vision_language import (
+    Answers,
     VisionLanguageModel,
     answer_positions,
+    answers_of,
     has_images,
     keeping_vision,
     seeing_with,
@@ -103,6 +105,7 @@ class Distiller(nn.Module):
             if ours != theirs and any(term.loss == "image_mse" for term in self.terms):
                 self.adapter = nn.Linear(theirs, ours, bias=False)
         self.cache = cache
+        self.teacher_states: TeacherStates | None = None  # instead of all of its own passes
         if cache is not None and self.image_terms:
             raise UsageError(
                 "teacher_cache keeps the teacher's states at answers only, but the term "
@@ -221,6 +224,10 @@ class Distiller(nn.Module):
 
         Its own batch may be longer; the answers are the same tokens in the same order.
         """
+        if self.teacher_states is not None:
+            found = self.teacher_states.of(batch["sample_index"], answers_of(batch))
+            passes.hidden["teacher"] = found
+            return
         inputs = teacher_inputs(batch)
         answers = answer_positions(inputs["labels"])
         if self.cache is None:
@@ -551,3 +558,71 @@ class TeacherCache:
                 self._rows += count
             values.flush()
             records.write(b"".join(entries))
+
+
+STATES_BUDGET = 128 << 20
+"""Bytes of teacher states that a stage keeps in memory, for samples that are met again."""
+STATES_TOGETHER = 16  # samples
+
+
+@dataclass(frozen=True)
+class TeacherStates:
+    """The teacher's last hidden states at the answers of all samples of a stage.
+
+    Computed once, in batches that the samples alone decide. So they are the same bits in every
+    epoch, for every seed and method, in a training that was stopped and resumed, and whoever of
+    several trainings wrote them down first.
+
+    Attributes:
+        states: [answers of all samples, width].
+        first: row of each sample's first answer [samples].
+    """
+
+    states: Tensor
+    first: Tensor
+
+    def of(self, samples: Tensor, answers: Answers) -> Tensor:
+        """States [N, width] at the answers of a batch whose samples [batch] are given."""
+        most = answers.table.shape[1]
+        owners = samples.index_select(0, answers.slots // most)  # [N]
+        return self.states.index_select(
+            0, self.first.index_select(0, owners) + answers.slots % most
+        )
+
+
+def states_bytes(labels: Iterable[Tensor], width: int, dtype: torch.dtype) -> int:
+    """Size of the teacher's states at the answers of samples with these labels [length]."""
+    return sum(int((each[1:] != -100).sum()) for each in labels) * width * dtype.itemsize
+
+
+@torch.no_grad()
+def compute_states(
+    teacher: VisionLanguageModel,
+    samples: Sequence[Mapping[str, Tensor]],
+    collate: Callable[[Sequence[Any]], dict[str, Any]],
+    cache: TeacherCache,
+) -> TeacherStates:
+    """The teacher's states of all samples, from the cache where it has them, which keeps the rest.
+
+    Args:
+        samples: in the order of their indices.
+        collate: makes a batch of some of them.
+    """
+    device = next(teacher.model.parameters()).device
+    counts = torch.tensor([int((each["labels"][1:] != -100).sum()) for each in samples])
+    first = counts.cumsum(0) - counts
+    states = torch.empty(int(counts.sum()), cache.width, dtype=cache.dtype)
+    order = sorted(range(len(samples)), key=lambda index: (len(samples[index]["input_ids"]), index))
+    for start in range(0, len(order), STATES_TOGETHER):
+        group = order[start : start + STATES_TOGETHER]
+        answered = counts[group].tolist()
+        known = cache.get(group, answered)
+        if known is None:
+            batch = collate([samples[index] for index in group])
+            moved = {n: v.to(device) for n, v in batch.items() if isinstance(v, Tensor)}
+            known = teacher.answer_states(teacher_inputs(moved)).to("cpu", cache.dtype)
+            with contextlib.suppress(OSError):  # no room to share them
+                cache.put(group, answered, known)
+        for index, part in zip(group, known.split(answered), strict=True):
+            states[first[index] : first[index] + len(part)] = part
+    return TeacherStates(states.to(device), first.to(device))

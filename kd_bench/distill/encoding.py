@@ -339,6 +339,11 @@ class ConversationDataset(Dataset[EncodedSample | UnreadableSample]):
         sample["sample_index"] = torch.tensor(index)
         return sample
 
+    @property
+    def kept(self) -> Sequence[EncodedSample]:
+        """All samples, where `prepare` keeps them in memory; else none."""
+        return self._kept
+
     def prepare(self) -> None:
         """Encode everything now and keep it, unless it would not fit into memory.
 

@@ -353,7 +353,8 @@ class Recipe(StrictModel):
             with the student.
         new_projector: the student checkpoint has no projector; one is drawn from `seed`.
         allow_pickle, trust_remote_code: permit checkpoints that can run code when loaded.
-        teacher_cache: folder for the teacher's hidden states at answer positions.
+        teacher_cache: folder for the teacher's hidden states at answer positions. Up to 128 MB
+            of them are kept in the user's cache folder without it, where samples are met again.
         report_to: other loggers, e.g. [tensorboard].
         final_dtype: float type of the finished checkpoint; auto is that of the student it started
             from (training itself keeps float32 weights).

@@ -25,7 +25,16 @@ from kd_bench.distill import checkpoints, models, processes
 from kd_bench.distill.build import add_lora, build_start, lora_layers, merge_lora
 from kd_bench.distill.chat import read_template, use_template
 from kd_bench.distill.conversations import Conversations, Stream, data_digest, read_conversations
-from kd_bench.distill.distiller import Distiller, TeacherCache, cache_folder
+from kd_bench.distill.distiller import (
+    STATES_BUDGET,
+    STATES_TOGETHER,
+    Distiller,
+    TeacherCache,
+    TeacherStates,
+    cache_folder,
+    compute_states,
+    states_bytes,
+)
 from kd_bench.distill.encoding import (
     BatchOrder,
     Collator,
@@ -45,6 +54,7 @@ from kd_bench.distill.trainer import (
 from kd_bench.distill.vision_language import check_pair, check_terms, image_difference
 from kd_bench.errors import KdBenchError, TrainingError, UsageError, explained
 from kd_bench.files import atomic_folder, digest_text, write_json, write_text
+from kd_bench.world.build import cache_folder as user_cache
 from kd_bench.world.build import resolve
 
 TOGETHER = "Do config.json, processor and weights of each checkpoint belong together?"
@@ -337,7 +347,7 @@ def _run_stage(run: TrainingState, stage: Stage, folder: Path, student: Any) -> 
         stage.objective,
         vocabulary=vocabulary,
         head_chunk=stage.head_chunk,
-        cache=_cache(run, stage, teacher, dataset),
+        cache=_cache(run, stage, teacher, dataset, run.recipe.teacher_cache),
     )
     if stage.gradient_checkpointing:
         models.checkpoint_activations(student)
@@ -350,6 +360,7 @@ def _run_stage(run: TrainingState, stage: Stage, folder: Path, student: Any) -> 
         if with_image is not None:
             distiller.freeze_unreached(with_image)
         _announce(run, stage, trainer, checkpoint)
+        distiller.teacher_states = _teacher_states(run, stage, trainer)
     with contextlib.closing(trainer.report):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.check_finite()
@@ -418,15 +429,19 @@ def micro_batch(stage: Stage) -> int:
 
 
 def _cache(
-    run: TrainingState, stage: Stage, teacher: Any, dataset: ConversationDataset
+    run: TrainingState,
+    stage: Stage,
+    teacher: Any,
+    dataset: ConversationDataset,
+    root: str | Path | None,
+    **own: Any,
 ) -> TeacherCache | None:
-    if run.recipe.teacher_cache is None or teacher is None:
+    if root is None or teacher is None:
         return None
-    own = {}
     if isinstance(dataset.encoder, PairEncoder):  # images of its own decide its states, too
         own["images"] = run.teacher_processor.image_processor.to_json_string()
     folder = cache_folder(
-        Path(run.recipe.teacher_cache),
+        Path(root),
         teacher=run.lineage["teacher"]["weights_sha256"],
         data=data_digest(dataset.conversations)["sha256"],
         max_length=stage.max_length,
@@ -436,6 +451,32 @@ def _cache(
     )
     width = teacher.get_input_embeddings().weight.shape[1]
     return TeacherCache(folder, width, teacher.dtype, processes.rank())
+
+
+def _teacher_states(
+    run: TrainingState, stage: Stage, trainer: DistillationTrainer
+) -> TeacherStates | None:
+    """The teacher's states of all samples, where they are few and met more than once."""
+    distiller, dataset, teacher = trainer.model, trainer.dataset, trainer.model.teacher
+    samples = dataset.kept
+    met = trainer.args.max_steps * stage.batch_size
+    if teacher is None or distiller.image_terms or not samples or met <= len(samples):
+        return None
+    width, dtype = teacher.hidden_size, teacher.whole.dtype
+    if states_bytes((each["labels"] for each in samples), width, dtype) > STATES_BUDGET:
+        return None
+    root = run.recipe.teacher_cache or user_cache() / "teacher-states"
+    device = trainer.args.device.type
+    # What rounding may depend on, beside what decides the states themselves.
+    own = {"precision": stage.precision, "torch": torch.__version__, "device": device}
+    own |= {
+        "threads": torch.get_num_threads() if device == "cpu" else 0,
+        "together": STATES_TOGETHER,
+    }
+    cache = _cache(run, stage, teacher.whole, dataset, root, **own)
+    assert cache is not None
+    with trainer.accelerator.autocast():
+        return compute_states(teacher, samples, trainer.data_collator, cache)
 
 
 def _trainer(

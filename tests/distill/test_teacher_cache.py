@@ -5,8 +5,13 @@ import os
 import pytest
 import torch
 
-from kd_bench.distill.distiller import TeacherCache, cache_folder
+from kd_bench.distill.conversations import read_conversations
+from kd_bench.distill.distiller import TeacherCache, cache_folder, compute_states
+from kd_bench.distill.encoding import Collator, Encoder
+from kd_bench.distill.recipe import DataSource
+from kd_bench.distill.vision_language import VisionLanguageModel, answer_positions, answers_of
 from kd_bench.errors import UsageError
+from tests.support import tiny
 
 WIDTH = 8
 COUNTS = (3, 1, 4)
@@ -105,3 +110,43 @@ def test_another_form_is_refused(tmp_path):
     opened(tmp_path)
     with pytest.raises(UsageError, match="another form"):
         opened(tmp_path, torch.bfloat16)
+
+
+@torch.no_grad()
+def test_states_of_all_samples_are_those_of_any_batch_and_the_same_bits_for_every_writer(tmp_path):
+    data = tiny.write_data(tmp_path, count=20)
+    conversations, _ = read_conversations(DataSource(path=str(data)))
+    made = Encoder(tiny.processor()).encode_many(conversations)
+    samples = [{**each, "sample_index": torch.tensor(i)} for i, each in enumerate(made)]
+    teacher = VisionLanguageModel(tiny.model(width=48, layers=2, seed=1))
+    folder = tmp_path / "states"
+    folder.mkdir()
+    writers = [TeacherCache(folder, 48, torch.float32) for _ in range(2)]  # at the same time
+    late = TeacherCache(folder, 48, torch.float32)
+    everyone = [compute_states(teacher, samples, Collator(0), each) for each in writers]
+    everyone.append(compute_states(teacher, samples, Collator(0), late))
+    teacher.core.forward = None  # a reader asks no teacher
+    reader = TeacherCache(folder, 48, torch.float32)
+    everyone.append(compute_states(teacher, samples, Collator(0), reader))
+    del teacher.core.forward
+    assert all(torch.equal(each.states, everyone[0].states) for each in everyone)
+    for chosen in ([3], [0, 19, 7], [12, 4, 11, 5, 2]):
+        batch = Collator(0)([samples[index] for index in chosen])
+        expected = teacher.hidden_states(batch)[answer_positions(batch["labels"])]
+        found = everyone[0].of(batch["sample_index"], answers_of(batch))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_full_disk_costs_the_sharing_only(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    made = Encoder(tiny.processor()).encode_many(
+        read_conversations(DataSource(path=str(tiny.write_data(tmp_path, count=4))))[0]
+    )
+    samples = [{**each, "sample_index": torch.tensor(i)} for i, each in enumerate(made)]
+    teacher = VisionLanguageModel(tiny.model(width=48, layers=2, seed=1))
+    cache = TeacherCache(tmp_path, 48, torch.float32)
+    monkeypatch.setattr(cache, "put", full)
+    assert compute_states(teacher, samples, Collator(0), cache).states.isfinite().all()

@@ -286,10 +286,15 @@ def test_adapters_resume_to_the_very_same_weights(place):
 
 
 @pytest.mark.slow
-def test_a_cached_teacher_gives_the_same_losses(place, whole):
-    cached = [f"teacher_cache={place / 'cache'}", "log_every=1", "steps=12"]
-    folders = [train(recipe_in(place, name, *cached)).parent for name in ("first", "second")]
-    plain = train(recipe_in(place, "uncached", "log_every=1", "steps=12")).parent
+@pytest.mark.parametrize("budget", [0, train_module.STATES_BUDGET])
+def test_a_cached_teacher_gives_the_same_losses(place, monkeypatch, budget):
+    """Written as its states are met, or all of them before the first step."""
+    monkeypatch.setattr(train_module, "STATES_BUDGET", budget)
+    cached = [f"teacher_cache={place / f'cache-{budget}'}", "log_every=1", "steps=12"]
+    names = (f"{name}-{budget}" for name in ("first", "second"))
+    folders = [train(recipe_in(place, name, *cached)).parent for name in names]
+    monkeypatch.setattr(train_module, "STATES_BUDGET", 0)
+    plain = train(recipe_in(place, f"plain-{budget}", "log_every=1", "steps=12")).parent
     logs = [
         [json.loads(line) for line in (folder / "train_log.jsonl").open()]
         for folder in (plain, *folders)
@@ -297,7 +302,35 @@ def test_a_cached_teacher_gives_the_same_losses(place, whole):
     for entries in zip(*logs, strict=True):
         for name, value in entries[0]["terms"].items():
             for entry in entries[1:]:
-                assert entry["terms"][name] == pytest.approx(value, abs=1e-6)
+                assert entry["terms"][name] == pytest.approx(value, rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_teacher_states_are_computed_once_for_all_epochs_and_seeds(place, monkeypatch, tmp_path):
+    """To the bit, whoever wrote them and in whatever order the samples are met."""
+    from kd_bench.distill.vision_language import VisionLanguageModel
+
+    passes = []
+    before = VisionLanguageModel.answer_states
+
+    def counted(self, inputs):
+        passes.append(0 if self.whole.training else len(inputs["input_ids"]))
+        return before(self, inputs)
+
+    monkeypatch.setattr(VisionLanguageModel, "answer_states", counted)
+    monkeypatch.setenv("KD_BENCH_CACHE", str(tmp_path))
+    found = []
+    for number, seed in enumerate((5, 5, 6)):
+        settings = ("method=kl", "steps=12", f"seed={seed}")  # two epochs of 24 samples
+        final = train(recipe_in(place, f"kept-{number}", *settings))
+        taught = [size for size in passes if size]
+        assert taught == ([16, 8] if number == 0 else [])
+        assert len(passes) - len(taught) == 12  # the student's
+        passes.clear()
+        found.append(weights_digest(final))
+    assert found[0] == found[1] != found[2]
+    train(recipe_in(place, "met-once", "method=kl", "steps=6", "seed=5"))
+    assert sum(size > 0 for size in passes) == 6
 
 
 @pytest.mark.slow
