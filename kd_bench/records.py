@@ -219,6 +219,8 @@ class TaskResult:
         interval: cluster bootstrap over units of `score`.
         documents, units: number of rows and of resampling units.
         total: documents that the benchmark has without a limit, where that is known.
+        tokens: generated ones an answer, on average: of a thought (`thinking`) and of the rest
+            (`answer`); empty where they were not counted.
         rates: shares in [0, 1]: `unparsed`, `empty`, `truncated`, `error`.
         seconds: wall time of this task; `computed` answers were generated, `resumed` read back.
     """
@@ -239,6 +241,7 @@ class TaskResult:
     notes: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     total: int | None = None
+    tokens: dict[str, float] = field(default_factory=dict)
 
 
 SAMPLE_COLUMNS: tuple[str, ...] = (

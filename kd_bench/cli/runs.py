@@ -35,17 +35,18 @@ def list_runs(results: Results = RESULTS) -> None:
 def show(
     run: Annotated[str, typer.Argument(help="Run or model name.")], results: Results = RESULTS
 ) -> None:
-    """One run: manifest and scores as JSON."""
+    """One run: manifest and scores as JSON; of a model that thinks, what that costs, too."""
     import json
 
     from kd_bench import store
     from kd_bench.records import to_json
 
     found = store.find_run(results, run)
-    outcome = {
-        "manifest": to_json(found.manifest),
-        "results": {task: to_json(result) for task, result in found.results().items()},
-    }
+    results_by_task = {task: to_json(result) for task, result in found.results().items()}
+    if not any(result["tokens"].get("thinking") for result in results_by_task.values()):
+        for result in results_by_task.values():
+            del result["tokens"]  # a cost of models that think
+    outcome = {"manifest": to_json(found.manifest), "results": results_by_task}
     typer.echo(json.dumps(outcome, indent=2, ensure_ascii=False))
 
 

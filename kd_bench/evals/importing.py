@@ -41,6 +41,7 @@ from kd_bench.evals.scoring import (
     content_of,
     points_of,
     rates,
+    tokens,
 )
 from kd_bench.files import digest_files, digest_text, read_json
 from kd_bench.provenance import collect
@@ -580,6 +581,7 @@ def _result(
         documents=len(samples),
         units=int(samples["unit_id"].nunique()),
         rates=rates(samples),
+        tokens=tokens(samples),
         interval=score_interval(spec.aggregator, samples),
         profile="imported",
         notes=notes,

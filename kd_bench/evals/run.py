@@ -39,7 +39,7 @@ from kd_bench.evals.benchmark import (
 )
 from kd_bench.evals.checkpoint import Checkpoint, Model, chosen_dtype, inspect_model
 from kd_bench.evals.documents import IMAGES, load_documents
-from kd_bench.evals.scoring import Thinking, headline, rates, score, submission
+from kd_bench.evals.scoring import Thinking, headline, rates, score, submission, tokens
 from kd_bench.files import Journal, digest_text, write_json
 from kd_bench.provenance import collect
 from kd_bench.records import Cost, Protocol, Role, RunManifest, RunStatus, TaskResult
@@ -477,6 +477,7 @@ class Worker:
             total=prepared.total,
             units=int(scored.samples["unit_id"].nunique()),
             rates=rates(scored.samples),
+            tokens=tokens(scored.samples),
             interval=score_interval(aggregator, scored.samples) if variant.scored else None,
             profile=prepared.profile,
             seconds=round(seconds, 3),

@@ -368,6 +368,12 @@ def rates(samples: "pd.DataFrame") -> dict[str, float]:
     return result
 
 
+def tokens(samples: "pd.DataFrame") -> dict[str, float]:
+    """Generated tokens an answer, of its thought and of the rest; empty if none were counted."""
+    every, thinking = (float(samples[name].mean()) for name in ("tokens", "thinking_tokens"))
+    return {"answer": every - thinking, "thinking": thinking} if every > 0 else {}
+
+
 def headline(prepared: PreparedTask, samples: "pd.DataFrame") -> float:
     """The score on the papers' 0-100 scale; NaN for a profile that only writes a submission."""
     return aggregate(prepared.aggregator, samples) if prepared.variant.scored else float("nan")

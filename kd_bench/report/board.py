@@ -124,6 +124,16 @@ class Entry:
         stages = (stage for manifest in self.manifests for stage in _stages(manifest))
         return "/".join(sorted({str(stage.get("device", "")) for stage in stages} - {""}))
 
+    def tokens(self, kind: str) -> float | None:
+        """Generated tokens an answer over all benchmarks and seeds, `thinking` or `answer`.
+
+        None where they were not counted.
+        """
+        counted = [r for found in self.results for r in found.values() if r.tokens]
+        documents = sum(result.documents for result in counted)
+        total = sum(r.tokens.get(kind, 0.0) * r.documents for r in counted)
+        return total / documents if documents else None
+
     def _spent(self, key: str) -> float | None:
         totals = []
         for stages in map(_stages, self.manifests):

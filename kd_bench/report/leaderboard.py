@@ -91,7 +91,8 @@ def _average(board: Board, kind: Kind) -> Column:
 
 def _table(board: Board, title: str, mode: Mode, scores: list[Column]) -> Table:
     notes = Notes()
-    columns = (Column("model", "Model", "text"), *scores, *SUMMARY, *_training_columns(board))
+    columns = (Column("model", "Model", "text"), *scores, *SUMMARY, *_token_columns(board))
+    columns += _training_columns(board)
     rows = _rows(board, columns, mode, notes)
     return Table(
         title,
@@ -102,6 +103,18 @@ def _table(board: Board, title: str, mode: Mode, scores: list[Column]) -> Table:
         MINI if board.mini else "",
         BOLD if any(cell.emphasis for row in rows for cell in row.cells) else "",
     )
+
+
+def _token_columns(board: Board) -> tuple[Column, ...]:
+    """What a thought costs beside the answer; only where some model thinks."""
+    if not any(entry.tokens("thinking") for entry in board.entries):
+        return ()
+    return (
+        Column("thinking", "Thinking", "count", "tokens an answer",
+               description="Tokens of thoughts that were generated an answer, on average"),
+        Column("answer", "Answer", "count", "tokens an answer",
+               description="Other tokens that were generated an answer, on average"),
+    )  # fmt: skip
 
 
 def _training_columns(board: Board) -> tuple[Column, ...]:
@@ -192,6 +205,8 @@ def _cell(board: Board, entry: Entry, column: Column, mode: Mode, notes: Notes) 
         return Cell(entry.name, notes=notes(*health), remark=seeds, detail=health)
     if key == "rank":
         return Cell(entry.score(AVERAGE).rank)
+    if column.group == "tokens an answer":
+        return Cell(entry.tokens(key))
     if column.group == "training":
         return Cell(getattr(entry, key))
     if column.group == "cost":

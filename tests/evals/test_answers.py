@@ -9,7 +9,7 @@ from kd_bench.cli.options import profiles_of
 from kd_bench.errors import UsageError
 from kd_bench.evals.benchmark import REASONING_TAGS, prepare
 from kd_bench.evals.run import answer_keys, ask
-from kd_bench.evals.scoring import Thinking, headline, rates
+from kd_bench.evals.scoring import Thinking, headline, rates, tokens
 from kd_bench.registry import load_task
 from tests.support.eval_world import TEN, Parrot, oracle, write_replicas
 
@@ -64,6 +64,9 @@ def test_a_thought_is_left_out_of_what_is_scored_and_stays_in_the_sample(task, r
     assert samples["answer"].str.startswith("<think>").all()
     assert (samples["status"] == "ok").all()
     assert (samples["thinking_tokens"] <= samples["tokens"]).all()
+    spent = samples.assign(tokens=[12, 8] * (len(samples) // 2), thinking_tokens=6)
+    assert tokens(spent) == {"answer": 4.0, "thinking": 6.0}
+    assert tokens(spent.assign(tokens=0, thinking_tokens=0)) == {}
 
 
 def test_a_thought_without_an_end_is_cut_off(replicas):

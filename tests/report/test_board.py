@@ -1,5 +1,6 @@
 """Runs fold into entries; whatever is wrong with a run is said and costs no report."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from kd_bench.report import render_report
 from kd_bench.report.board import load_board, task_infos
 from kd_bench.report.leaderboard import leaderboard
 from kd_bench.report.relations import read_evidence, relate
+from tests.cli.conftest import Call, call  # noqa: F401  # a fixture
 from tests.support.report_store import TASKS, Model, add_run, printed, result, samples, with_status
 
 SFT = [Model(f"sft-{seed}", "sft", "sft", 0.0, seed) for seed in range(3)]
@@ -45,6 +47,32 @@ def test_the_average_is_the_mean_and_missing_with_a_benchmark(tmp_path: Path) ->
     assert whole_entry.score(AVERAGE).value == pytest.approx(sum(values) / 2)
     assert not part.score(AVERAGE).known
     assert part.score("gqa").known
+
+
+def test_thoughts_are_a_cost_where_a_model_thinks(tmp_path: Path, call: Call) -> None:  # noqa: F811
+    models = [Model("thinks", "teacher", "", 1.0), Model("answers", "student", "", 0.0)]
+    runs = [add_run(tmp_path, model, tasks=("gqa", "pope"), units=10) for model in models]
+    table = leaderboard(load_board(tmp_path))
+    assert "thinking" not in [column.key for column in table.columns]
+    shown = json.loads(call("runs", "show", "thinks", "--results", tmp_path).out)
+    assert "tokens" not in shown["results"]["gqa"]
+    spent = {"gqa": {"answer": 3.0, "thinking": 90.0}, "pope": {"answer": 1.0, "thinking": 0.0}}
+    for task, frame in ((task, runs[0].samples(task)) for task in spent):
+        runs[0].commit(replace(runs[0].result(task), tokens=spent[task]), frame)
+    board = load_board(tmp_path)
+    documents = [runs[0].result(task).documents for task in spent]
+    told = {e.name: (e.tokens("answer"), e.tokens("thinking")) for e in board.entries}
+    mean = [sum(n * of[k] for n, of in zip(documents, spent.values(), strict=True))
+            / sum(documents) for k in ("answer", "thinking")]  # fmt: skip
+    assert told == {"thinks": pytest.approx(mean), "answers": (None, None)}
+    table = leaderboard(board)
+    keys = [column.key for column in table.columns]
+    place = keys.index("thinking")
+    assert keys[place : place + 2] == ["thinking", "answer"]
+    by_name = {row.cells[0].value: row.cells[place].value for row in table.rows}
+    assert by_name == {"thinks": pytest.approx(mean[1]), "answers": None}
+    shown = json.loads(call("runs", "show", "thinks", "--results", tmp_path).out)
+    assert shown["results"]["gqa"]["tokens"] == spent["gqa"]
 
 
 def test_a_newer_run_of_the_same_model_replaces_the_older(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@
     const home = new Map(rows.map((row) => [row, row.parentElement]));
     const sorted = element("tbody");
     let order = null; // {column, direction}
-    const lowFirst = new Set(["parameters", "weight_bytes", "latency_ms", "peak_memory_bytes", "training_tokens", "training_hours"]);
+    const lowFirst = new Set(["parameters", "weight_bytes", "latency_ms", "peak_memory_bytes", "thinking", "answer", "training_tokens", "training_hours"]);
 
     const value = (row, index) => {
       const shown = $$(".v", row.cells[index]).find((node) => node.offsetParent !== null || node.classList.contains(board.dataset.mode));
