@@ -1,5 +1,5 @@
 """`python -m kd_bench` is `kd-bench`."""
 
-from kd_bench.cli import main
+from kd_bench.cli import entry
 
-main()
+entry()

@@ -24,7 +24,7 @@ from kd_bench.errors import (
     one_line,
 )
 
-__all__ = ["app", "main"]
+__all__ = ["app", "entry", "main"]
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
@@ -78,8 +78,16 @@ _TRAIN_IS_ENOUGH = ("train", "convert", "data show", "tasks fetch")
 _WrongCommandLine: type[Exception] = typer.BadParameter.__mro__[1]
 
 
+def entry() -> None:
+    """Entry point: `main`, then a quick end."""
+    try:
+        main()
+    except SystemExit as stop:
+        process.leave(stop.code)
+
+
 def main() -> None:
-    """Entry point: runs the command and turns every error into one line and an exit code."""
+    """Run the command and turn every error into one line and an exit code."""
     process.prepare()
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
+from kd_bench.cli.jobs import run_jobs
 from kd_bench.cli.options import comma_separated, this_program, whole_numbers
-from kd_bench.cli.process import run_jobs
 
 RESULTS = Path("results/demo")
 CHECKPOINTS = Path("checkpoints/demo")

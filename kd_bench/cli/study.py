@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from kd_bench.cli.demo import FLOOR, SWITCHED, TEACHER, Student, evaluation, seconds_of
-from kd_bench.cli.process import run_jobs
+from kd_bench.cli.jobs import run_jobs
 from kd_bench.errors import UsageError, closest
 from kd_bench.files import read_json, write_text
 from kd_bench.records import AVERAGE

@@ -102,7 +102,10 @@ def train(
     if show:
         typer.echo("---\n".join(recipe_yaml(single) for single in planned), nl=False)
         return
-    from kd_bench.distill.train import sweep
+    from kd_bench.distill import processes
+
+    with processes.importing():
+        from kd_bench.distill.train import sweep
 
     folders = sweep(planned, verify_data=verify_data)
     embedded = all(str(single.student).startswith("embedded:") for single in planned)

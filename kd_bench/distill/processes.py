@@ -5,11 +5,29 @@ writes it, and in an evaluation the others only append answers to journals of th
 spreads the student's weights over the devices, the frozen teacher stays whole on each.
 """
 
+import contextlib
+import gc
 import os
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
 from kd_bench.errors import UsageError
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Let the garbage collector rest while much is imported; it would look through all of it often.
+
+    A fifth of the time that torch, transformers and lmms-eval take.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def rank() -> int:

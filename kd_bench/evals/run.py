@@ -32,6 +32,7 @@ from kd_bench.evals.benchmark import (
     Answer,
     PreparedTask,
     data_digest,
+    lmms_eval,
     prepare,
     quiet,
     simple_evaluate,
@@ -385,14 +386,16 @@ class Worker:
     """The loaded model of a run: its benchmarks are asked, scored and committed one by one."""
 
     def __init__(self, run: Run, plan: Plan, bars: SuiteProgress) -> None:
-        from kd_bench.evals.engine import MemoryMeter
-        from kd_bench.evals.models import load_source
+        with processes.importing():
+            lmms_eval()
+            from kd_bench.evals.engine import MemoryMeter
+            from kd_bench.evals.models import load_source
 
-        self._run = run
-        self._plan = plan
-        self._bars = bars
-        self._memory = MemoryMeter()
-        self._source = load_source(plan.checkpoint, plan.protocol, plan.settings.debug)
+            self._run = run
+            self._plan = plan
+            self._bars = bars
+            self._memory = MemoryMeter()
+            self._source = load_source(plan.checkpoint, plan.protocol, plan.settings.debug)
 
     def run_task(self, spec: TaskSpec) -> str:
         """Answer, score and commit one benchmark; returns a line that says how it went."""

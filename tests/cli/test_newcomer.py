@@ -12,7 +12,7 @@ import pytest
 import typer.main
 
 from kd_bench.cli import app, demo
-from kd_bench.cli.process import run_jobs
+from kd_bench.cli.jobs import run_jobs
 from kd_bench.distill.recipe import DataSource, LoraSettings, Recipe, Stage, StudentParts
 from kd_bench.errors import ExitCode
 from tests.cli.conftest import Call
