@@ -269,7 +269,7 @@ class _Server:
     def __enter__(self) -> None:
         with self._log.open("w", encoding="utf-8") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", "from kd_bench.cli.jobs import serve; serve()"],
+                [sys.executable, "-c", "from kd_bench import cli; cli.jobs.serve(cli.entry)"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -328,7 +328,7 @@ class _Server:
             self._begun += [pid] if code is None else []
 
 
-def serve() -> NoReturn:
+def serve(entry: Callable[[], None]) -> NoReturn:
     """Fork a command for each line of standard input until it ends; see `_Server`."""
     replies = os.dup(1)
     os.dup2(2, 1)  # what imports print is no reply
@@ -345,7 +345,7 @@ def serve() -> NoReturn:
                 sys.stdout.flush()
                 sys.stderr.flush()
                 if os.fork() == 0:
-                    _become(replies, **json.loads(line))
+                    _become(entry, replies, **json.loads(line))
         with contextlib.suppress(ChildProcessError, BrokenPipeError):
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
                 code = os.waitstatus_to_exitcode(ended[1])
@@ -366,7 +366,7 @@ def _import_all() -> None:
     gc.enable()
 
 
-def _become(replies: int, command: list[str], log: str) -> NoReturn:
+def _become(entry: Callable[[], None], replies: int, command: list[str], log: str) -> NoReturn:
     """Run a command in this forked process as an interpreter of its own would."""
     os.setsid()
     os.write(replies, f"[{os.getpid()}, null]\n".encode())
@@ -376,8 +376,6 @@ def _become(replies: int, command: list[str], log: str) -> NoReturn:
     for number, stream in enumerate((nowhere, told, told)):
         os.dup2(stream, number)
     sys.argv = [str(Path(kd_bench.__file__).with_name("__main__.py")), *command]
-    from kd_bench.cli import entry
-
     code: object = 1
     try:
         entry()
