@@ -37,8 +37,8 @@ INSIDE = {
     "distill": "__init__ recipe checkpoints data chat vision_language models build processes "
     "conversations encoding knee losses objective distiller trainer train switch_kd",
     "compare": "estimates align methods __init__",
-    "evals": "__init__ documents fetch checkpoint benchmark decoding inputs engine models scoring "
-    "run importing",
+    "evals": "__init__ documents fetch checkpoint benchmark cache decoding inputs engine models "
+    "scoring run importing",
     "report": "board tables relations samples style verdicts leaderboard papers plots page history "
     "model_card __init__",
     "cli": "options process jobs compare demo study evaluate report runs tasks train __init__",

@@ -1,17 +1,18 @@
 """Batched greedy decoding on a KV cache, with a common prefix computed once.
 
     prefixes  [P, Lp]  system text + image, one row a distinct image
-        |  prefill, then each row copied to its questions' places in the cache of the batch
-    suffixes  [B, Ls]  the question, left-padded behind its prefix
         |  prefill, on a CPU a few rows at a time
+    suffixes  [B, Ls]  the question behind its prefix, which is held once for all of them
+        |  prefill
     answers   [B, 1]   one token a step, finished rows dropped
 
-Padding is masked and positions count real tokens only, so a row's answer does not depend on its
-neighbours.
+Rows are padded behind, where causal attention does not look: no mask, so the fast kernels serve.
+Positions count real tokens only, so a row's answer does not depend on its neighbours.
 """
 
 import contextlib
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 from transformers.generation import logits_process as logits
 
 from kd_bench.errors import UsageError, one_line
 from kd_bench.evals.benchmark import Settings
+from kd_bench.evals.cache import BatchCache, Beginnings, SharedPrefixes, attending, is_plain
 
 
 @dataclass(frozen=True)
@@ -138,82 +140,6 @@ def end_ids(model: Any, tokenizer: Any, stop_ids: Sequence[int]) -> list[int]:
     return sorted(found)
 
 
-def grows_by_column(cache: DynamicCache) -> bool:
-    """Whether every layer keeps every token: no sliding windows, no recurrent states."""
-    return all(type(layer) is DynamicLayer for layer in cache.layers)
-
-
-class BatchCache(Cache):
-    """Keys and values of one batch in buffers that are allocated once.
-
-    transformers' own layers join old and new tensors at every token, which copies the whole cache;
-    and a batch that is prefilled a few rows at a time would have to be joined again.
-
-    Args:
-        layers: of the language model.
-        rows: questions.
-        columns: tokens of the longest prompt and of its answer.
-    """
-
-    def __init__(self, layers: int, rows: int, columns: int) -> None:
-        super().__init__(layers=[_Part([], (rows, columns), slice(None), 0) for _ in range(layers)])
-
-    def put(self, prefixes: DynamicCache, which: Tensor) -> None:
-        """Let row n begin with what prefix `which[n]` left behind."""
-        for layer, prefix in zip(self.layers, prefixes.layers, strict=True):
-            layer.update(prefix.keys[which], prefix.values[which])
-
-    def part(self, rows: slice, filled: int) -> Cache:
-        """Some rows, of which the first columns count as filled; the buffers stay the same."""
-        return Cache(layers=[_Part(each.buffer, each.size, rows, filled) for each in self.layers])
-
-
-class _Part(DynamicLayer):
-    """Some rows of one layer's buffer, the way transformers' attention sees a layer of a cache.
-
-    Attributes:
-        buffer: keys and values, [rows, heads, columns, head size] each, shared by all parts;
-            empty until the first ones show their sizes.
-    """
-
-    def __init__(
-        self, buffer: list[Tensor], size: tuple[int, int], rows: slice, filled: int
-    ) -> None:
-        super().__init__()
-        self.buffer = buffer
-        self.size = size
-        self._rows = rows
-        self._filled = filled
-        self.is_initialized = True
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Write [rows, heads, new, head size] behind what is filled; all filled columns."""
-        if not self.buffer:
-            rows, columns = self.size
-            # Zeros: columns that no token takes are masked, and a masked NaN would still be one.
-            self.buffer.extend(
-                like.new_zeros(rows, like.shape[1], columns, like.shape[3])
-                for like in (key_states, value_states)
-            )
-        keys, values = self.buffer
-        start, self._filled = self._filled, self._filled + key_states.shape[2]
-        keys[self._rows, :, start : self._filled] = key_states
-        values[self._rows, :, start : self._filled] = value_states
-        self.keys = keys[self._rows, :, : self._filled]
-        self.values = values[self._rows, :, : self._filled]
-        return self.keys, self.values
-
-    def get_seq_length(self) -> int:
-        """Filled columns, padding included."""
-        return self._filled
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep some rows of the whole buffer."""
-        self.buffer[:] = [each[indices] for each in self.buffer]
-
-
 PREFILL_ROWS = {"cpu": 8}
 """On a CPU the activations of more rows leave its caches; a GPU takes the whole batch."""
 
@@ -240,9 +166,14 @@ class Row:
     deep: tuple[Tensor, ...] = ()
     places: Tensor | None = None
 
+    @property
+    def shares(self) -> bool:
+        """Whether it has a prefix with something behind it."""
+        return 0 < self.prefix < len(self.ids)
+
     def part(self, start: int, end: int) -> "Row":
         """Tokens `start` to `end`; the image tokens must lie wholly inside or outside."""
-        inside = self.places is not None and bool(self.places[start:end].any())
+        inside = start < self.prefix  # it reaches to behind the last image token
         return Row(
             self.ids[start:end],
             self.embeddings[start:end],
@@ -288,6 +219,7 @@ class Decoder:
         self._end_ids = frozenset(end_ids)
         self._constraints = constraints or Constraints(None, (), torch.device("cpu"))
         self._piece = functools.cache(self._decoded)
+        self._plain = is_plain(language_model)
 
     def decode(self, rows: Sequence[Row], settings: Settings, share: bool = True) -> list[Decoded]:
         """Answers of rows with equal settings, in order."""
@@ -295,51 +227,74 @@ class Decoder:
         order = sorted(range(len(rows)), key=lambda number: len(rows[number].ids))
         near = [rows[number] for number in order]
         with torch.inference_mode():
-            state = self._prefill(near, settings, share and _worth_sharing(rows))
+            if self._plain:
+                shared = _worth_sharing(near) if share else {}
+                state = self._prefill(near, settings, shared)
+            else:
+                state = self._prefill_masked(near)
             found = self._continue(state, near, settings)
         answers = dict(zip(order, found, strict=True))
         return [answers[number] for number in range(len(rows))]
 
-    def _prefill(self, rows: Sequence[Row], settings: Settings, share: bool) -> "_State":
-        """The state behind all prompts; with `share` each distinct prefix is computed once."""
-        first = DynamicCache(config=self._language_model.config)
-        device = rows[0].embeddings.device
-        before = torch.zeros(len(rows), 0, dtype=torch.long, device=device)
-        which = None
-        if share:
-            distinct = {row.prefix_key: row for row in rows}
-            places = {key: place for place, key in enumerate(distinct)}
-            which = torch.tensor([places[row.prefix_key] for row in rows], device=device)  # [B]
-            prefixes = _side_by_side([row.part(0, row.prefix) for row in distinct.values()])
-            self._forward(prefixes, prefixes.mask, first)
-            before = prefixes.mask[which]  # [B, Lp]
-            rows = [row.part(row.prefix, len(row.ids)) for row in rows]
-        width = before.shape[1] + max(len(row.ids) for row in rows)
-        mask = torch.cat([before, before.new_zeros(len(rows), width - before.shape[1])], dim=1)
-        whole: BatchCache | None = None
-        size = len(rows)
-        if grows_by_column(first):
-            whole = BatchCache(len(first.layers), len(rows), width + settings.max_new_tokens)
-            size = PREFILL_ROWS.get(device.type, size)
-        if which is not None and whole is None:
-            first.batch_select_indices(which)
-        elif which is not None and whole is not None:
-            whole.put(first, which)
-        hidden, positions = [], []
-        for part in (slice(start, start + size) for start in range(0, len(rows), size)):
-            block = _side_by_side(rows[part])
-            start = width - block.mask.shape[1]
-            mask[part, start:] = block.mask
-            cache = first if whole is None else whole.part(part, start)
-            hidden.append(self._forward(block, mask[part], cache))
-            positions.append(block.last_positions())
+    def _prefill(self, rows: Sequence[Row], settings: Settings, shared: dict[str, Row]) -> "_State":
+        """The state behind all prompts.
+
+        Args:
+            shared: by prefix key, a row of each prefix that is computed once for all its rows.
+        """
+        prefixes = None
+        begins = [-1] * len(rows)
+        if shared:
+            numbers = {key: number for number, key in enumerate(shared)}
+            begins = [numbers.get(row.prefix_key, -1) if row.shares else -1 for row in rows]
+            own = zip(rows, begins, strict=True)
+            rows = [row.part(row.prefix, len(row.ids)) if n >= 0 else row for row, n in own]
+            whole = [row.part(0, row.prefix) for row in shared.values()]
+            room = self._room(whole, 0)
+            for _ in self._fill(room, whole):
+                pass
+            prefixes = SharedPrefixes(room, [len(row.ids) for row in whole])
+        room = self._room(rows, settings.max_new_tokens)
+        hidden, positions = zip(*self._fill(room, rows, prefixes, begins), strict=True)
+        lengths = [len(row.ids) for row in rows]
         axes = max(map(len, positions))
         return _State(
-            first if whole is None else whole.part(slice(None), width),
-            mask,
+            room.part(0, len(rows), max(lengths)),
+            _padding_mask(lengths, hidden[0].device),
             torch.cat([each[:1] for each in positions], dim=1).expand(axes, -1),
             self._lm_head(torch.cat(hidden)),
+            prefixes,
+            begins,
         )
+
+    def _room(self, rows: Sequence[Row], more: int) -> BatchCache:
+        longest = max(len(row.ids) for row in rows) + more
+        return BatchCache(self._language_model.config.num_hidden_layers, len(rows), longest)
+
+    def _fill(
+        self,
+        room: BatchCache,
+        rows: Sequence[Row],
+        prefixes: SharedPrefixes | None = None,
+        begins: Sequence[int] = (),
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Prefill; yields last hidden states [some, hidden] and positions [axes, some]."""
+        size = PREFILL_ROWS.get(rows[0].embeddings.device.type, len(rows))
+        for start in range(0, len(rows), size):
+            block = _side_by_side(rows[start : start + size])
+            end = start + len(block.last)
+            beginnings = None if prefixes is None else prefixes.under(begins[start:end])
+            cache = room.part(start, end, 0)
+            yield self._forward(block, None, cache, beginnings), block.last_positions()
+
+    def _prefill_masked(self, rows: Sequence[Row]) -> "_State":
+        """The same where a layer sees more or less than all tokens before: padded in front."""
+        block = _side_by_side(rows, in_front=True)
+        mask = _padding_mask([len(row.ids) for row in rows], block.embeddings.device)
+        mask = None if mask is None else mask.flip(1)
+        cache = DynamicCache(config=self._language_model.config)
+        hidden = self._forward(block, mask, cache)
+        return _State(cache, mask, block.last_positions(), self._lm_head(hidden))
 
     def _continue(self, state: "_State", rows: Sequence[Row], settings: Settings) -> list[Decoded]:
         """Append one token a step until every row has ended."""
@@ -368,29 +323,37 @@ class Decoder:
             if not going or step + 1 == settings.max_new_tokens:
                 break
             if len(going) < len(active):
-                keep = torch.tensor(going, device=tokens.device)
-                state.keep(keep)
-                tokens = tokens[keep]
-                active = [active[row] for row in going]
-            ones = state.mask.new_ones(len(tokens), 1)
-            state.mask = torch.cat([state.mask, ones], dim=1)
-            state.positions = state.positions + 1
-            block = _Block(self._embed(tokens[:, None]), state.positions[..., None], ones)
-            state.logits = self._lm_head(self._forward(block, state.mask, state.cache))
+                order = state.keep(going)
+                tokens = tokens[torch.tensor(order, device=tokens.device)]
+                active = [active[row] for row in order]
+            state.grow()
+            last = torch.zeros_like(tokens)
+            block = _Block(self._embed(tokens[:, None]), state.positions[..., None], last)
+            hidden = self._forward(block, state.mask, state.cache, state.beginnings)
+            state.logits = self._lm_head(hidden)
         return results
 
-    def _forward(self, block: "_Block", mask: Tensor, cache: Cache) -> Tensor:
-        """Hidden states of the last column [rows, hidden]; the cache grows."""
+    def _forward(
+        self,
+        block: "_Block",
+        mask: Tensor | None,
+        cache: Cache,
+        beginnings: Beginnings | None = None,
+    ) -> Tensor:
+        """Hidden states of each row's last token [rows, hidden]; the cache grows."""
         positions = block.positions  # [axes, rows, columns]
-        output = self._language_model(
-            inputs_embeds=block.embeddings,
-            attention_mask=mask,
-            position_ids=positions[0] if len(positions) == 1 else positions,
-            past_key_values=cache,
-            use_cache=True,
-            **block.deep,
-        )
-        return output.last_hidden_state[:, -1]
+        with attending(self._language_model, beginnings) as more:
+            output = self._language_model(
+                inputs_embeds=block.embeddings,
+                attention_mask=mask,
+                position_ids=positions[0] if len(positions) == 1 else positions,
+                past_key_values=cache,
+                use_cache=True,
+                **block.deep,
+                **more,
+            )
+        hidden = output.last_hidden_state
+        return hidden[torch.arange(len(hidden), device=hidden.device), block.last]
 
     def _stopped(self, tokens: list[int], settings: Settings) -> bool:
         """Whether the newest token completed a stop string."""
@@ -411,21 +374,45 @@ class _State:
     """Rows that are being continued.
 
     Attributes:
-        mask: [rows, length so far], 1 for real tokens.
+        mask: [rows, length so far], 1 for real tokens; None where there is no padding.
         positions: of the newest token [axes, rows].
         logits: [rows, vocabulary] of the next token.
+        begins: which of the prefixes each row begins with, -1 for none.
     """
 
     cache: Cache
-    mask: Tensor
+    mask: Tensor | None
     positions: Tensor
     logits: Tensor
+    prefixes: SharedPrefixes | None = None
+    begins: Sequence[int] = ()
+    beginnings: Beginnings | None = None
 
-    def keep(self, rows: Tensor) -> None:
-        """Drop all other rows."""
-        self.cache.batch_select_indices(rows)
-        self.mask = self.mask[rows]
+    def __post_init__(self) -> None:
+        if self.prefixes is not None:
+            self.beginnings = self.prefixes.under(self.begins)
+
+    def keep(self, going: Sequence[int]) -> list[int]:
+        """Drop all other rows; returns which old row now stands at each place."""
+        device = self.positions.device
+        if isinstance(self.cache, BatchCache):
+            order = self.cache.keep(going)
+        else:
+            order = list(going)
+            self.cache.batch_select_indices(torch.tensor(order, device=device))
+        rows = torch.tensor(order, device=device)
+        self.mask = None if self.mask is None else self.mask[rows]
         self.positions = self.positions[:, rows]
+        if self.prefixes is not None:
+            self.begins = [self.begins[row] for row in order]
+            self.beginnings = self.prefixes.under(self.begins)
+        return order
+
+    def grow(self) -> None:
+        """Make place for one more token."""
+        if self.mask is not None:
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
+        self.positions = self.positions + 1
 
 
 @dataclass
@@ -435,13 +422,13 @@ class _Block:
     Attributes:
         embeddings: [rows, longest, hidden].
         positions: [axes, rows, longest].
-        mask: [rows, longest], 1 for real tokens.
+        last: [rows], the column of the last real token.
         deep: arguments of language models that take image features at deeper layers.
     """
 
     embeddings: Tensor
     positions: Tensor
-    mask: Tensor
+    last: Tensor
     deep: dict[str, Any] = field(default_factory=dict)
 
     def last_positions(self) -> Tensor:
@@ -450,23 +437,23 @@ class _Block:
         return furthest.expand(len(self.positions), -1)
 
 
-def _side_by_side(rows: Sequence[Row]) -> _Block:
-    """The rows padded in front."""
-    longest = max(len(row.ids) for row in rows)
+def _side_by_side(rows: Sequence[Row], in_front: bool = False) -> _Block:
+    """The rows, padded behind or in front."""
+    lengths = [len(row.ids) for row in rows]
+    longest = max(lengths)
     like = rows[0].embeddings
     axes = max(len(row.positions) for row in rows)
     embeddings = like.new_zeros(len(rows), longest, like.shape[-1])
-    mask = torch.zeros(len(rows), longest, dtype=torch.long, device=like.device)
-    positions = mask.new_zeros(axes, len(rows), longest)
-    places = mask.new_zeros(mask.shape, dtype=torch.bool)
-    for number, row in enumerate(rows):
-        start = longest - len(row.ids)
-        embeddings[number, start:] = row.embeddings
-        positions[:, number, start:] = row.positions
-        mask[number, start:] = 1
+    positions = like.new_zeros(axes, len(rows), longest, dtype=torch.long)
+    places = like.new_zeros(len(rows), longest, dtype=torch.bool)
+    for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        start = longest - length if in_front else 0
+        embeddings[number, start : start + length] = row.embeddings
+        positions[:, number, start : start + length] = row.positions
         if row.deep and row.places is not None:
-            places[number, start:] = row.places
-    block = _Block(embeddings, positions, mask)
+            places[number, start : start + length] = row.places
+    ends = [longest] * len(rows) if in_front else lengths
+    block = _Block(embeddings, positions, torch.tensor(ends, device=like.device) - 1)
     if layers := list(zip(*(row.deep for row in rows if row.deep), strict=True)):
         block.deep = {
             "visual_pos_masks": places,
@@ -475,14 +462,28 @@ def _side_by_side(rows: Sequence[Row]) -> _Block:
     return block
 
 
-def _worth_sharing(rows: Sequence[Row]) -> bool:
-    """Whether enough rows have a prefix in common to pay for a second prefill."""
-    if any(row.prefix == 0 or row.prefix >= len(row.ids) for row in rows):
-        return False
-    alone = sum(len(row.ids) for row in rows)
-    distinct = {row.prefix_key: row.prefix for row in rows}
-    together = sum(distinct.values()) + sum(len(row.ids) - row.prefix for row in rows)
-    return together < 0.85 * alone
+def _padding_mask(lengths: Sequence[int], device: torch.device) -> Tensor | None:
+    """[rows, longest], 1 for real tokens in front of the padding; None where there is none."""
+    if min(lengths) == max(lengths):
+        return None
+    columns = torch.arange(max(lengths), device=device)
+    return (columns < torch.tensor(lengths, device=device)[:, None]).long()
+
+
+def _worth_sharing(rows: Sequence[Row]) -> dict[str, Row]:
+    """By its key, a row of each prefix; empty unless enough rows share one to pay for two prefills.
+
+    A row without an image, or with nothing behind it, is prefilled whole beside the others.
+    """
+    sharing = [row for row in rows if row.shares]
+    counts = Counter(row.prefix_key for row in sharing)
+    distinct = {row.prefix_key: row for row in sharing}
+    saved = sum(row.prefix for row in sharing) - sum(row.prefix for row in distinct.values())
+    if saved <= 0.15 * sum(len(row.ids) for row in rows):
+        return {}
+    # Prefixes of equal length and as many rows lie side by side: one product serves them.
+    order = sorted(distinct.items(), key=lambda item: (item[1].prefix, counts[item[0]]))
+    return dict(order)
 
 
 class PlainDecoder:

@@ -24,6 +24,7 @@ from kd_bench.distill.models import weight_count
 from kd_bench.distill.vision_language import VisionLanguageModel
 from kd_bench.errors import UsageError, one_line
 from kd_bench.evals.benchmark import PLACEHOLDER, Answer, Question, Settings
+from kd_bench.evals.cache import is_plain
 from kd_bench.evals.decoding import Constraints, Decoded, Decoder, PlainDecoder, end_ids
 from kd_bench.evals.inputs import (
     FixedRows,
@@ -74,10 +75,6 @@ class Engine:
         self._prompts = PromptBuilder(processor)
         self._images = ImageStore() if images is None else images
         self.path = path_of(self._parts)
-        # Where attention is cut to a window, padding behind a prefix would count.
-        layers = getattr(model.config.get_text_config(), "layer_types", None) or ()
-        slides = any("sliding" in kind for kind in layers)
-        self.share = share and self.path != "generate" and not slides
         ends = end_ids(model, processor.tokenizer, self._prompts.stop_ids)
         settings = getattr(model, "generation_config", None)
         self.constraints = Constraints(settings, ends, self.device)
@@ -87,12 +84,14 @@ class Engine:
         if self.path == "generate" or self._parts is None:
             self._rows = partial(padded_batch, self._prompts, self.device)
             self._decoder = PlainDecoder(model, tokenizer, ends, self.constraints)
+            self.share = False
         else:
             embed = model.get_input_embeddings()
             kind = FixedRows if self.path == "prefix" else GeneralRows
             self._rows = kind(self._parts, self._prompts, embed).rows
             parts = (self._parts.language_model, self._parts.lm_head, embed)
             self._decoder = Decoder(*parts, tokenizer, ends, self.constraints)
+            self.share = share and is_plain(self._parts.language_model)
         tokens = None if self._parts is None else self._parts.image_token_count
         self.budget = MemoryBudget(model, tokens, budget_bytes)
 
