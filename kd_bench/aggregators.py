@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kd_bench.errors import UsageError, closest
+from kd_bench.records import AMBIGUOUS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,6 +32,8 @@ MME_PERCEPTION = (
 MME_COGNITION = (
     "commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning",
 )  # fmt: skip
+
+_CONTRARY = {"yes": "no", "no": "yes"}
 
 
 @dataclass(frozen=True)
@@ -92,9 +95,13 @@ def aggregate(name: str, samples: "pd.DataFrame") -> float:
 def by_content(samples: "pd.DataFrame") -> "pd.DataFrame":
     """The samples with what they say in place of what upstream's scorer read.
 
-    Needs `records.CONTENT_COLUMNS`.
+    Needs `records.CONTENT_COLUMNS`. What can be read as yes and as no is read as the wrong one: an
+    F1 leaves out what is neither.
     """
-    return samples.assign(score=samples["score_by_content"], parsed=samples["content"])
+    said = samples["content"]
+    wrong = samples["target"].astype(str).str.strip().str.lower().map(_CONTRARY).fillna(said)
+    parsed = said.where(said != AMBIGUOUS, wrong)
+    return samples.assign(score=samples["score_by_content"], parsed=parsed)
 
 
 def _by_unit(units: "pd.Series[str]", rows: Array) -> UnitStatistics:

@@ -221,7 +221,8 @@ class TaskResult:
         total: documents that the benchmark has without a limit, where that is known.
         tokens: generated ones an answer, on average: of a thought (`thinking`) and of the rest
             (`answer`); empty where they were not counted.
-        rates: shares in [0, 1]: `unparsed`, `empty`, `truncated`, `error`.
+        rates: shares in [0, 1]: `unparsed`, `empty`, `truncated`, `error`; and `ambiguous`, where
+            answers can be read in two ways (by content they are wrong).
         seconds: wall time of this task; `computed` answers were generated, `resumed` read back.
     """
 
@@ -272,6 +273,9 @@ CONTENT_COLUMNS: dict[str, Any] = {
 What the answer says whatever its form (`evals.scoring`), what that is worth in [0, 1], and the
 generated tokens, those of a thought among them.
 """
+
+AMBIGUOUS = "(ambiguous)"
+"""The content of an answer that can be read in two ways: by content it is wrong."""
 
 T = TypeVar("T")
 

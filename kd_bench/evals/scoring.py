@@ -25,7 +25,7 @@ from kd_bench.aggregators import MME_PERCEPTION, aggregate, by_content
 from kd_bench.errors import IncompleteRunError, UsageError
 from kd_bench.evals.benchmark import Answer, PreparedTask, mmmu_right, unit_ids
 from kd_bench.evals.documents import Document
-from kd_bench.records import CONTENT_COLUMNS, SAMPLE_COLUMNS
+from kd_bench.records import AMBIGUOUS, CONTENT_COLUMNS, SAMPLE_COLUMNS
 from kd_bench.registry import TaskSpec
 
 if TYPE_CHECKING:
@@ -108,19 +108,28 @@ _THERE = re.compile(
 _HEDGED = re.compile(r"\b(?:chance|may|might|maybe|perhaps|possibl\w+|probabl\w+|seems?)\b", re.I)
 
 
-@lru_cache(maxsize=2**16)  # a benchmark's answers are few wordings
 def read_yes_no(answer: str) -> str:
     """`yes` or `no` out of the first sentence, or out of a stated answer; else nothing.
 
     >>> read_yes_no("**No**, there is none.")
     'no'
     """
+    return _yes_or_no(answer) or ""
+
+
+@lru_cache(maxsize=2**16)  # a benchmark's answers are few wordings
+def _yes_or_no(answer: str) -> str | None:
+    """`read_yes_no`; None where it can be read as both."""
     text = _plain(answer)
     sentence = re.split(r"[.!?。\n]", text.lstrip(_CLOSERS), maxsplit=1)[0]
     opening = _polarity(_LEAD.sub("", sentence))
-    stated = {_polarity(text[match.end() :]) or "" for match in _STATED.finditer(text)} - {""}
-    if opening or opening is None or len(stated) > 1:
-        return opening or ""
+    if opening and _polarity(_LEAD.sub("", text.lstrip(_CLOSERS))) is None:
+        return None  # "Yes. No."
+    stated = {_polarity(text[match.end() :]) for match in _STATED.finditer(text)} - {""}
+    if None in {opening, *stated} or len(stated | {opening} - {""}) > 1:
+        return None
+    if opening:
+        return opening
     if stated and not _HEDGED.search(text):
         return stated.pop()
     there = _THERE.match(sentence)
@@ -132,7 +141,7 @@ def read_yes_no(answer: str) -> str:
 
 
 def _polarity(text: str) -> str | None:
-    """yes or no where a text begins with it; None where it begins with both."""
+    """yes or no where a text begins with it; None where it begins with both ("Yes, no.")."""
     text = text.lstrip(_CLOSERS)
     if _UNSURE.match(text):
         return ""
@@ -142,8 +151,10 @@ def _polarity(text: str) -> str | None:
     word, rest = found.group(0).lower(), text[found.end() :]
     if word not in _YES | _NO:
         return ""
-    other = re.match(r"\s*(?:/|\bor\b|\band\b|或|和)\s*(\w+)", rest, re.IGNORECASE)
-    if other and other.group(1).lower() in _YES | _NO:
+    other = re.match(r"[\s,.;:!，]*(/|\bor\b|\band\b|或|和)?\s*(\w+)", rest, re.IGNORECASE)
+    if other and other.group(2).lower() in (
+        _YES | _NO if other.group(1) else _NO if word in _YES else _YES
+    ):
         return None
     return "yes" if word in _YES else "no"
 
@@ -157,16 +168,19 @@ def read_choice(answer: str, options: Mapping[str, str]) -> str:
     >>> read_choice("The answer is (B).", {"A": "red", "B": "blue"})
     'B'
     """
+    return _choice(answer, options) or ""
+
+
+def _choice(answer: str, options: Mapping[str, str]) -> str | None:
+    """`read_choice`; None where it can be read as several."""
     text = _plain(answer)
     stated = [_choice_at(text[match.end() :], options) for match in _STATED.finditer(text)]
     if re.search(r"final answer", text, re.IGNORECASE):
         stated = stated[-1:]
     found = {each for each in stated if each}
     opening = _choice_at(text, options)
-    if None in stated or opening is None or len(found) > 1:
-        return ""
-    if found and opening and opening not in found:
-        return ""
+    if None in stated or opening is None or len(found | {opening} - {""}) > 1:
+        return None
     return found.pop() if found else opening
 
 
@@ -191,7 +205,7 @@ def _choice_at(text: str, options: Mapping[str, str]) -> str | None:
         return without_letter  # "A dog", "A is wrong"
     if not is_capital and not is_alone:
         return ""  # a word of one letter
-    mark = rf"(?<![A-Za-z0-9])([{letters}])(?:[.):、]\s*\S|\s*$)"  # "A. red B. blue", "A, B"
+    mark = rf"(?<![A-Za-z0-9])([{letters}])(?:[.):、]\s*\S|[.)\s]*$)"  # "A. red B. blue", "A, B"
     if set(re.findall(mark, rest)) - {letter}:
         return None
     beside = _letters_of(re.sub(r"^\s*is\s+", "", rest).strip(_CLOSERS), options)
@@ -359,12 +373,17 @@ def _thinking_tokens(
 
 
 def rates(samples: "pd.DataFrame") -> dict[str, float]:
-    """Shares of answers that were not understood, empty, cut off, or failed."""
+    """Shares of answers that were not understood, empty, cut off, or failed.
+
+    Also of those that can be read in two ways, where there are any.
+    """
     if samples.empty:
         return dict.fromkeys(("unparsed", "empty", "truncated", "error"), 0.0)
     result = {"unparsed": float((samples["parsed"] == "").mean())}
     for status in ("empty", "truncated", "error"):
         result[status] = float((samples["status"] == status).mean())
+    if (ambiguous := float((samples["content"] == AMBIGUOUS).mean())) > 0:
+        result["ambiguous"] = ambiguous
     return result
 
 
@@ -423,13 +442,12 @@ def content_of(
         score: upstream's for this very text; None where it has scored another.
         again: upstream's score of another wording.
     """
-    if spec.answer == "yes_no":
-        said = read_yes_no(text)
-        return said, float(bool(said) and said == target.strip().lower())
     options = _options(spec.id, document) if spec.answer == "letter" else {}
-    if options:
-        said = read_choice(text, options)
-        return said, float(bool(said) and said == target.strip().upper())
+    if options or spec.answer == "yes_no":
+        read = _choice(text, options) if options else _yes_or_no(text)
+        if read is None:
+            return AMBIGUOUS, 0.0
+        return read, float(bool(read) and read.lower() == target.strip().lower())
     said = read_short(text)
     is_bare = said == text.strip() or (
         said.lower() == text.strip().lower() and OWN_WORDS.fullmatch(said)

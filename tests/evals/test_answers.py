@@ -10,6 +10,7 @@ from kd_bench.errors import UsageError
 from kd_bench.evals.benchmark import REASONING_TAGS, prepare
 from kd_bench.evals.run import answer_keys, ask
 from kd_bench.evals.scoring import Thinking, headline, rates, tokens
+from kd_bench.records import AMBIGUOUS
 from kd_bench.registry import load_task
 from tests.support.eval_world import TEN, Parrot, oracle, write_replicas
 
@@ -74,6 +75,16 @@ def test_a_thought_without_an_end_is_cut_off(replicas):
     assert (samples["status"] == "truncated").all()
     assert rates(samples)["truncated"] == 1.0
     assert content == 0.0
+
+
+def test_answers_that_may_be_read_in_two_ways_are_wrong_and_counted(replicas):
+    _, content, samples = answered("pope", replicas, "{}. Answer: yes")
+    clash = samples["target"] == "no"
+    assert (samples.loc[clash, "content"] == AMBIGUOUS).all()
+    assert rates(samples)["ambiguous"] == clash.mean() > 0
+    right = len(samples) - clash.sum()  # each of the others is read as yes, which is wrong
+    assert content == pytest.approx(100 * 2 * right / (2 * right + clash.sum()))
+    assert "ambiguous" not in rates(answered("pope", replicas, "{}.")[2])
 
 
 def test_answers_are_scored_as_they_are_without_tags(replicas):

@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kd_bench.evals.scoring import read_choice, read_short, read_yes_no
+from kd_bench.evals.scoring import content_of, read_choice, read_short, read_yes_no
+from kd_bench.records import AMBIGUOUS
+from kd_bench.registry import load_task
 
 LABELLED = Path(__file__).parents[1] / "data" / "answers_labelled.tsv"
 OPTIONS = {
@@ -83,3 +85,34 @@ def test_every_option_is_read_in_every_wrapping(wrapping, options):
         assert read_yes_no(wrapping.format(said)) == said.lower()
     for said in ("red", "10:30", "new york", "3"):
         assert read_short(wrapping.format(said)) == said
+
+
+TWICE = ("yes or no", "Yes. No.", "No, yes", "Yes\nNo", "Yes. The answer is no.",
+         "The answer is yes. The answer is no.", "Answer: yes/no", "有，没有")  # fmt: skip
+SEVERAL = ("A or B", "A, B", "(A) (B)", "The answer is A. The answer is B.",
+           "A. blue", "I choose A or B")  # fmt: skip
+
+
+@pytest.mark.parametrize("answer", TWICE)
+def test_an_answer_that_is_yes_and_no_is_neither_and_counted(answer):
+    assert read_yes_no(answer) == ""
+    spec = load_task("pope")
+    for target in ("yes", "no"):
+        assert content_of(spec, {}, answer, target, 1.0, float) == (AMBIGUOUS, 0.0)
+
+
+@pytest.mark.parametrize("answer", SEVERAL)
+def test_an_answer_that_names_two_options_is_none_and_counted(answer):
+    assert read_choice(answer, {"A": "red", "B": "blue"}) == ""
+    document = {"A": "red", "B": "blue"}
+    for target in "AB":
+        found = content_of(load_task("mmbench_en"), document, answer, target, 1.0, float)
+        assert found == (AMBIGUOUS, 0.0)
+
+
+@pytest.mark.parametrize(
+    "answer", ["No. There is no dog.", "No, not yes", "Yes, yes.", "maybe", ""]
+)
+def test_one_reading_or_none_is_not_two(answer):
+    said, _ = content_of(load_task("pope"), {}, answer, "yes", 0.0, float)
+    assert said == read_yes_no(answer)
