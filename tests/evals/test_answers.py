@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from kd_bench.aggregators import aggregate, by_content
+from kd_bench.aggregators import aggregate, by_content, unit_statistics
 from kd_bench.cli.options import profiles_of
+from kd_bench.compare.align import content_statistics
+from kd_bench.compare.estimates import CONTENT, Evidence, TaskEvidence, beside
 from kd_bench.errors import UsageError
 from kd_bench.evals.benchmark import REASONING_TAGS, prepare
 from kd_bench.evals.run import answer_keys, ask
@@ -54,6 +56,37 @@ def test_what_a_right_answer_says_is_right_in_every_form(task, form, replicas):
     assert content == pytest.approx(best)
     if task in FORGIVEN:
         assert (score == pytest.approx(best)) == (form in FORGIVEN[task])
+
+
+# What upstream gives a right answer in each form, on the embedded test sets, in whole points.
+UPSTREAM = {
+    "bare": (100, 100, 100, 100, 100, 100),
+    "full stop": (0, 100, 100, 100, 100, 100),
+    "brackets": (0, 100, 0, 100, 100, 100),
+    "bold": (0, 25, 0, 0, 100, 30),
+    "stated": (0, 0, 0, 0, 100, 100),
+    "boxed": (0, 0, 0, 0, 100, 30),
+    "full-width stop": (0, 100, 0, 0, 100, 30),
+}
+IN_TABLE = ("pope", "mme", "scienceqa_img", "vqav2", "mmbench_en", "mmmu")
+
+
+@pytest.mark.parametrize("form", UPSTREAM)
+@pytest.mark.slow
+def test_the_form_gap_of_a_right_answer_is_what_upstream_does_not_read(form, replicas):
+    for task, score in zip(IN_TABLE, UPSTREAM[form], strict=True):
+        _, content, samples = answered(task, replicas, WRAPPINGS[form], limit=None)
+        name = prepare(load_task(task), replicas, limit=2).aggregator
+        columns = {
+            "oracle": unit_statistics(name, samples),
+            beside(CONTENT, "oracle"): content_statistics(name, samples),
+        }
+        values = {run: each.values for run, each in columns.items()}
+        task_evidence = TaskEvidence.of(name, columns["oracle"].units, values, 1000)
+        gap = Evidence({task: task_evidence}).form_gap(task, ["oracle"])
+        assert content == pytest.approx(100)
+        assert gap.value == pytest.approx(100 - score, abs=0.5)
+        assert gap.interval.low <= gap.value <= gap.interval.high <= 100
 
 
 @pytest.mark.parametrize("task", TEN)

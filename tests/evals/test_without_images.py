@@ -7,18 +7,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from kd_bench.compare import compare
 from kd_bench.errors import UsageError
 from kd_bench.evals.benchmark import prepare, unit_ids
-from kd_bench.evals.checkpoint import Model, StockModel
+from kd_bench.evals.checkpoint import Model, StockModel, VisualSwitch
 from kd_bench.evals.documents import GREY, IMAGES, Documents, load_documents
 from kd_bench.evals.inputs import pixel_digest
 from kd_bench.evals.run import EvalSettings, evaluate
-from kd_bench.records import Identity, Protocol, from_json
+from kd_bench.records import AVERAGE, Identity, Protocol, from_json
 from kd_bench.registry import load_task
 from kd_bench.report.board import load_board
 from kd_bench.store import Run, catalogue, find_run, set_baseline
-from tests.support.eval_world import TEN, save_talker, write_replicas
+from tests.support.eval_world import TEN, processor, save_talker, talker, write_replicas
 
 
 @pytest.fixture(scope="module")
@@ -155,3 +157,53 @@ def test_a_run_without_its_images_is_no_score_of_its_own(
 def test_other_images_are_not_known(data: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no images 'blnk'\. Did you mean 'blank'"):
         go(StockModel("dummy", "response=A"), data, tmp_path, images="blnk")
+
+
+def test_a_model_that_never_looks_has_no_sight_and_all_it_gains_is_guessing(
+    data: Path, tmp_path: Path
+) -> None:
+    runs = []
+    for word in ("yes", "no"):
+        model = StockModel("dummy", f"response={word}")
+        runs.append(go(model, data, tmp_path, name=word))
+        go(model, data, tmp_path, name=f"{word}-in-the-dark", images="blank")
+    found = compare(runs, resamples=1000)
+    whole = {task.task: task.differences[0].value for task in found.tasks}
+    assert whole["pope"] != 0
+    for run in runs:
+        assert {each.value for each in found.measures("sight", run.path.name).values()} == {0.0}
+    other = runs[1].path.name
+    for task, difference in whole.items():
+        assert found.measures("sight difference", other)[task].value == 0.0
+        guessed = found.measures("guessing difference", other)[task].value
+        assert guessed == pytest.approx(difference, abs=1e-9)
+
+
+@pytest.mark.slow
+def test_teacher_student_and_hybrid_have_their_own_sight(
+    data: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    """A student whose projector gives nothing sees nothing; its hybrid sees as little."""
+    blind = talker(5, 8)
+    with torch.no_grad():
+        for weights in blind.model.multi_modal_projector.parameters():
+            weights.zero_()
+    student = tmp_path / "blind"
+    blind.save_pretrained(student)
+    processor().save_pretrained(student)
+    models = {"teacher": checkpoint, "kd": student, "switch": VisualSwitch(student, checkpoint)}
+    runs = {}
+    for role, model in models.items():
+        runs[role] = go(model, data, tmp_path / "results", name=role, role=role)
+        go(model, data, tmp_path / "results", name=role, role=role, images="blank")
+    found = compare([*runs.values()], resamples=1000)
+    sights = {role: found.measures("sight", run.path.name) for role, run in runs.items()}
+    assert {len(known) for known in sights.values()} == {4}  # three benchmarks and the average
+    assert {each.value for each in sights["kd"].values()} == {0.0}
+    there = catalogue(tmp_path / "results")
+    for run in runs.values():
+        blank, _ = there.blank_of(run, run.manifest)
+        for task, sight in found.measures("sight", run.path.name).items():
+            if task != AVERAGE:
+                told = run.result(task).score - blank.result(task).score
+                assert sight.value == pytest.approx(told)
