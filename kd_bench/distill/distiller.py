@@ -25,12 +25,13 @@ from kd_bench.distill.recipe import (
     needs_teacher,
 )
 from kd_bench.distill.vision_language import (
-    Answers,
+    Inputs,
+    Places,
     VisionLanguageModel,
     answer_positions,
-    answers_of,
     has_images,
     keeping_vision,
+    places_of,
     seeing_with,
     teacher_inputs,
 )
@@ -129,9 +130,9 @@ class Distiller(nn.Module):
         if not isinstance(items, Mapping):
             answered = torch.as_tensor(items)
             items = objective.count_items(batch, self.parts.image_token_id) | {"answers": answered}
-        answers = answer_positions(batch["labels"])  # [batch, length]
-        targets = batch["labels"][:, 1:][answers[:, :-1]]  # [N]
-        passes = self.run(batch, answers)
+        places = places_of(batch, self.parts.image_token_id)
+        targets = batch["labels"].flatten().index_select(0, places.answers + 1)  # [N]
+        passes = self.run({**batch, "places": places})
         # A text-only batch has no image to switch: z_SW is z_T and the term is exactly zero.
         terms = [t for t in self.token_terms if t.of != "switch" or "switch" in passes.hidden]
         loss, values = objective.token_terms(
@@ -190,12 +191,8 @@ class Distiller(nn.Module):
 
     # Forward passes
 
-    def run(self, batch: Mapping[str, Tensor], answers: Tensor) -> Passes:
-        """Every forward pass that a term needs, once.
-
-        Args:
-            answers: positions [batch, length] whose next token is supervised.
-        """
+    def run(self, batch: Inputs) -> Passes:
+        """Every forward pass that a term needs, once."""
         passes = Passes()
         with_images = has_images(batch)
         switches = needs_switch(self.terms) and with_images
@@ -203,11 +200,10 @@ class Distiller(nn.Module):
         if needs_student_logits(self.terms) or not with_images:
             keeping = keeping_vision(self.parts) if switches else contextlib.nullcontext()
             with keeping as kept:
-                self._forward("student", self.parts, batch, answers, passes)
+                self._forward("student", self.parts, batch, passes)
         if not with_images:
-            passes.hidden["student"] = passes.hidden["student"] + self._zero_of_images(
-                answers.device
-            )
+            states = passes.hidden["student"]
+            passes.hidden["student"] = states + self._zero_of_images(states.device)
         if self.teacher is None:
             return passes
         with torch.no_grad():
@@ -217,48 +213,42 @@ class Distiller(nn.Module):
                 passes.hidden["switch"] = self.teacher.answer_states(batch)
         return passes
 
-    def _teach(
-        self, teacher: VisionLanguageModel, batch: Mapping[str, Tensor], passes: Passes
-    ) -> None:
+    def _teach(self, teacher: VisionLanguageModel, batch: Inputs, passes: Passes) -> None:
         """The teacher's own forward, from the cache where it holds the whole batch.
 
         Its own batch may be longer; the answers are the same tokens in the same order.
         """
         if self.teacher_states is not None:
-            found = self.teacher_states.of(batch["sample_index"], answers_of(batch))
+            found = self.teacher_states.of(batch["sample_index"], batch["places"])
             passes.hidden["teacher"] = found
             return
         inputs = teacher_inputs(batch)
-        answers = answer_positions(inputs["labels"])
         if self.cache is None:
-            self._forward("teacher", teacher, inputs, answers, passes)
+            self._forward("teacher", teacher, inputs, passes)
             return
-        samples, counts = batch["sample_index"].tolist(), answers.sum(1).tolist()
+        samples, answers = batch["sample_index"], answer_positions(batch["labels"]).sum(1)
+        samples, counts = torch.stack([samples, answers]).tolist()
         known = self.cache.get(samples, counts)
         if known is not None:
             passes.hidden["teacher"] = known.to(answers.device)
             return
-        self._forward("teacher", teacher, inputs, answers, passes)
+        self._forward("teacher", teacher, inputs, passes)
         self.cache.put(samples, counts, passes.hidden["teacher"])
 
     def _forward(
-        self,
-        name: str,
-        model: VisionLanguageModel,
-        batch: Mapping[str, Tensor],
-        answers: Tensor,
-        passes: Passes,
+        self, name: str, model: VisionLanguageModel, batch: Inputs, passes: Passes
     ) -> None:
         """Run one model and keep what the terms look at."""
         if not self.image_terms or not has_images(batch):
             passes.hidden[name] = model.answer_states(batch)
             return
-        places = batch["input_ids"] == model.image_token_id  # [batch, length]
+        places = places_of(batch, model.image_token_id)
         with FirstLayerProbe(model, self._watches_attention) as probe:
-            states = model.hidden_states(batch)
-        passes.hidden[name] = states[answers]
-        passes.at_images[name] = states[places]
-        passes.embeddings[name] = probe.embeddings[places]
+            states = model.hidden_states(batch).flatten(0, 1)
+        passes.hidden[name] = states.index_select(0, places.answers)
+        passes.at_images[name] = states.index_select(0, places.images)
+        embeddings = probe.embeddings.flatten(0, 1)
+        passes.embeddings[name] = embeddings.index_select(0, places.images)
         if self._watches_attention:
             passes.attention[name] = probe.weights(batch["attention_mask"])
 
@@ -581,13 +571,10 @@ class TeacherStates:
     states: Tensor
     first: Tensor
 
-    def of(self, samples: Tensor, answers: Answers) -> Tensor:
+    def of(self, samples: Tensor, places: Places) -> Tensor:
         """States [N, width] at the answers of a batch whose samples [batch] are given."""
-        most = answers.table.shape[1]
-        owners = samples.index_select(0, answers.slots // most)  # [N]
-        return self.states.index_select(
-            0, self.first.index_select(0, owners) + answers.slots % most
-        )
+        first = self.first.index_select(0, samples.index_select(0, places.owners))  # [N]
+        return self.states.index_select(0, first + places.slots % places.table.shape[1])
 
 
 def states_bytes(labels: Iterable[Tensor], width: int, dtype: torch.dtype) -> int:
@@ -619,7 +606,7 @@ def compute_states(
         known = cache.get(group, answered)
         if known is None:
             batch = collate([samples[index] for index in group])
-            moved = {n: v.to(device) for n, v in batch.items() if isinstance(v, Tensor)}
+            moved = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in batch.items()}
             known = teacher.answer_states(teacher_inputs(moved)).to("cpu", cache.dtype)
             with contextlib.suppress(OSError):  # no room to share them
                 cache.put(group, answered, known)

@@ -24,7 +24,7 @@ from kd_bench.distill.conversations import WINDOW, Conversations, Stream, indexe
 from kd_bench.distill.data import Conversation, Unreadable, open_image
 from kd_bench.distill.models import load_processor
 from kd_bench.distill.recipe import MAX_PIXELS, DataSource
-from kd_bench.distill.vision_language import TEACHERS, has_images
+from kd_bench.distill.vision_language import TEACHERS, find_places, has_images, tensors_of
 from kd_bench.errors import KdBenchError, TrainingError, UsageError, one_line
 
 IGNORED = -100
@@ -414,10 +414,15 @@ class ConversationDataset(Dataset[EncodedSample | UnreadableSample]):
 
 
 class Collator:
-    """Pads samples on the right and joins their images."""
+    """Pads samples on the right, joins their images, and finds where answers and images lie.
 
-    def __init__(self, pad_token_id: int) -> None:
+    Args:
+        image_token_ids: the student's and the teacher's.
+    """
+
+    def __init__(self, pad_token_id: int, image_token_ids: tuple[int, int] = (-1, -1)) -> None:
         self.padding = {"input_ids": pad_token_id, "labels": IGNORED}
+        self.image_token_ids = image_token_ids
 
     def __call__(self, made: Sequence[EncodedSample | UnreadableSample]) -> dict[str, Any]:
         """One batch, with the indices and reasons of samples that are unreadable."""
@@ -433,7 +438,7 @@ class Collator:
             batch |= self._side(samples, TEACHERS)
         return {**batch, "unreadable": lost} if lost else batch
 
-    def _side(self, samples: list[EncodedSample], prefix: str) -> dict[str, Tensor]:
+    def _side(self, samples: list[EncodedSample], prefix: str) -> dict[str, Any]:
         """The student's tensors, or those whose names begin with the teacher's prefix."""
         sides = [
             {
@@ -444,14 +449,20 @@ class Collator:
             for sample in samples
         ]
         ones = [torch.ones_like(side["input_ids"]) for side in sides]
-        batch = {f"{prefix}attention_mask": pad_sequence(ones, batch_first=True)}  # [batch, length]
+        # [batch, length]
+        batch: dict[str, Any] = {f"{prefix}attention_mask": pad_sequence(ones, batch_first=True)}
         for name in sorted({name for side in sides for name in side} - {"sample_index"}):
             if name in (*self.padding, *PER_TOKEN):
                 rows = [s[name] if name in s else torch.zeros_like(s["input_ids"]) for s in sides]
                 filler = self.padding.get(name, 0)
                 batch[prefix + name] = pad_sequence(rows, batch_first=True, padding_value=filler)
             else:
-                batch[prefix + name] = joined([side[name] for side in sides if name in side])
+                whole = joined([side[name] for side in sides if name in side])
+                # Sizes are read by the host, once an image.
+                batch[prefix + name] = whole.tolist() if name == "image_sizes" else whole
+        if (image := self.image_token_ids[bool(prefix)]) >= 0:
+            places = find_places({n.removeprefix(prefix): v for n, v in batch.items()}, image)
+            batch |= {f"{prefix}{name}": each for name, each in tensors_of(places).items()}
         return batch
 
 

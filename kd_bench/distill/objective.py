@@ -39,7 +39,7 @@ def count_items(batch: Mapping[str, Tensor], image_token_id: int) -> dict[str, T
         "answers": (batch["labels"][:, 1:] != -100).sum(),
         "image_samples": places.any(1).sum(),
         "image_tokens": places.sum(),
-        "image_pairs": places.cumsum(1)[asks].sum(),
+        "image_pairs": (places.cumsum(1) * asks).sum(),
     }
 
 

@@ -489,12 +489,14 @@ def _trainer(
 ) -> DistillationTrainer:
     tokenizer = run.processor.tokenizer
     (stop,) = order.dataset.encoder.chat.stop_ids
+    both = (distiller.parts, distiller.teacher or distiller.parts)
+    images = (both[0].image_token_id, both[1].image_token_id)
     steps = stage.steps or max(round((stage.epochs or 1) * order.steps), 1)
     trainer = DistillationTrainer(
         distiller,
         trainer_arguments(run.recipe, stage, folder, steps, order.batch_size, seed),
         order,
-        Collator(stop if tokenizer.pad_token_id is None else tokenizer.pad_token_id),
+        Collator(stop if tokenizer.pad_token_id is None else tokenizer.pad_token_id, images),
         stage=stage,
         report=ProgressReport(stage.name, run.console, run.log, stage.batch_size, run.done),
         lineage=run.folder / "lineage.json",

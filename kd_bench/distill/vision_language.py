@@ -12,7 +12,7 @@ import contextlib
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -37,6 +37,10 @@ PLAIN_LAYERS = (
     "Qwen3VLTextDecoderLayer",
 )
 """Decoder layers that `_at_answers` computes at a part of the positions."""
+PLAIN_DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
+"""Language models of such layers alone, causal, a token's position its place in the row."""
+CAUSAL_UNASKED = ("sdpa", "flash_attention_2", "flash_attention_3")
+"""Attention that is causal where it is given no mask."""
 TEACHERS = "teacher."
 """Begins the names of the teacher's own tensors in a batch that the student's cannot serve."""
 OF_IMAGES = (
@@ -243,26 +247,62 @@ class VisionLanguageModel:
         Raises:
             UsageError: the images do not fit the text, or there is a video.
         """
-        return self._run(inputs)
+        try:
+            output = self.core(**self._given(inputs, self.core.forward), use_cache=False)
+        except ValueError as error:
+            raise self._does_not_fit(str(error).splitlines()[0]) from error
+        states: Tensor = output.last_hidden_state
+        return states
 
     def answer_states(self, inputs: Inputs) -> Tensor:
-        """Last hidden states [N, hidden] at the answers of a batch padded on the right.
+        """Last hidden states [N, hidden] at the answers of a batch.
 
-        Behind its keys and values the last decoder layer runs at the answers alone, where it is
-        one of `PLAIN_LAYERS`.
+        The same as of `hidden_states`, for less. Behind its keys and values the last decoder layer
+        runs at the answers alone, where it is one of `PLAIN_LAYERS`. And in a batch padded on the
+        right no token before the padding sees it, so `PLAIN_DECODERS` go without a mask, which
+        leaves attention to its fastest kernels; image tokens are put in their places by number.
 
         Raises:
             UsageError: as `hidden_states`.
         """
-        answers = answers_of(inputs)
+        places = places_of(inputs, self.image_token_id)
         layer = self._plain_last_layer
         if layer is None or "forward" in vars(layer):  # placed by accelerate, layer by layer
-            return self._run(inputs).flatten(0, 1).index_select(0, answers.rows)
-        layer.forward = partial(_last_layer, layer, answers, inputs.get("attention_mask"))
+            return self.hidden_states(inputs).flatten(0, 1).index_select(0, places.answers)
+        mask = None if places.padded_right else inputs.get("attention_mask")
+        layer.forward = partial(_last_layer, layer, places, mask)
         try:
-            return self._run(inputs)
+            if not (self._plain_decoder and places.padded_right):
+                return self.hidden_states(inputs)
+            language: Any = self.language_model
+            language.forward = partial(_decode, language)
+            try:
+                states: Tensor = language(inputs_embeds=self._embeddings(inputs, places))
+                return states
+            finally:
+                del language.forward
         finally:
             del layer.forward
+
+    def _embeddings(self, inputs: Inputs, places: "Places") -> Tensor:
+        """What enters the language model, image tokens in their places [batch, length, hidden]."""
+        embeddings: Tensor = self.core.get_input_embeddings()(inputs["input_ids"])
+        if not has_images(inputs):
+            return embeddings
+        try:
+            images = self.image_embeddings(inputs)[0].to(embeddings)
+        except ValueError as error:
+            raise self._does_not_fit(str(error).splitlines()[0]) from error
+        if len(images) != len(places.images):
+            raise self._does_not_fit(f"{len(places.images)} image tokens, {len(images)} features")
+        flat = embeddings.flatten(0, 1).index_copy(0, places.images, images)
+        return flat.view_as(embeddings)
+
+    def _does_not_fit(self, why: str) -> UsageError:
+        return UsageError(
+            f"{self.architecture} does not take this batch: {why}",
+            "Use the processor of this checkpoint and do not truncate inside an image.",
+        )
 
     @cached_property
     def _plain_last_layer(self) -> Any:
@@ -275,16 +315,20 @@ class VisionLanguageModel:
         plain = bool(names & {*PLAIN_LAYERS})
         return layer if plain and getattr(layer.self_attn, "sliding_window", None) is None else None
 
-    def _run(self, inputs: Inputs) -> Tensor:
-        try:
-            output = self.core(**self._given(inputs, self.core.forward), use_cache=False)
-        except ValueError as error:
-            raise UsageError(
-                f"{self.architecture} does not take this batch: {str(error).splitlines()[0]}",
-                "Use the processor of this checkpoint and do not truncate inside an image.",
-            ) from error
-        states: Tensor = output.last_hidden_state
-        return states
+    @cached_property
+    def _plain_decoder(self) -> bool:
+        """Whether `_decode` computes what the language model does to a batch padded on the right.
+
+        Images must be all that comes in from outside, at the places of their tokens.
+        """
+        language: Any = self.language_model
+        names = {kind.__name__ for kind in type(language).__mro__}
+        return (
+            bool(names & {*PLAIN_DECODERS})
+            and language.config._attn_implementation in CAUSAL_UNASKED
+            and getattr(language.config, "sliding_window", None) is None
+            and not self.family.merges_inside
+        )
 
     def image_embeddings(self, inputs: Inputs) -> tuple[Tensor, ...]:
         """Projected image tokens [image tokens, hidden]: for the input, then for each layer.
@@ -327,41 +371,92 @@ class VisionLanguageModel:
 
 
 @dataclass(frozen=True)
-class Answers:
-    """Where the answers of a batch lie: N in all, at most A in one sample.
+class Places:
+    """Where answers and image tokens of a batch lie: N answers in all, at most A in one sample.
 
     Attributes:
-        rows: places in [batch * length], rising, [N].
-        slots: places in [batch * A], [N].
+        answers: places in [batch * length], rising, [N].
+        slots: their places in [batch * A], [N].
         table: position of each slot in its sample, the last one where no answer fills it,
             [batch, A].
+        images: places in [batch * length] of the image tokens, rising.
+        padded_right: no token comes behind padding.
     """
 
-    rows: Tensor
+    answers: Tensor
     slots: Tensor
     table: Tensor
+    images: Tensor
+    padded_right: bool = True
+
+    @property
+    def owners(self) -> Tensor:
+        """Sample in the batch of every answer [N]."""
+        return self.slots // self.table.shape[1]
 
 
-def answers_of(inputs: Inputs) -> Answers:
-    """Where the answers of a batch with `labels` lie."""
-    positions = answer_positions(inputs["labels"])  # [batch, length]
-    batch, length = positions.shape
-    rows = positions.flatten().nonzero().squeeze(1)
-    counts = positions.sum(1)
-    most = max(int(counts.max()), 1) if batch else 1
+def find_places(inputs: Inputs, image_token_id: int) -> Places:
+    """Where answers and image tokens lie, read in one transfer from the device that holds them."""
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    marks = [answer_positions(inputs["labels"]), ids == image_token_id]
+    marks.append(torch.ones_like(marks[0]) if mask is None else mask.bool())
+    answers, images, tokens = torch.stack(marks).cpu()  # [batch, length] each
+    batch, length = answers.shape
+    rows = answers.flatten().nonzero().squeeze(1)
+    counts = answers.sum(1)
+    most = max(int(counts.max()), 1)
     sample = rows // length
     before = counts.cumsum(0) - counts  # answers of the samples above
-    slots = sample * most + torch.arange(len(rows), device=rows.device) - before[sample]
+    slots = sample * most + torch.arange(len(rows)) - before[sample]
     table = rows.new_full((batch * most,), length - 1)
     table[slots] = rows % length
-    return Answers(rows, slots, table.view(batch, most))
+    found = Places(
+        answers=rows,
+        slots=slots,
+        table=table.view(batch, most),
+        images=images.flatten().nonzero().squeeze(1),
+        padded_right=not bool((tokens[:, 1:] & ~tokens[:, :-1]).any()),
+    )
+    moved = {n: each.to(ids.device, non_blocking=True) for n, each in tensors_of(found).items()}
+    return replace(found, **{name.removeprefix(PLACES): each for name, each in moved.items()})
+
+
+PLACES = "places_"
+"""Begins the names of what `Collator` puts into a batch, so that no device has to be asked."""
+
+
+def tensors_of(places: Places) -> dict[str, Tensor]:
+    """The places of a batch padded on the right, as entries of that batch."""
+    names = ("answers", "slots", "table", "images")
+    return {f"{PLACES}{name}": getattr(places, name) for name in names}
+
+
+def places_of(inputs: Inputs, image_token_id: int) -> Places:
+    """The places that `Collator` found, or this function before; else those that are found now."""
+    if isinstance(known := inputs.get("places"), Places):
+        return known
+    if f"{PLACES}table" in inputs:
+        given = (name for name in inputs if name.startswith(PLACES))
+        return Places(**{name.removeprefix(PLACES): inputs[name] for name in given})
+    return find_places(inputs, image_token_id)
+
+
+def _decode(language: Any, inputs_embeds: Tensor) -> Tensor:
+    """In place of the forward of one of `PLAIN_DECODERS`: [batch, length, width] -> its states."""
+    positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0)
+    rotary = language.rotary_emb(inputs_embeds, positions)
+    states = inputs_embeds
+    for layer in language.layers:
+        states = layer(states, attention_mask=None, position_embeddings=rotary, use_cache=False)
+    normed: Tensor = language.norm(states)
+    return normed
 
 
 def _last_layer(
-    layer: Any, answers: Answers, mask: Tensor | None, hidden_states: Tensor, *_: Any, **given: Any
+    layer: Any, places: Places, mask: Tensor | None, hidden_states: Tensor, *_: Any, **given: Any
 ) -> Tensor:
     """In place of a decoder layer's own forward: [batch, length, width] -> [N, width]."""
-    work = partial(_at_answers, layer, answers, mask, given["position_embeddings"])
+    work = partial(_at_answers, layer, places, mask, given["position_embeddings"])
     if layer.gradient_checkpointing and layer.training:
         recomputed: Tensor = layer._gradient_checkpointing_func(work, hidden_states)
         return recomputed
@@ -370,7 +465,7 @@ def _last_layer(
 
 def _at_answers(
     layer: Any,
-    answers: Answers,
+    places: Places,
     mask: Tensor | None,
     rotary: tuple[Tensor, Tensor],
     hidden: Tensor,
@@ -378,7 +473,7 @@ def _at_answers(
     """A decoder layer of `PLAIN_LAYERS`: keys and values everywhere, all else at the answers.
 
     Args:
-        mask: tokens that are no padding [batch, length]; None is all.
+        mask: tokens that are no padding [batch, length]; None where none comes before an answer.
         rotary: cosines and sines [batch or 1, length, head width].
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -389,7 +484,7 @@ def _at_answers(
     normed = layer.input_layernorm(hidden)
 
     def rows_of(states: Tensor) -> Tensor:
-        return states.expand(batch, -1, -1).flatten(0, 1).index_select(0, answers.rows)
+        return states.expand(batch, -1, -1).flatten(0, 1).index_select(0, places.answers)
 
     def normalised(name: str, states: Tensor) -> Tensor:
         return getattr(attention, name)(states) if hasattr(attention, name) else states
@@ -400,9 +495,9 @@ def _at_answers(
     query = normalised("q_norm", attention.q_proj(rows_of(normed)).unflatten(-1, heads))
     _, key = rotate(key[:, :0], key, *rotary)
     query, _ = rotate(query, query[:, :0], *(rows_of(each) for each in rotary))
-    packed = query.new_zeros(answers.table.numel(), *query.shape[1:])
-    packed = packed.index_copy(0, answers.slots, query).unflatten(0, answers.table.shape)
-    seen = torch.arange(length, device=hidden.device) <= answers.table.unsqueeze(-1)
+    packed = query.new_zeros(places.table.numel(), *query.shape[1:])
+    packed = packed.index_copy(0, places.slots, query).unflatten(0, places.table.shape)
+    seen = torch.arange(length, device=hidden.device) <= places.table.unsqueeze(-1)
     if mask is not None:
         seen = seen & mask.bool().unsqueeze(1)  # [batch, A, length]
     found, _ = sdpa_attention_forward(
@@ -414,7 +509,7 @@ def _at_answers(
         dropout=attention.attention_dropout if attention.training else 0.0,
         scaling=attention.scaling,
     )
-    found = found.flatten(0, 1).index_select(0, answers.slots).flatten(1)
+    found = found.flatten(0, 1).index_select(0, places.slots).flatten(1)
     states = rows_of(hidden) + attention.o_proj(found)
     out: Tensor = states + layer.mlp(layer.post_attention_layernorm(states))
     return out

@@ -9,7 +9,7 @@ from kd_bench.distill.conversations import read_conversations
 from kd_bench.distill.distiller import TeacherCache, cache_folder, compute_states
 from kd_bench.distill.encoding import Collator, Encoder
 from kd_bench.distill.recipe import DataSource
-from kd_bench.distill.vision_language import VisionLanguageModel, answer_positions, answers_of
+from kd_bench.distill.vision_language import VisionLanguageModel, answer_positions, places_of
 from kd_bench.errors import UsageError
 from tests.support import tiny
 
@@ -133,7 +133,7 @@ def test_states_of_all_samples_are_those_of_any_batch_and_the_same_bits_for_ever
     for chosen in ([3], [0, 19, 7], [12, 4, 11, 5, 2]):
         batch = Collator(0)([samples[index] for index in chosen])
         expected = teacher.hidden_states(batch)[answer_positions(batch["labels"])]
-        found = everyone[0].of(batch["sample_index"], answers_of(batch))
+        found = everyone[0].of(batch["sample_index"], places_of(batch, 2))
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -14,13 +14,16 @@ from kd_bench.distill.recipe import METHODS
 from kd_bench.distill.vision_language import (
     VisionLanguageModel,
     answer_positions,
-    answers_of,
+    find_places,
     has_images,
     keeping_vision,
+    places_of,
     put_vision,
     seeing_with,
+    tensors_of,
 )
 from kd_bench.errors import UsageError
+from tests.support.counting import counted
 from tests.support.tiny_families import FAMILIES, IMAGE, batch_for, kinds_for, make, text_batch
 
 
@@ -190,14 +193,68 @@ def test_the_last_layer_runs_at_answers_alone_and_gives_the_same(
     assert set(seen) == ({everywhere} if family in WHOLE else {everywhere, counted})
 
 
-def test_answers_are_found_where_they_lie() -> None:
+MASKED = ("qwen2-vl", "qwen2.5-vl", "qwen3-vl", *WHOLE)
+"""Families that need the padding mask: their positions or their attention depend on it."""
+
+
+def test_plain_decoders_read_a_batch_padded_on_the_right_without_its_mask(case: Case) -> None:
+    family, student, _, batch = case
+    parts = VisionLanguageModel(student)
+    positions = answer_positions(batch["labels"])
+    masks: list[Any] = []
+    layer = parts.language_model.layers[0]  # type: ignore[union-attr, index]
+    hook = layer.register_forward_pre_hook(
+        lambda _, __, given: masks.append(given["attention_mask"]), with_kwargs=True
+    )
+    collated: dict[str, Any] = batch | tensors_of(places_of(batch, IMAGE))
+    if "image_sizes" in batch:
+        collated["image_sizes"] = batch["image_sizes"].tolist()
+    try:
+        with torch.no_grad(), counted() as operations:
+            found = parts.answer_states(collated)
+        assert len(masks) == 1
+        assert (masks[0] is None) == (family not in MASKED)
+        if family not in MASKED:  # and no mask: no difference at all at any real token
+            real = batch["attention_mask"].bool()
+            whole, bare = (
+                parts.hidden_states(each)[real]
+                for each in (batch, batch | {"attention_mask": None})
+            )
+            assert float((whole - bare).detach().abs().max()) == 0.0
+            assert family in ("smolvlm", "idefics3") or not operations.waits
+    finally:
+        hook.remove()
+    expected = parts.hidden_states(batch)[positions]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    # Padded on the left, the mask stays.
+    given = without_labels(batch) | {"labels": batch["labels"]}
+    left = {n: given[n].flip(-1) for n in ("input_ids", "labels", "attention_mask")}
+    if family not in MASKED:
+        masks.clear()
+        hook = layer.register_forward_pre_hook(
+            lambda _, __, given: masks.append(given["attention_mask"]), with_kwargs=True
+        )
+        parts.answer_states(given | left)
+        hook.remove()
+        assert masks[0] is not None
+
+
+def test_answers_and_images_are_found_where_they_lie() -> None:
     labels = torch.tensor([[-100, 5, -100, 6], [-100] * 4, [-100, -100, -100, 7]])
-    answers = answers_of({"labels": labels})
-    assert answers.rows.tolist() == [0, 2, 10]
-    assert answers.slots.tolist() == [0, 1, 4]
-    assert answers.table.tolist() == [[0, 2], [3, 3], [2, 3]]
-    none = answers_of({"labels": torch.full((2, 3), -100)})
-    assert len(none.rows) == 0
+    ids = torch.tensor([[9, 5, 3, 6], [9, 9, 0, 0], [3, 3, 3, 7]])
+    places = find_places({"labels": labels, "input_ids": ids}, 9)
+    assert places.answers.tolist() == [0, 2, 10]
+    assert places.slots.tolist() == [0, 1, 4]
+    assert places.owners.tolist() == [0, 0, 2]
+    assert places.table.tolist() == [[0, 2], [3, 3], [2, 3]]
+    assert places.images.tolist() == [0, 4, 5]
+    assert places.padded_right
+    for row, right in (([1, 1, 0, 0], True), ([0, 1, 1, 1], False), ([1, 0, 1, 0], False)):
+        mask = torch.tensor([[1] * 4, row, [1] * 4])
+        given = {"labels": labels, "input_ids": ids, "attention_mask": mask}
+        assert find_places(given, 9).padded_right == right
+    none = find_places({"labels": torch.full((2, 3), -100), "input_ids": ids[:2, :3]}, 9)
+    assert len(none.answers) == 0
     assert none.table.shape == (2, 1)
 
 
