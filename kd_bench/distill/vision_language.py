@@ -417,8 +417,12 @@ def find_places(inputs: Inputs, image_token_id: int) -> Places:
         images=images.flatten().nonzero().squeeze(1),
         padded_right=not bool((tokens[:, 1:] & ~tokens[:, :-1]).any()),
     )
-    moved = {n: each.to(ids.device, non_blocking=True) for n, each in tensors_of(found).items()}
-    return replace(found, **{name.removeprefix(PLACES): each for name, each in moved.items()})
+    if ids.device.type == "cpu":
+        return found
+    own: dict[str, Any] = {
+        name.removeprefix(PLACES): each for name, each in tensors_of(found).items()
+    }
+    return replace(found, **{name: each.to(ids.device) for name, each in own.items()})
 
 
 PLACES = "places_"
