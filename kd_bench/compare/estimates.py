@@ -186,6 +186,7 @@ class Evidence:
     def __init__(self, tasks: Mapping[str, TaskEvidence], reach: float = 100.0) -> None:
         self.tasks = dict(tasks)
         self.reach = reach  # no difference is larger
+        self._columns: dict[tuple[str, str, str], TaskEvidence] = {}
 
     def has(self, key: str, *groups: Group) -> bool:
         """Whether every run of the groups has this benchmark (all of them, for the average)."""
@@ -267,7 +268,7 @@ class Evidence:
         own = [[beside(column, run) for run in group] for group in (first, second)]
         if not self.has(key, first, second, *own):
             return None
-        over = self._between(column, "", 2 * self.reach)
+        over = self._between(key, column, "", 2 * self.reach)
         return (
             self.difference(key, own[0], own[1], level),
             over.difference(key, first, second, level),
@@ -292,11 +293,16 @@ class Evidence:
         """The mean of column `upper` minus column `lower` over a group's runs."""
         if not self.has(key, *([beside(each, run) for run in group] for each in (lower, upper))):
             return None
-        found = self._between(lower, upper, self.reach).difference(key, [_NOTHING], group, level)
+        gap = self._between(key, lower, upper, self.reach)
+        found = gap.difference(key, [_NOTHING], group, level)
         return replace(found, seeds=(len(group),))
 
-    def _between(self, lower: str, upper: str, reach: float) -> "Evidence":
-        return Evidence({key: t.between(lower, upper) for key, t in self.tasks.items()}, reach)
+    def _between(self, key: str, lower: str, upper: str, reach: float) -> "Evidence":
+        tasks = self.tasks if key == AVERAGE else [key]
+        for task in tasks:
+            if (task, lower, upper) not in self._columns:
+                self._columns[task, lower, upper] = self.tasks[task].between(lower, upper)
+        return Evidence({task: self._columns[task, lower, upper] for task in tasks}, reach)
 
     def retention(
         self, key: str, student: Group, teacher: Group, level: float = 0.95

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from kd_bench.errors import KdBenchError, UsageError, closest
 from kd_bench.records import AVERAGE, Cost, Interval, RunManifest, TaskResult
 from kd_bench.registry import SKILLS, TaskSpec, load_tasks
-from kd_bench.store import Run, catalogue, cautions
+from kd_bench.store import Catalogue, Run, catalogue, cautions
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -91,6 +91,9 @@ class Entry:
 
     `scores`, `differences` and `retentions` are keyed by benchmark id, and by `AVERAGE`.
     `runs`, `manifests` and `results` are parallel, one a seed, ordered by seed.
+
+    Attributes:
+        blanks: by a run's folder name, the run of the same model with blank images.
     """
 
     key: str
@@ -106,6 +109,7 @@ class Entry:
     differences: dict[str, Score] = field(default_factory=dict)
     retentions: dict[str, Score] = field(default_factory=dict)
     gap_closed: Score = MISSING
+    blanks: dict[str, Run] = field(default_factory=dict)
 
     @property
     def training_tokens(self) -> float | None:
@@ -344,9 +348,19 @@ def load_board(
     rows = [members for members in groups if not all(problem for *_, problem in members)]
     left_out += [problem for members in groups for *_, problem in members if problem]
     tasks = task_infos(task for _, manifest in chosen for task in manifest.tasks)
-    entries = _name([_entry(members, tasks) for members in rows])
+    blanks, unused = _blank_runs(there, chosen)
+    used = tuple(run.path.name for run in blanks.values())  # no rows, and yet on the page
+    left_out = [line for line in left_out if not line.startswith(used)] + unused
+    entries = _name([_entry(members, tasks, blanks) for members in rows])
     entries = _mark_protocols(entries, tasks)
     return Board(suite, tasks, tuple(entries), left_out=tuple(left_out))
+
+
+def _blank_runs(there: Catalogue, chosen: Sequence[Listed]) -> tuple[dict[str, Run], list[str]]:
+    """The run with blank images of each chosen run that has one, and why others are not used."""
+    found = {run.path.name: there.blank_of(run, manifest) for run, manifest in chosen}
+    unused = [reason for _, reason in found.values() if reason]
+    return {name: blank for name, (blank, _) in found.items() if blank is not None}, unused
 
 
 def _verified(run: Run, manifest: RunManifest) -> Loaded:
@@ -383,7 +397,7 @@ def _fold(runs: Sequence[Loaded]) -> list[list[Loaded]]:
     ]
 
 
-def _entry(members: list[Loaded], tasks: tuple[TaskInfo, ...]) -> Entry:
+def _entry(members: list[Loaded], tasks: tuple[TaskInfo, ...], blanks: dict[str, Run]) -> Entry:
     """Fold one group's results into scores by benchmark, and their average."""
     manifests = tuple(manifest for _, manifest, _, _ in members)
     results = tuple(found for _, _, found, _ in members)
@@ -409,6 +423,7 @@ def _entry(members: list[Loaded], tasks: tuple[TaskInfo, ...]) -> Entry:
         cost=cost,
         health=tuple(health),
         scores=scores,
+        blanks={name: blanks[name] for run, *_ in members if (name := run.path.name) in blanks},
     )
 
 

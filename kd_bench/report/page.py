@@ -4,6 +4,7 @@ import base64
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from kd_bench.report.board import Board, Entry, Score
 from kd_bench.report.leaderboard import VIEWS, Mode, interval_text, leaderboard
 from kd_bench.report.papers import paper_table, published_tables, to_whole
 from kd_bench.report.plots import Logs, board_plots
-from kd_bench.report.relations import category_tables
+from kd_bench.report.relations import FROM_SFT, category_tables, gap_table
 from kd_bench.report.samples import choose_samples, embed_json, write_samples
 from kd_bench.report.style import DARK, LIGHT, Plot, css_series, variables
 from kd_bench.report.tables import (
@@ -36,6 +37,7 @@ from kd_bench.report.tables import (
     to_csv,
     to_html,
     to_json_text,
+    to_latex,
     to_markdown,
 )
 
@@ -53,7 +55,7 @@ CHROME_DARK = {
 }  # fmt: skip
 EMPTY: dict[str, Any] = {
     "mini": False, "title": "", "eyebrow": "", "lead": [], "figures": [], "unhealthy": [],
-    "rows": False, "categories": [], "samples_json": None,
+    "rows": False, "gaps": None, "categories": [], "samples_json": None,
     "published": [], "runs": [], "trend": None, "left_out": [], "downloads": [],
 }  # fmt: skip
 
@@ -131,6 +133,7 @@ def _environment() -> Environment:
     environment.filters["clean"] = clean
     environment.filters["series"] = css_series
     environment.filters["html"] = lambda table: Markup(to_html(table))
+    environment.filters["stacked"] = lambda table: Markup(to_html(table, stacked=True))
     environment.filters["clean_lines"] = lambda text: "\n".join(map(clean, text.splitlines()))
     return environment
 
@@ -151,6 +154,12 @@ TABLES = {
     "leaderboard.csv": "full precision, with intervals and spreads",
     "leaderboard.tex": "LaTeX, booktabs, with caption",
     "leaderboard.json": "scores, differences and retention for machines",
+}
+GAPS = {
+    "gaps.md": "form gap and sight, Markdown",
+    "gaps.csv": "the same in full precision",
+    "gaps.tex": "the same as LaTeX, booktabs",
+    "gaps.json": "the same for machines",
 }
 PLOTS: tuple[PlotSection, ...] = (
     (
@@ -180,16 +189,21 @@ def render(
     `paper` is written to `paper.tex`. Equal boards give equal bytes: nothing depends on the time or
     place of rendering.
     """
-    names = [*TABLES, "categories.json", "paper.tex", "samples.parquet"]
+    names = [*TABLES, *GAPS, "categories.json", "paper.tex", "samples.parquet"]
     claim_report(destination, names, [name for *_, names in PLOTS for name in names])
     plots = board_plots(board, evidence, logs)
     chosen = choose_samples(board)
     tables = {mode: leaderboard(board, mode) for mode in VIEWS}
     table, categories = tables["scores"], category_tables(board)
+    gaps = gap_table(board, evidence)
     first, related = published_tables()
     files = dict(zip(TABLES, (to_markdown(table), to_csv(table), to_whole(board, table),
                               to_json_text(list(tables.values()))), strict=True))  # fmt: skip
     downloads = list(TABLES.items())
+    if gaps is not None and gaps.rows:
+        texts = (to_markdown(gaps), to_csv(gaps), to_latex(gaps), to_json_text([gaps]))
+        files |= dict(zip(GAPS, texts, strict=True))
+        downloads += GAPS.items()
     if categories:
         files["categories.json"] = to_json_text(categories)
         downloads.append(("categories.json", "scores by category for machines"))
@@ -215,6 +229,8 @@ def render(
             for stack in zip(*(each.rows for each in tables.values()), strict=True)
         },
         "rows": bool(table.rows),
+        "gaps": gaps,
+        "gap_tables": [] if gaps is None else _own_and_parts(gaps),
         "categories": categories,
         "samples_json": Markup(embed_json(chosen)) if chosen else None,
         "sample_count": len(chosen["samples"]) if chosen else 0,
@@ -225,6 +241,21 @@ def render(
         "downloads": downloads,
     }
     return write_report(destination, context, files, plots, PLOTS)
+
+
+def _own_and_parts(gaps: Table) -> list[tuple[bool, Table]]:
+    """Each model's own gaps, and what differences are made of, which the page folds away."""
+    found = []
+    for is_part in (False, True):
+        rows = tuple(row for row in gaps.rows if (row.section in FROM_SFT.values()) == is_part)
+        title, width = gaps.title, len(gaps.columns)
+        if is_part:  # the last column counts answers of a model
+            title = "What differences from SFT are made of"
+            width -= gaps.columns[-1].key == "ambiguous"
+        rows = tuple(replace(row, cells=row.cells[:width]) for row in rows)
+        if rows:
+            found.append((is_part, Table(title, gaps.columns[:width], rows)))
+    return found
 
 
 # --- the leaderboard ---------------------------------------------------------------------------

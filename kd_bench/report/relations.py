@@ -5,8 +5,10 @@ board it may be asked about.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +16,26 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from kd_bench.aggregators import Aggregator, get_aggregator, unit_statistics
-from kd_bench.compare.estimates import Estimate, Evidence, TaskEvidence, headline
-from kd_bench.errors import UsageError, closest
+from kd_bench.compare.align import CONTENT_READ, blank_statistics, content_statistics
+from kd_bench.compare.estimates import (
+    BLANK,
+    CONTENT,
+    PART_NAMES,
+    Estimate,
+    Evidence,
+    TaskEvidence,
+    beside,
+    headline,
+)
+from kd_bench.errors import KdBenchError, UsageError, closest
 from kd_bench.records import AVERAGE
 from kd_bench.report.board import MISSING, Board, Entry, Score, TaskInfo, load_board
 from kd_bench.report.tables import Cell, Column, Row, Table, clean
 from kd_bench.stats import RESAMPLES
+from kd_bench.store import Run
 
 SCORED = ("document_id", "unit_id", "category", "target", "parsed", "score")
+READ = (*SCORED, *CONTENT_READ)
 # Stored samples that miss the stored score by more than this (points) are not resampled.
 AGREES = 0.05
 
@@ -57,7 +71,7 @@ def _task_evidence(board: Board, info: TaskInfo, resamples: int) -> TaskEvidence
     for entry in sorted(board.entries, key=_limited):  # a limited one sets no units for the others
         if not entry.score(task).comparable:
             continue
-        for run, result, frame in entry.samples(task, SCORED):
+        for run, result, frame in entry.samples(task, READ):
             try:
                 statistics = unit_statistics(aggregator.name, frame)
             except (ValueError, KeyError, TypeError):
@@ -70,9 +84,24 @@ def _task_evidence(board: Board, info: TaskInfo, resamples: int) -> TaskEvidence
             first = next(iter(by_run.values()), statistics.values)
             if np.array_equal(units, statistics.units) and first.shape == statistics.values.shape:
                 by_run[run.path.name] = statistics.values
+                by_run |= _columns(aggregator.name, task, run, frame, entry.blanks)
     if units is None or len(units) == 0:
         return None
     return TaskEvidence.of(aggregator.name, units, by_run, resamples)
+
+
+def _columns(
+    aggregator: str, task: str, run: Run, frame: pd.DataFrame, blanks: Mapping[str, Run]
+) -> dict[str, NDArray[np.float64]]:
+    """A run's further columns, by content and with blank images, where they are known."""
+    name, found = run.path.name, {}
+    if (content := content_statistics(aggregator, frame)) is not None:
+        found[beside(CONTENT, name)] = content.values
+    if name in blanks and blanks[name].done(task):
+        with suppress(KdBenchError):  # a damaged file costs its column, not the report
+            blank = blank_statistics(aggregator, frame, blanks[name], task)
+            found[beside(BLANK, name)] = blank
+    return found
 
 
 def aggregator_of(board: Board, task: TaskInfo) -> Aggregator:
@@ -155,9 +184,13 @@ class _Asked:
         self.keys = [task.id for task in board.tasks] + [AVERAGE]
         # The average of a page is over all of its benchmarks or it is none.
         self.whole = set(evidence.tasks) == {task.id for task in board.tasks}
-        self.ranks = {
-            key: evidence.ranks(key, self.groups(key, board.students)) for key in self.keys
-        }
+        self.board = board
+
+    @cached_property
+    def ranks(self) -> dict[str, dict[str, int]]:
+        """Ranks of the students by key, then by entry key."""
+        students = self.board.students
+        return {key: self.evidence.ranks(key, self.groups(key, students)) for key in self.keys}
 
     @staticmethod
     def group(entry: Entry) -> list[str]:
@@ -285,6 +318,99 @@ def _student_of(board: Board, hybrid: Entry) -> Entry | None:
     same = [e for e in board.students if hybrid.method and e.method == hybrid.method]
     distilled = [e for e in board.students if e.role == "kd"]
     return same[0] if same else distilled[0] if len(distilled) == 1 else None
+
+
+# --- form gap and sight ---------------------------------------------------------------------------
+
+OWN_GAPS = {
+    "form gap": "Form gap: content − score",
+    "sight": "Sight: score − score with blank images",
+}
+FROM_SFT = {kind: f"Δ SFT, {kind.removesuffix(' difference')}" for kind in PART_NAMES}
+
+
+ABOUT_FORM = ("form gap", "content difference", "form difference")
+IN_FORM = "Form gap: none. All answers have a form that their benchmarks read. "
+EXPLAINED = (
+    "Points, with paired 95 % intervals. Scores are lmms-eval's; content is what an answer says "
+    "whatever its form, blank images are grey. Ambiguous: answers that can be read in two ways; "
+    "they count as wrong. Content and form, and guessing and sight, add up to Δ SFT."
+)
+
+
+def gap_table(board: Board, evidence: Evidence) -> Table | None:
+    """Form gap and sight of every model, and what differences from SFT are made of.
+
+    One row a model in each of these sections, one column a benchmark, then the average and how
+    many answers could be read in two ways. No rows on form where no answer's form costs points.
+    None where nothing is known.
+    """
+    asked = _Asked(board, evidence)
+    found = {entry.key: _estimates(asked, entry, board.floor) for entry in board.entries}
+    if not any(found.values()):
+        return None
+    forms = [each for kinds in found.values() for each in kinds.get("form gap", {}).values()]
+    in_form = all(each.unchanged for each in forms) and not any(map(_ambiguous, board.entries))
+    rows = tuple(
+        _gap_row(board, entry, kind, title, measures)
+        for kind, title in (OWN_GAPS | FROM_SFT).items()
+        for entry in board.entries
+        if (measures := found[entry.key].get(kind)) and not (in_form and kind in ABOUT_FORM)
+    )
+    columns = [Column("model", "Model", "text")]
+    columns += [Column(t.id, t.short, "difference", t.group) for t in board.tasks]
+    columns += [Column(AVERAGE, board.average_title, "difference", "overall")]
+    columns += [Column("ambiguous", "Ambiguous", "rank", "answers")]
+    if all(row.cells[-1].value is None for row in rows):
+        rows = tuple(replace(row, cells=row.cells[:-1]) for row in rows)
+        columns.pop()
+    return Table(
+        "Form gap and sight",
+        tuple(columns),
+        rows,
+        (IN_FORM if in_form and forms else "") + (EXPLAINED if rows else ""),
+    )
+
+
+def _estimates(asked: _Asked, entry: Entry, floor: Entry | None) -> dict[str, dict[str, Estimate]]:
+    """A model's gaps and the parts of its difference from SFT, by kind, then by key."""
+    found: dict[str, dict[str, Estimate]] = {}
+    above = floor if entry.role != "teacher" and entry is not floor else None
+    for key in asked.keys:
+        if not asked.knows(key, entry):
+            continue
+        measures = asked.evidence.gaps(key, asked.group(entry))
+        if above and asked.knows(key, above) and _comparable(key, above, entry):
+            measures |= asked.evidence.parts(key, asked.group(above), asked.group(entry))
+        for kind, measure in measures.items():
+            found.setdefault(kind, {})[key] = measure
+    return found
+
+
+def _gap_row(
+    board: Board, entry: Entry, kind: str, title: str, measures: dict[str, Estimate]
+) -> Row:
+    keys = [*(task.id for task in board.tasks), AVERAGE]
+    # That no answer's form costs anything is seen, not estimated.
+    plain = {key for key, each in measures.items() if each.unchanged and "form" in kind}
+    cells = [
+        Cell(found.value, interval=None if key in plain else found.interval)
+        if (found := measures.get(key))
+        else Cell()
+        for key in keys
+    ]
+    ambiguous = _ambiguous(entry) if kind == "form gap" else None
+    name = Cell(entry.name, remark=f"{len(entry.runs)} seeds" if len(entry.runs) > 1 else "")
+    row = Row.of(f"{kind} {entry.key}", name, *cells, ambiguous, section=title)
+    return replace(row, series=board.colours[entry.key])
+
+
+def _ambiguous(entry: Entry) -> int | None:
+    """How many answers of all benchmarks and seeds can be read in two ways; None if not known."""
+    results = [result for found in entry.results for result in found.values()]
+    if not all("ambiguous" in result.rates for result in results):
+        return None
+    return sum(round(result.rates["ambiguous"] * result.documents) for result in results)
 
 
 # --- categories ----------------------------------------------------------------------------------

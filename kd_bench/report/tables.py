@@ -402,8 +402,12 @@ def tex(text: str) -> str:
     return "".join(_TEX.get(character, character) for character in clean(text))
 
 
-def to_html(table: Table) -> str:
-    """A `<table>` fragment with scoped headings; every text is escaped."""
+def to_html(table: Table, *, stacked: bool = False) -> str:
+    """A `<table>` fragment with scoped headings; every text is escaped.
+
+    Args:
+        stacked: intervals stand below their values.
+    """
     parts = [f"<table><caption>{_h(table.title)}</caption><thead>"]
     if any(column.group for column in table.columns):
         parts.append("<tr>")
@@ -424,7 +428,9 @@ def to_html(table: Table) -> str:
             heading = f'<th colspan="{len(table.columns)}" scope="rowgroup">{_h(section)}</th>'
             parts.append(f'<tr class="section">{heading}</tr>')
         for row in rows:
-            first, *others = _texts(table, row, _h, _HTML, _html_notes)
+            first, *others = (
+                _stacked(table, row) if stacked else _texts(table, row, _h, _HTML, _html_notes)
+            )
             cells = (f"<td{c}>{t}</td>" for c, t in zip(classes[1:], others, strict=True))
             parts.append(f'<tr><th scope="row"><bdi>{first}</bdi></th>{"".join(cells)}</tr>')
         parts.append("</tbody>")
@@ -433,6 +439,15 @@ def to_html(table: Table) -> str:
         notes = (f"<li>{_h(note)}</li>" for note in table.notes)
         parts.append(f'<ol class="notes">{"".join(notes)}</ol>')
     return "".join(parts)
+
+
+def _stacked(table: Table, row: Row) -> list[str]:
+    texts = []
+    for column, cell in zip(table.columns, row.cells, strict=True):
+        below = cell.remark or format_interval(cell, column.kind)
+        small = f"<small>{_h(below)}</small>" if below else ""
+        texts.append(_h(format_number(cell.value, column.kind)) + small)
+    return texts
 
 
 def _html_notes(notes: tuple[int, ...]) -> str:

@@ -1,17 +1,19 @@
 """Intervals, ranks and relations against the statistics that they must come from."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from kd_bench.aggregators import aggregate, by_content
 from kd_bench.compare.estimates import Evidence
 from kd_bench.compare.methods import compare_methods
 from kd_bench.errors import UsageError
 from kd_bench.records import AVERAGE
 from kd_bench.report.board import Board, load_board
-from kd_bench.report.relations import hybrid_gaps, read_evidence, relate
-from tests.support.report_store import Model, add_run, demo_models, samples
+from kd_bench.report.relations import gap_table, hybrid_gaps, read_evidence, relate
+from tests.support.report_store import Model, add_run, demo_models, samples, with_content
 
 TWO = ("gqa", "mme")
 
@@ -102,6 +104,82 @@ def test_samples_that_do_not_make_the_score_give_no_interval(tmp_path: Path) -> 
     assert not evidence.has("gqa", [run.path.name])
     board, _ = board_of(tmp_path, 50)
     assert board.entries[0].score("gqa").interval is None
+
+
+# --- form gap and sight --------------------------------------------------------------------------
+
+FORMED = (Model("teacher", "teacher", "", 1.5), Model("sft", "sft", "sft", 0.0, 0),
+          Model("kd", "kd", "kl", 0.6, 0), Model("mixed", "switch", "kl", 1.0, 0))  # fmt: skip
+
+
+def formed(results: Path, share: float = 0.4, ambiguous: float | None = 0.05) -> Path:
+    """Runs with scores by content, all but the hybrid with a run on blank images."""
+    for model in FORMED:
+        frames = {task: with_content(samples(task, model), share) for task in TWO}
+        add_run(results, model, tasks=TWO, change=frames, ambiguous=ambiguous)
+        if model.role != "switch":
+            blind = replace(model, skill=-0.5)
+            guessed = {task: with_content(samples(task, blind), 0.0) for task in TWO}
+            add_run(results, model, tasks=TWO, change=guessed, images="blank")
+    return results
+
+
+def test_form_gap_and_sight_of_every_model_by_hand(tmp_path: Path) -> None:
+    board, evidence = board_of(formed(tmp_path))
+    assert board.left_out == ()  # runs with blank images are no rows, and on the page
+    table = gap_table(board, evidence)
+    assert table is not None
+    assert [column.key for column in table.columns] == ["model", "mme", "gqa", AVERAGE, "ambiguous"]
+    seen = {(row.section, str(row.cells[0].value)): row for row in table.rows}
+    sections = list(dict.fromkeys(row.section for row in table.rows))
+    assert [section.split(":")[0] for section in sections] == [
+        "Form gap", "Sight", "Δ SFT, content", "Δ SFT, form", "Δ SFT, guessing", "Δ SFT, sight",
+    ]  # fmt: skip
+    for model in FORMED:
+        frame = with_content(samples("gqa", model), 0.4)
+        gap = aggregate("mean", by_content(frame)) - aggregate("mean", frame)
+        row = seen[sections[0], model.name]
+        assert row.cells[2].value == pytest.approx(gap)
+        assert row.cells[2].interval.low < gap < row.cells[2].interval.high
+        documents = [len(samples(task, model)) for task in TWO]
+        assert row.cells[4].value == sum(round(0.05 * count) for count in documents)
+        if model.role == "switch":
+            assert (sections[1], model.name) not in seen  # nothing is shown that is not known
+            continue
+        blind = aggregate("mean", samples("gqa", replace(model, skill=-0.5)))
+        sight = aggregate("mean", frame) - blind
+        assert seen[sections[1], model.name].cells[2].value == pytest.approx(sight)
+    for key, place in (("mme", 1), ("gqa", 2), (AVERAGE, 3)):
+        kd = next(each for each in board.entries if each.name == "kd")
+        parts = [seen[section, "kd"].cells[place].value for section in sections[2:]]
+        assert parts[0] + parts[1] == pytest.approx(kd.differences[key].value)
+        assert parts[2] + parts[3] == pytest.approx(kd.differences[key].value)
+
+
+def test_nothing_is_shown_where_nothing_is_known(tmp_path: Path) -> None:
+    add_run(tmp_path, FORMED[0], tasks=TWO)
+    board, evidence = board_of(tmp_path, 50)
+    assert gap_table(board, evidence) is None
+    blind = add_run(tmp_path, FORMED[0], tasks=TWO, images="blank")
+    (blind.path / "tasks" / "gqa.samples.parquet").write_bytes(b"PAR1 torn")
+    table = gap_table(*board_of(tmp_path, 50))
+    assert table is None or all(row.cells[2].value is None for row in table.rows)
+
+
+def test_that_no_form_costs_points_is_one_sentence(tmp_path: Path) -> None:
+    table = gap_table(*board_of(formed(tmp_path, share=0.0, ambiguous=0.0), 200))
+    assert table is not None
+    assert table.caption.startswith("Form gap: none.")
+    assert {row.section.split(":")[0] for row in table.rows} == {
+        "Sight", "Δ SFT, guessing", "Δ SFT, sight",
+    }  # fmt: skip
+    assert [column.key for column in table.columns] == ["model", "mme", "gqa", AVERAGE]
+    # An answer that can be read in two ways is told even where no form costs points.
+    (tmp_path / "more").mkdir()
+    table = gap_table(*board_of(formed(tmp_path / "more", share=0.0, ambiguous=0.1), 200))
+    assert table is not None
+    assert table.rows[0].cells[-1].value > 0
+    assert table.rows[0].cells[1].interval is None
 
 
 def test_a_run_with_unreadable_samples_is_left_out_by_name(tmp_path: Path) -> None:

@@ -129,12 +129,13 @@ def test_columns_fold_by_group() -> None:
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_text_is_inert_everywhere(text: str) -> None:
-    cells = (Cell(text), Cell(1.0))
+    cells = (Cell(text, remark=text), Cell(1.0))
     hostile = Table(text, (Column("m", text, "text"), Column("s", "S")),
                     (Row("r", cells, text),), text, (text,))  # fmt: skip
-    page = to_html(hostile)
-    assert "<img" not in page
-    assert "<script" not in page
+    for page in (to_html(hostile), to_html(hostile, stacked=True)):
+        assert "<img" not in page
+        assert "<script" not in page
+        assert "\x1b" not in page
     for rendering in (to_markdown, to_csv, to_latex, to_html, to_terminal):
         shown = rendering(hostile)
         assert "\x1b" not in shown

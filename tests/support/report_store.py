@@ -168,11 +168,18 @@ def add_run(
     training: dict[str, object] | None = None,
     change: dict[str, pd.DataFrame] | None = None,
     checkpoint: str = "",
+    images: str = "",
+    ambiguous: float | None = None,
 ) -> Run:
-    """Commit one run; `change` replaces a benchmark's samples."""
+    """Commit one run; `change` replaces a benchmark's samples.
+
+    Args:
+        images: what stands in for them; the run lies beside that of the same model.
+        ambiguous: share of such answers; None as older runs have it.
+    """
     digest = digest_text(model.name, model.role)
     checkpoint = checkpoint or f"checkpoints/{model.name}"
-    run = Run(results / "runs" / f"20260501-{model.name}-{digest[:8]}-mini0000")
+    run = Run(results / "runs" / f"20260501-{model.name}-{digest[:8]}-mini000{len(images)}")
     reference = ModelRef(
         model.name,
         model.role,
@@ -188,7 +195,7 @@ def add_run(
             status,
             created,
             reference,
-            Protocol(suite, batch_size=16, engine="shared prefix"),
+            Protocol(suite, batch_size=16, engine="shared prefix", images=images),
             list(planned or tasks),
             finished=created,
             cost=cost,
@@ -205,8 +212,22 @@ def add_run(
     for task in tasks:
         frame = (change or {}).get(task)
         frame = samples(task, model, units) if frame is None else frame
-        run.commit(result(task, frame), frame)
+        found = result(task, frame)
+        if ambiguous is not None:
+            found = replace(found, rates={**found.rates, "ambiguous": ambiguous})
+        run.commit(found, frame)
     return run
+
+
+def with_content(frame: pd.DataFrame, share: float) -> pd.DataFrame:
+    """The same with what the answers say: of the wrong ones, a share is right but for its form."""
+    said = frame["answer"].to_numpy(dtype=object)
+    wrong = np.flatnonzero(frame["score"] == 0)
+    said[wrong[: round(share * len(wrong))]] = frame["target"].to_numpy(dtype=object)[
+        wrong[: round(share * len(wrong))]
+    ]
+    right = (said == frame["target"].to_numpy(dtype=object)).astype(float)
+    return frame.assign(content=said, score_by_content=right)
 
 
 def make_store(
