@@ -15,11 +15,12 @@ from kd_bench.errors import UsageError
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, *, flushed: bool = True) -> Iterator[Path]:
     """A temporary path beside `path` that replaces it only when the block ends well.
 
     The content is flushed to disk before the rename, so a reader meets the old file or the
-    new one, never half of either. A link stays one: what it leads to is written. What is there
+    new one, never half of either; what can be made again need not be, and half of it may be met
+    after the machine has crashed. A link stays one: what it leads to is written. What is there
     and no regular file (a pipe, a device) is never replaced: the content is written into it.
     """
     if _is_stream(path):
@@ -41,8 +42,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
+        if flushed:
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
         os.umask(mask := os.umask(0))  # it can only be read by setting it
         temporary.chmod(0o666 & ~mask)
         temporary.replace(path)

@@ -225,6 +225,12 @@ def suite_names() -> list[str]:
     return sorted(path.stem for path in (tasks_folder() / "suites").glob("*.yaml"))
 
 
+@lru_cache(maxsize=64)
+def _read_suite(path: Path, modified: int) -> Suite:
+    del modified  # part of the cache's key only
+    return config.load(Suite, path)
+
+
 def load_suite(name: str) -> Suite:
     """A suite by name, or by the path of a YAML file of one's own.
 
@@ -237,7 +243,7 @@ def load_suite(name: str) -> Suite:
         raise UsageError(
             f"There is no suite {name!r}.{closest(name, known)}", f"Known: {', '.join(known)}."
         )
-    return config.load(Suite, path)
+    return _read_suite(path, path.stat().st_mtime_ns)
 
 
 def published() -> "pd.DataFrame":

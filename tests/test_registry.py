@@ -1,11 +1,13 @@
 """The registry: what it says, and what it says to mistakes."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from kd_bench import config
 from kd_bench.aggregators import AGGREGATORS
 from kd_bench.errors import UsageError
 from kd_bench.registry import (
@@ -15,6 +17,7 @@ from kd_bench.registry import (
     load_tasks,
     published,
     suite_names,
+    task_names,
     tasks_folder,
 )
 from tests.support.eval_world import TEN
@@ -89,3 +92,22 @@ def test_reading_it_loads_nothing_heavy() -> None:
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert told.stdout.strip() == "[]"
+
+
+def test_a_file_is_parsed_once_and_again_when_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_tasks()
+    parsed: list[str] = []
+    parse = config.parse_yaml
+    monkeypatch.setattr(config, "parse_yaml", lambda text: parsed.append(text) or parse(text))
+    assert [spec.id for spec in load_tasks()] == task_names()
+    assert not parsed
+    own = tmp_path / "own.yaml"
+    for title in ("One", "Two", "Two"):
+        text = f"name: own\ntitle: {title}\ntasks: [pope]\ndata: hub\n"
+        if not own.exists() or own.read_text(encoding="utf-8") != text:
+            own.write_text(text, encoding="utf-8")
+            os.utime(own, ns=(len(parsed), len(parsed)))
+        assert load_suite(str(own)).title == title
+    assert len(parsed) == 2

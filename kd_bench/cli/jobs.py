@@ -40,14 +40,9 @@ SURROUNDINGS = {
 }
 FORKED = (
     "kd_bench.distill.train", "transformers.trainer", "kd_bench.evals.run", "kd_bench.evals.models",
-    *(f"transformers.models.{name}" for name in (
-        "llava.modeling_llava", "llava.processing_llava", "qwen2.modeling_qwen2",
-        "siglip.modeling_siglip", "siglip.image_processing_siglip",
-        "clip.configuration_clip", "llama.configuration_llama",
-    )),
-    "PIL.PngImagePlugin", "rich._emoji_codes",
+    "kd_bench.api", "PIL.PngImagePlugin", "rich._emoji_codes",
 )  # fmt: skip
-"""What is imported before anything is forked: for the models of the embedded world."""
+"""What is imported before anything is forked, beside what its functions import on demand."""
 
 
 @dataclass
@@ -359,8 +354,10 @@ def _import_all() -> None:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     with contextlib.suppress(ImportError, MissingExtraError):
+        from kd_bench.distill import models
         from kd_bench.evals.benchmark import lmms_eval
 
+        models.preload()
         lmms_eval()
     gc.freeze()  # so that no collection in a forked process copies pages by looking at them
     gc.enable()

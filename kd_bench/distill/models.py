@@ -25,6 +25,19 @@ TINY = 10_000_000  # parameters
 NAMED = 5  # tensors that an error names
 
 
+def preload() -> None:
+    """Import and build, ahead, what loading a checkpoint of the embedded world comes to."""
+    for name in (
+        "llava.modeling_llava", "llava.processing_llava", "qwen2.modeling_qwen2",
+        "siglip.modeling_siglip", "siglip.image_processing_siglip", "clip.configuration_clip",
+        "llama.configuration_llama",
+    ):  # fmt: skip
+        import_module(f"transformers.models.{name}")
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    get_checkpoint_conversion_mapping("llava")
+
+
 def load_model(
     path: str | Path,
     *,

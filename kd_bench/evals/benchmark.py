@@ -100,6 +100,13 @@ def lmms_eval() -> Any:
 
         logger.disable("lmms_eval")
         _remember_normalised_answers()
+    from lmms_eval import utils
+
+    if not hasattr(utils.get_git_commit_hash, "cache_info"):  # git was run four times a task
+        for name in ("get_git_commit_hash", "get_git_branch_name"):
+            remembered = functools.cache(getattr(utils, name))
+            for module in (utils, evaluator):
+                setattr(module, name, remembered)
     return evaluator
 
 

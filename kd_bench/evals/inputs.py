@@ -8,6 +8,7 @@ computed once and kept.
 import copy
 import hashlib
 import json
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -104,7 +105,8 @@ def keep_images(
 ) -> None:
     """Keep a benchmark's images for people to look at, as `<first 16 digits of digest>.png`.
 
-    At most 500, those with the smallest digests: every model's run asks for the same ones.
+    At most 500, those with the smallest digests: every model's run asks for the same ones. They are
+    not flushed to disk, and one that a crash has cut short is made again.
 
     Args:
         digests: of each document's first image; empty without one.
@@ -113,11 +115,24 @@ def keep_images(
     numbers = {digest: number for number, digest in enumerate(digests) if digest}
     for digest in sorted(numbers)[:KEPT_IMAGES]:
         file = folder / f"{digest[:16]}.png"
-        if not file.exists():
+        if not _is_whole(file):
             image = decode(numbers[digest])[0].convert("RGB")
             image.thumbnail((KEPT_SIDE, KEPT_SIDE))
-            with atomic_path(file) as temporary:
+            with atomic_path(file, flushed=False) as temporary:
                 image.save(temporary, format="png")
+
+
+PNG_END = bytes(4) + b"IEND\xaeB`\x82"
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a PNG is there to its end."""
+    try:
+        with file.open("rb") as stream:
+            stream.seek(-len(PNG_END), os.SEEK_END)
+            return stream.read() == PNG_END
+    except OSError:  # none there, or it is shorter
+        return False
 
 
 class Remembered(OrderedDict[Any, Any]):

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import time
 from collections import Counter
 from dataclasses import replace
@@ -566,3 +567,41 @@ def test_two_processes_cannot_write_one_run(whole: Run, checkpoint: Path, data: 
         _, status = os.waitpid(child, 0)
     assert os.WEXITSTATUS(status) == 1
     assert read_json(whole.path / "manifest.json")["status"] == "complete"
+
+
+# --- what is kept to look at ----------------------------------------------------------------------
+
+
+def test_images_are_written_once_a_store_and_upstream_asks_git_once(
+    checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many fsyncs with images to write as without; none of a run's images is its own."""
+    flushed: list[int] = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: flushed.append(handle) or fsync(handle))
+    started: list[Any] = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda *line, **kw: started.append(line) or popen(*line, **kw)
+    )
+    some: dict[str, Any] = {"tasks": ["pope", "gqa", "mmmu"], "limit": 8}
+    first = go(checkpoint, data, tmp_path, name="first", **some)
+    written = {file: file.read_bytes() for file in (tmp_path / "images").iterdir()}
+    asked = {digest[:16] for frame in frames(first).values() for digest in frame["image_digest"]}
+    assert {file.stem for file in written} == asked - {""}
+    assert len(written) > 8
+    before, processes = len(flushed), len(started)
+    times = {file: file.stat().st_mtime_ns for file in written}
+    shutil.rmtree(first.path)
+    second = go(checkpoint, data, tmp_path, name="second", **some)
+    assert len(flushed) == 2 * before
+    assert len(started) - processes <= 3, "the revision of this project, not upstream's"
+    assert {file: file.stat().st_mtime_ns for file in times} == times
+    digests = {digest for frame in frames(second).values() for digest in frame["image_digest"]}
+    assert all(second.image(digest) for digest in digests - {""})
+    cut, emptied, lost = list(written)[:3]  # as a crash leaves what was not flushed
+    cut.write_bytes(written[cut][:-1])
+    emptied.write_bytes(b"")
+    lost.unlink()
+    go(checkpoint, data, tmp_path, name="third", **some)
+    assert {file: file.read_bytes() for file in (tmp_path / "images").iterdir()} == written
