@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from itertools import combinations
 
 import numpy as np
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from kd_bench.aggregators import get_aggregator
 from kd_bench.compare.align import AlignedTask, Resampled, evidence_of, label, resample
@@ -143,8 +143,8 @@ def _line(
     passing = 1 - (1 - PASS) / 2 if alone else PASS
     z_level, z_pass, z_find, z_seen, z_last = (
         float(each)
-        for each in norm.ppf([1 - level, passing, FIND, 1 - policy.alpha / 2 / tests,
-                              1 - policy.alpha])
+        for each in ndtri([1 - level, passing, FIND, 1 - policy.alpha / 2 / tests,
+                           1 - policy.alpha])
     )  # fmt: skip
     reach = float(np.hypot(error, seed_error))
     margin = _up(z_level * error + z_pass * reach)

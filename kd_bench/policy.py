@@ -306,7 +306,7 @@ def _broken_rule(
     Equal models break as many as they mend: only the net number says that something is lost. The
     rule fails when even the interval's lower end is above the budget.
     """
-    from scipy.stats import t
+    from scipy.special import stdtrit
 
     broken, fixed, documents, variance, units = 0.0, 0.0, 0, 0.0, 0
     for one in sampled:
@@ -321,7 +321,7 @@ def _broken_rule(
         documents, units = documents + len(lost), units + len(by_unit)
         variance += float(len(by_unit) * by_unit.var(ddof=1)) if len(by_unit) > 1 else 1.0
     net = 1000 * (broken - fixed) / documents
-    reach = 1000 * float(t.ppf(1 - alpha, max(units - 1, 1))) * variance**0.5 / documents
+    reach = 1000 * float(stdtrit(max(units - 1, 1), 1 - alpha)) * variance**0.5 / documents
     return RuleOutcome(
         "broken answers",
         "failed" if net - reach > budget else "passed",

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from kd_bench.config import apply_overrides
 from kd_bench.errors import UsageError, closest
 
 if TYPE_CHECKING:
@@ -117,6 +116,8 @@ def template_variables(values: list[str] | None) -> dict[str, Any]:
     Raises:
         UsageError: not of that form, or a value that is neither text, number nor truth value.
     """
+    from kd_bench.config import apply_overrides
+
     found = apply_overrides({}, values or [])
     for name, value in found.items():
         if not isinstance(value, str | bool | int | float):

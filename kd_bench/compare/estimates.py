@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats as distributions
+from scipy import special
 
 from kd_bench.records import AVERAGE, Interval
 from kd_bench.stats import (
@@ -241,7 +241,7 @@ class Evidence:
         drawn = np.clip(found.distribution, -self.reach, self.reach)
         p = 1.0 if found.value == 0 else 0.0
         if found.error > 0:
-            p = 2 * float(distributions.t.sf(abs(found.value) / found.error, found.freedom))
+            p = 2 * float(special.stdtr(found.freedom, -abs(found.value) / found.error))
         error, freedom = found.error, found.freedom
         found = self._estimate(key, [first, second], found.value, drawn, error, freedom, level)
         return replace(found, p=p)
@@ -381,7 +381,7 @@ class Evidence:
         if parts:
             own = pooled_freedom(variance, [(sampling, own), *parts])
             q = (np.arange(drawn.size) + 0.5) / drawn.size
-            made = value + math.sqrt(variance) * distributions.t.ppf(q, own)
+            made = value + math.sqrt(variance) * special.stdtrit(own, q)
         else:
             made = stretched(drawn, value, own)
         return self._estimate(key, groups, value, made, math.sqrt(variance), own, level)
