@@ -185,9 +185,16 @@ def tasks_folder() -> Path:
 
 def task_names() -> list[str]:
     """Ids of all benchmarks: the suite `ten` in the papers' order, then any added ones."""
-    found = {path.stem for path in tasks_folder().glob("*.yaml")} - {"policy"}
+    folder = tasks_folder()
+    found = _entries(folder, folder.stat().st_mtime_ns)
     first = [name for name in load_suite("ten").tasks if name in found]
     return first + sorted(found - set(first))
+
+
+@lru_cache(maxsize=4)
+def _entries(folder: Path, modified: int) -> frozenset[str]:
+    del modified  # part of the cache's key only
+    return frozenset(path.stem for path in folder.glob("*.yaml")) - {"policy"}
 
 
 @lru_cache(maxsize=256)

@@ -51,30 +51,35 @@ def demo(
         run_study(comma_separated(parts) or [], names, numbers, workers)
         return
     students = [Student(method, seed) for method in names for seed in numbers]
-    groups = commands_of(students, workers)
+    groups = commands_of(students)
     tell_plan(names, numbers, groups, workers)
     run_jobs(groups, workers, CHECKPOINTS / "logs", seconds_of)
     tell_report(names, time.monotonic() - start)
     tell_next(names)
 
 
-def commands_of(students: Sequence["Student"], workers: int) -> dict[str, list[list[str]]]:
-    """Every command of the demo: slow ones first, so that no core is idle at the end."""
-    checkpoints = [student.checkpoint for student in students]
-    parts = range(min(workers, len(students)))
-    shares = [evaluation(checkpoints[part::workers], RESULTS) for part in parts]
+def commands_of(students: Sequence["Student"]) -> dict[str, list[list[str]]]:
+    """Every command of the demo: slow ones first, so that no core is idle at the end.
+
+    A student is evaluated once it is trained, when no training waits.
+    """
     teacher = evaluation([TEACHER], RESULTS, "--role", "teacher", "--name", "teacher")
-    hybrids = [student.hybrid(RESULTS) for student in students if student.method == SWITCHED]
+    hybrids = [student.hybrid() for student in students if student.method == SWITCHED]
+    slow_first = sorted(students, key=lambda student: -TRAINING.get(student.method, 0.0))
     return {
-        "train": [student.train() for student in reversed(students)],
-        "eval": [*shares, teacher, *hybrids],
+        "train": [student.train() for student in slow_first],
+        "eval": [
+            teacher,
+            *(evaluation([student.checkpoint], RESULTS) for student in slow_first),
+            *hybrids,
+        ],
     }
 
 
 def seconds_of(command: Sequence[str]) -> float:
     """What a command of the demo may take on one core."""
     if command[0] == "train":
-        method = next((w for w in command if w.startswith("method=")), "").partition("=")[2]
+        method = next(word for word in command if word.startswith("method=")).partition("=")[2]
         return TRAINING.get(method, TRAINING["kl"])
     return EVALUATION * max(1, sum(word.endswith("/final") for word in command[:-2]))
 

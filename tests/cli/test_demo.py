@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("PIL")
 
-from kd_bench.cli import demo
+from kd_bench.cli import demo, jobs
 from kd_bench.cli.demo import Student
 from kd_bench.distill.recipe import load_recipe
 from kd_bench.world.build import ERROR
@@ -31,6 +31,25 @@ def test_every_method_trains_with_the_same_settings(method: str) -> None:
         plain.pop(key)
     plain["stages"][0].pop("method")
     assert changed == plain
+
+
+def test_every_student_is_evaluated_once_after_its_training() -> None:
+    students = [Student(method, seed) for method in ("sft", "switch-kd", "kl") for seed in (0, 1)]
+    groups = demo.commands_of(students)
+    trained = [line[2].partition("=")[2] for line in groups["train"]]
+    assert trained == ["switch-kd"] * 2 + ["kl"] * 2 + ["sft"] * 2
+    commands = [*groups["train"], *groups["eval"]]
+    finals = [word for line in groups["eval"] for word in line if word.endswith("/final")]
+    assert sorted(finals) == sorted(
+        [s.checkpoint for s in students] + [s.checkpoint for s in students[2:4]]
+    )
+    for student in students:
+        others = [line for line in commands if line != student.train()]
+        able = [line for line in others if student.checkpoint not in line]
+        assert all(jobs._next([line], [student.train()]) == 0 for line in able)
+        waiting = [line for line in others if line not in able]
+        assert waiting
+        assert all(jobs._next([line], [student.train()]) is None for line in waiting)
 
 
 def test_the_first_lines_say_what_is_learnt_from() -> None:
