@@ -64,7 +64,7 @@ def commands_of(students: Sequence["Student"]) -> dict[str, list[list[str]]]:
     A student is evaluated once it is trained, when no training waits.
     """
     teacher = evaluation([TEACHER], RESULTS, "--role", "teacher", "--name", "teacher")
-    hybrids = [student.hybrid() for student in students if student.method == SWITCHED]
+    hybrids = [student.hybrid(RESULTS) for student in students if student.method == SWITCHED]
     slow_first = sorted(students, key=lambda student: -TRAINING.get(student.method, 0.0))
     return {
         "train": [student.train() for student in slow_first],
@@ -79,7 +79,7 @@ def commands_of(students: Sequence["Student"]) -> dict[str, list[list[str]]]:
 def seconds_of(command: Sequence[str]) -> float:
     """What a command of the demo may take on one core."""
     if command[0] == "train":
-        method = next(word for word in command if word.startswith("method=")).partition("=")[2]
+        method = next((w for w in command if w.startswith("method=")), "").partition("=")[2]
         return TRAINING.get(method, TRAINING["kl"])
     return EVALUATION * max(1, sum(word.endswith("/final") for word in command[:-2]))
 

@@ -36,8 +36,9 @@ def test_every_method_trains_with_the_same_settings(method: str) -> None:
 def test_every_student_is_evaluated_once_after_its_training() -> None:
     students = [Student(method, seed) for method in ("sft", "switch-kd", "kl") for seed in (0, 1)]
     groups = demo.commands_of(students)
-    trained = [line[2].partition("=")[2] for line in groups["train"]]
-    assert trained == ["switch-kd"] * 2 + ["kl"] * 2 + ["sft"] * 2
+    assert [line[2].partition("=")[2] for line in groups["train"]] == ["switch-kd"] * 2 + [
+        "kl"
+    ] * 2 + ["sft"] * 2
     commands = [*groups["train"], *groups["eval"]]
     finals = [word for line in groups["eval"] for word in line if word.endswith("/final")]
     assert sorted(finals) == sorted(
