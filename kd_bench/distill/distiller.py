@@ -39,6 +39,10 @@ from kd_bench.errors import TrainingError, UsageError
 from kd_bench.files import digest_text, read_json, write_json
 
 LOGITS_AT_ONCE = 2**24
+BYTES_A_LOGIT = 32
+"""Of all models' logits, their float32 copies and gradients together, an answer position."""
+HOST_READS = ("cpu", "mps")
+"""Devices whose values the host reads for nothing, or that cannot sort in double precision."""
 
 
 @dataclass
@@ -67,8 +71,8 @@ class Distiller(nn.Module):
     Args:
         terms: the objective.
         vocabulary: size that both LM heads are cut to; None is all of them.
-        head_chunk: answer positions that pass through heads and losses at a time; None keeps
-            64 MB of float32 logits a model.
+        head_chunk: answer positions that pass through heads and losses at a time; None is
+            `default_chunk`.
         cache: the teacher's hidden states of earlier passes over the same samples.
     """
 
@@ -97,7 +101,8 @@ class Distiller(nn.Module):
         # FSDP splits by these layers; not by the vision tower's, which a device without an image
         # does not run, so that the others would wait for it for ever.
         self._no_split_modules = self.parts.language_model._no_split_modules
-        self.head_chunk = head_chunk or default_chunk(self.parts.vocab_size)
+        self.head_chunk = head_chunk
+        self.limits = losses.Limits()
         self.teacher: VisionLanguageModel | None = None
         self.adapter: nn.Module | None = None  # for `image_mse` between unequal widths
         if teacher is not None and needs_teacher(self.terms):
@@ -133,6 +138,8 @@ class Distiller(nn.Module):
         places = places_of(batch, self.parts.image_token_id)
         targets = batch["labels"].flatten().index_select(0, places.answers + 1)  # [N]
         passes = self.run({**batch, "places": places})
+        if self.head_chunk is None:
+            self.head_chunk = default_chunk(self.parts.vocab_size, free_memory(targets.device))
         # A text-only batch has no image to switch: z_SW is z_T and the term is exactly zero.
         terms = [t for t in self.token_terms if t.of != "switch" or "switch" in passes.hidden]
         loss, values = objective.token_terms(
@@ -143,6 +150,7 @@ class Distiller(nn.Module):
             items["answers"],
             chunk=self.head_chunk,
             knee_log=knee_log,
+            limits=None if targets.device.type in HOST_READS else self.limits,
         )
         if passes.embeddings:
             for term in self.image_terms:
@@ -176,7 +184,7 @@ class Distiller(nn.Module):
                 passes.at_images,
                 items["image_tokens"],
                 temperature=term.temperature,
-                chunk=self.head_chunk,
+                chunk=self.head_chunk or default_chunk(self.parts.vocab_size),
             )
         if term.loss == "image_correlation":
             owners = places.nonzero()[:, 0]  # [M]
@@ -306,9 +314,25 @@ class Distiller(nn.Module):
         return found
 
 
-def default_chunk(vocabulary: int) -> int:
-    """Answer positions whose logits are made at a time."""
-    return max(16, min(512, LOGITS_AT_ONCE // vocabulary))
+def default_chunk(vocabulary: int, free: int | None = None) -> int:
+    """Answer positions whose logits are made at a time.
+
+    Args:
+        free: bytes of an accelerator's memory that hold nothing, of which a quarter is taken, in
+            powers of two up to 1,024 positions; None keeps 64 MB of float32 logits a model.
+    """
+    if free is None:
+        return max(16, min(512, LOGITS_AT_ONCE // vocabulary))
+    fitting = max(free // (4 * BYTES_A_LOGIT * vocabulary), 1)
+    return max(16, min(1024, 1 << fitting.bit_length() - 1))
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes of a CUDA device that hold nothing; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    reserved, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + reserved - used
 
 
 def _leaves(outputs: Sequence[Tensor]) -> set[int]:

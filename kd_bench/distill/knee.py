@@ -85,8 +85,14 @@ def top_logits(
     candidates: Candidates = "full",
     k_min: int = 2,
     k_max: int | None = None,
+    width: int | None = None,
 ) -> TopLogits:
-    """The top `top_k` ids of each row of logits [N, V], or, by default, those above its knee."""
+    """The top `top_k` ids of each row of logits [N, V], or, by default, those above its knee.
+
+    Args:
+        width: keep so many ids a row, whatever the largest k is: no value is then read by the
+            host, and rows whose k is larger lack ids.
+    """
     if logits.dim() != 2:
         raise UsageError(
             f"Logits have the shape {tuple(logits.shape)}.", "Give [positions, vocabulary]."
@@ -109,6 +115,7 @@ def top_logits(
         prefix=vocabulary if candidates == "full" else min(candidates, vocabulary),
         k_min=min(k_min, vocabulary),
         k_max=vocabulary if k_max is None else min(k_max, vocabulary),
+        width=width,
     )
     chunks = logits.detach()
     if chunks.device.type == "mps":  # has no double precision
@@ -126,6 +133,7 @@ class _Rule:
     prefix: int
     k_min: int
     k_max: int
+    width: int | None
 
     @property
     def at_least(self) -> int:
@@ -137,7 +145,8 @@ def _top_of_chunk(logits: Tensor, rule: _Rule) -> TopLogits:
     """One chunk of rows, small enough for the memory that counting takes."""
     values = logits if logits.dtype == torch.float64 else logits.float()
     vocabulary = values.shape[-1]
-    if vocabulary <= SORT_ALL_BELOW:
+    if vocabulary <= SORT_ALL_BELOW or rule.width is not None:
+        # Counting would be contended on an accelerator, and its result has a size of its own.
         ordered, ids = _sort_falling(values)
         low, counts = ordered[:, -1:], None
     else:
@@ -151,12 +160,12 @@ def _top_of_chunk(logits: Tensor, rule: _Rule) -> TopLogits:
     # The first values of every row are known in order: all of them, or `counts` [n, 1].
     index = torch.arange(ordered.shape[-1], device=ordered.device)
     fall = 1 - index.double() / max(rule.prefix - 1, 1)  # the chord's own y
-    gap = fall - _height(ordered, ordered[:, :1], low, rule.curve)  # [n, width]
+    gap = _height(ordered, ordered[:, :1], low, rule.curve).neg_().add_(fall)  # [n, width]
     if counts is not None:
         gap.masked_fill_(index >= counts, -torch.inf)
     largest, k = gap.max(dim=-1)
     k = k.where(largest > GAP_SLACK, 0).clamp_(rule.k_min, rule.k_max)
-    return TopLogits(k, ids[:, : int(k.max())])
+    return TopLogits(k, ids[:, : int(k.max()) if rule.width is None else rule.width])
 
 
 def _height(values: Tensor, high: Tensor, low: Tensor, curve: Curve) -> Tensor:

@@ -24,6 +24,9 @@ where the largest pair is the absent one). Both are exact, and cheap beside the 
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -45,6 +48,34 @@ ELEMENTS_ELSEWHERE = 1 << 21
 """Padded [rows, k] entries worked on at a time: half a megabyte, or 16, a double tensor."""
 
 
+@dataclass
+class Limits:
+    """What is assumed of all rows of a step, so that the host need not ask an accelerator for each.
+
+    Attributes:
+        width: ids that lead a row at most.
+        seen: largest k, and largest spread of top logits, that were met since [2].
+    """
+
+    width: int = 1024
+    seen: Tensor | None = None
+
+    def note(self, k: Tensor, spread: Tensor) -> None:
+        """Keep the largest of some rows' k, and the largest spread."""
+        found = torch.stack([k.amax().double(), spread.double()])
+        self.seen = found if self.seen is None else torch.maximum(self.seen, found)
+
+    def held(self) -> bool:
+        """Whether all rows kept to the limits, asked once; the width follows what was met."""
+        if self.seen is None:
+            return True
+        (largest, spread), self.seen = self.seen.tolist(), None
+        kept = largest <= self.width and spread <= LARGEST_SPREAD
+        if 1.25 * largest > self.width:
+            self.width = 1 << math.ceil(math.log2(1.25 * largest))
+        return bool(kept)
+
+
 def dbild(
     teacher: Tensor,
     other: Tensor,
@@ -59,6 +90,7 @@ def dbild(
     ids: Ids = "each",
     weight_by: Weighting = "equal",
     teacher_top: TopLogits | None = None,
+    limits: Limits | None = None,
 ) -> Tensor:
     """Dynamic bi-directional logits-difference loss (Switch-KD, arXiv 2604.14629), [N].
 
@@ -80,6 +112,7 @@ def dbild(
         weight_by: `entropy` weighs a position by the teacher's entropy over the vocabulary, as a
             share of the largest possible one.
         teacher_top: `top_logits(teacher, ...)` where it is known from another term.
+        limits: ask the device for nothing; the values count where `limits.held()` afterwards.
     """
     _check(teacher, other, temperature)
     options: dict[str, Any] = {
@@ -87,16 +120,17 @@ def dbild(
         "candidates": candidates,
         "k_min": k_min,
         "k_max": k_max,
+        "width": None if limits is None else min(limits.width, teacher.shape[-1]),
     }
     by_teacher = top_logits(teacher, **options) if teacher_top is None else teacher_top
     tops: tuple[TopLogits, ...] = (by_teacher, top_logits(other, **options))
     if ids == "union":
         if direction == "led":
             raise UsageError("A union of ids has one leader.", "Set ids to each, or a direction.")
-        tops = (_union(teacher.detach(), *tops),)
+        tops = (_union(teacher.detach(), tops[0], tops[1], limits),)
     elif ids != "each":
         raise UsageError(f"ids is {ids!r}.", "Choose each or union.")
-    values = _over(tops, teacher, other, temperature, direction, pairs)
+    values = _over(tops, teacher, other, temperature, direction, pairs, limits)
     if weight_by == "equal":
         return values
     if weight_by != "entropy":
@@ -113,11 +147,13 @@ def bild(
     top_k: int = 8,
     temperature: float = 3.0,
     direction: Direction = "forward",
+    limits: Limits | None = None,
 ) -> Tensor:
     """Bi-directional logits-difference loss with a fixed k (BiLD, arXiv 2406.13555), [N]."""
     _check(teacher, other, temperature)
-    tops = (top_logits(teacher, top_k=top_k), top_logits(other, top_k=top_k))
-    return _over(tops, teacher, other, temperature, direction, "flat")
+    width = None if limits is None else top_k
+    tops = tuple(top_logits(each, top_k=top_k, width=width) for each in (teacher, other))
+    return _over(tops, teacher, other, temperature, direction, "flat", limits)
 
 
 def kl(teacher: Tensor, other: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -184,6 +220,7 @@ def _over(
     temperature: float,
     direction: str,
     pairs: PairForm,
+    limits: Limits | None,
 ) -> Tensor:
     """Sum of the divergences over one or two sides' top ids, the teacher's first, [N]."""
     if direction not in ("forward", "reverse", "led"):
@@ -191,19 +228,27 @@ def _over(
     if pairs not in ("flat", "row-wise", "none"):
         raise UsageError(f"pairs is {pairs!r}.", "Choose flat, row-wise or none.")
     if direction != "led":
-        return _PairDivergence.apply(teacher.detach(), other, tops, temperature, direction, pairs)
-    each = zip(tops, ("forward", "reverse"), strict=True)
-    first, second = (_over((top,), teacher, other, temperature, way, pairs) for top, way in each)
+        given = (tops, temperature, direction, pairs, limits)
+        return _PairDivergence.apply(teacher.detach(), other, *given)
+    first, second = (
+        _over((top,), teacher, other, temperature, way, pairs, limits)
+        for top, way in zip(tops, ("forward", "reverse"), strict=True)
+    )
     return first + second
 
 
-def _union(teacher: Tensor, by_teacher: TopLogits, by_other: TopLogits) -> TopLogits:
+def _union(
+    teacher: Tensor, by_teacher: TopLogits, by_other: TopLogits, limits: Limits | None
+) -> TopLogits:
     """Ids that lead on either side, in falling order of the teacher's logits, equal ones by id."""
     chosen = torch.zeros_like(teacher, dtype=torch.bool)  # [N, V]
     for top in (by_teacher, by_other):
         chosen |= torch.zeros_like(chosen).scatter_(1, top.ids, top.mask)
     k = chosen.sum(dim=-1)
-    width = int(k.max()) if len(k) else 0
+    if limits is None:
+        width = int(k.max()) if len(k) else 0
+    else:
+        width = by_teacher.ids.shape[1] + by_other.ids.shape[1]
     order = torch.sort(
         teacher.masked_fill(~chosen, -torch.inf), dim=-1, descending=True, stable=True
     )
@@ -226,6 +271,7 @@ class _PairDivergence(torch.autograd.Function):
         temperature: float,
         direction: str,
         pairs: PairForm,
+        limits: Limits | None,
     ) -> Tensor:
         # mps has no double precision
         device = torch.device("cpu") if other.device.type == "mps" else other.device
@@ -233,11 +279,16 @@ class _PairDivergence(torch.autograd.Function):
         kind = _at_least_float32(other)
         values = torch.zeros(len(top.k), dtype=kind, device=device)
         gradients = torch.zeros(top.ids.shape, dtype=kind, device=device)
+        divergence: Callable[..., tuple[Tensor, Tensor | None]]
         divergence = {"flat": _flat, "row-wise": _row_wise, "none": _no_pairs}[pairs]
+        if limits is not None:
+            limits.note(top.k, torch.zeros((), device=device))
+            if pairs == "flat":
+                divergence = partial(_flat, limits=limits)
         of_other = _gather(other, top.ids).to(device)  # [M, largest k]
         of_teacher = _gather(teacher, top.ids).to(device)
         k = top.k.to(device)
-        for group, size in _groups(k, top.ids.shape[1]):
+        for group, size in _groups(k, top.ids.shape[1], asking=limits is None):
             a = of_other[group, :size].double() / temperature
             b = of_teacher[group, :size].double() / temperature
             mask = torch.arange(size, device=device) < k[group].unsqueeze(-1)
@@ -256,14 +307,17 @@ class _PairDivergence(torch.autograd.Function):
         full = grad.new_zeros(ctx.shape)  # [N, V]
         for top, slope in zip(ids.chunk(ctx.sides), gradient.chunk(ctx.sides), strict=True):
             full.scatter_add_(1, top, slope * grad.unsqueeze(-1))
-        return None, full.to(ctx.type), None, None, None, None
+        return None, full.to(ctx.type), None, None, None, None, None
 
 
-def _groups(k: Tensor, width: int) -> list[tuple[Tensor | slice, int]]:
+def _groups(k: Tensor, width: int, asking: bool = True) -> list[tuple[Tensor | slice, int]]:
     """Rows that are worked on together, and the width they need: k [M] differs from row to row."""
     if width < 2:
         return []
     at_a_time = ELEMENTS_AT_A_TIME.get(k.device.type, ELEMENTS_ELSEWHERE)
+    if not asking:
+        rows = max(1, at_a_time // width)
+        return [(slice(start, start + rows), width) for start in range(0, len(k), rows)]
     if len(k) * width <= at_a_time:
         return [(slice(None), width)]
     order = k.argsort(descending=True)
@@ -288,12 +342,19 @@ def _gather(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def _flat(
-    other: Tensor, teacher: Tensor, mask: Tensor, direction: str, with_gradient: bool
+    other: Tensor,
+    teacher: Tensor,
+    mask: Tensor,
+    direction: str,
+    with_gradient: bool,
+    limits: Limits | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """One distribution over all pairs: KL [n] and its gradient at `other` [n, k]."""
     a, b = (other, teacher) if direction == "reverse" else (teacher, other)
-    widest = max((z.amax(dim=-1) - z.amin(dim=-1)).amax() for z in (a, b))
-    sums = _ScaledSums if widest <= LARGEST_SPREAD else _LogSums
+    widest = torch.stack([(z.amax(dim=-1) - z.amin(dim=-1)).amax() for z in (a, b)]).amax()
+    if limits is not None:
+        limits.note(mask.new_zeros(1, dtype=torch.long), widest)
+    sums = _ScaledSums if limits is not None or widest <= LARGEST_SPREAD else _LogSums
     of_a, of_b = sums(a, mask), sums(b, mask)
     later, earlier = of_a.later(), of_a.earlier()
     slope = later - earlier  # d log Z(a) / da

@@ -11,6 +11,7 @@ the projected image tokens and the first layer's attention from text to image.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd_bench.distill import losses
-from kd_bench.distill.knee import TopLogits, knee, top_logits
+from kd_bench.distill.knee import TopLogits, top_logits
 from kd_bench.distill.recipe import KNEE_OPTIONS, Term
 
 
@@ -90,6 +91,7 @@ def token_terms(
     *,
     chunk: int = 512,
     knee_log: KneeLog | None = None,
+    limits: losses.Limits | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted sum of the terms over answer positions, and each term's own unweighted value.
 
@@ -98,16 +100,44 @@ def token_terms(
         targets: token ids [N].
         items: answer positions of the whole batch, over all devices and micro-batches.
         chunk: positions that pass through heads and losses at a time.
+        limits: the device is asked once whether all chunks kept to them, instead of in each chunk;
+            where one did not, all are computed again without.
 
     Returns:
         The loss, a scalar; and by term label its sum over the N positions divided by `items`.
     """
     active = [term for term in terms if term.weight]
+    work = partial(_in_chunks, active, heads, hidden, targets, items, chunk)
+    knees: dict[str, list[Tensor]] | None = None if knee_log is None else {}
+    loss, sums, inputs, gradients = work(knees, limits)
+    if limits is not None and not limits.held():
+        knees = None if knee_log is None else {}
+        loss, sums, inputs, gradients = work(knees, None)
+    for side, parts in (knees or {}).items():
+        assert knee_log is not None
+        knee_log.knees.setdefault(side, []).extend(parts)
+    if inputs:
+        loss = _WithGradients.apply(loss, gradients, *inputs)
+    return loss, {term.label: value for term, value in zip(active, sums, strict=True)}
+
+
+def _in_chunks(
+    active: Sequence[Term],
+    heads: Heads,
+    hidden: Mapping[str, Tensor],
+    targets: Tensor,
+    items: Tensor | float,
+    chunk: int,
+    knees: dict[str, list[Tensor]] | None,
+    limits: losses.Limits | None,
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """Loss, sums of the terms divided by `items`, what learns, and the loss's gradients at it."""
     learning = torch.is_grad_enabled()
     names = [name for name, states in hidden.items() if states.requires_grad and learning]
     parameters = [p for p in heads.parameters if p.requires_grad and "student" in hidden]
     inputs = [*(hidden[name] for name in names), *parameters] if learning else []
-    gradients = [torch.zeros_like(tensor) for tensor in inputs]
+    gradients = [torch.zeros_like(hidden[name]) for name in names]
+    of_weights: list[Tensor | None] = [None] * len(parameters)  # the head's may be half a gigabyte
     scale = 1.0 / torch.as_tensor(items, dtype=torch.float32, device=targets.device).clamp(min=1)
     loss = torch.zeros((), device=targets.device)
     sums = torch.zeros(len(active), device=targets.device)
@@ -115,7 +145,7 @@ def token_terms(
         place = slice(start, start + chunk)
         states = {name: tensor[place].detach() for name, tensor in hidden.items()}
         leaves = [states[name].requires_grad_() for name in names]
-        values = _values(active, heads, states, targets[place], knee_log)
+        values = _values(active, heads, states, targets[place], knees, limits)
         weighted = (term.weight * value for term, value in zip(active, values, strict=True))
         total = torch.as_tensor(sum(weighted)) * scale
         loss += total.detach()
@@ -123,14 +153,19 @@ def token_terms(
         if not (inputs and total.requires_grad):
             continue
         found = torch.autograd.grad(total, [*leaves, *parameters], allow_unused=True)
-        for number, gradient in enumerate(found):
-            if gradient is not None and number < len(leaves):
-                gradients[number][place] = gradient
-            elif gradient is not None:
-                gradients[number] += gradient
+        for whole, gradient in zip(gradients, found, strict=False):
+            if gradient is not None:
+                whole[place] = gradient
+        for number, gradient in enumerate(found[len(leaves) :]):
+            known = of_weights[number]
+            if known is None or gradient is None:
+                of_weights[number] = gradient if known is None else known
+            else:
+                known += gradient
     if inputs:
-        loss = _WithGradients.apply(loss, gradients, *inputs)
-    return loss, {term.label: value * scale for term, value in zip(active, sums, strict=True)}
+        both = zip(of_weights, parameters, strict=True)
+        gradients += [torch.zeros_like(p) if found is None else found for found, p in both]
+    return loss, sums * scale, inputs, gradients
 
 
 class _WithGradients(torch.autograd.Function):
@@ -151,7 +186,8 @@ def _values(
     heads: Heads,
     hidden: Mapping[str, Tensor],
     targets: Tensor,
-    knee_log: KneeLog | None,
+    knee_log: dict[str, list[Tensor]] | None,
+    limits: losses.Limits | None,
 ) -> list[Tensor]:
     """Sum of every term over the positions of one chunk."""
     logits: dict[str, Tensor] = {}
@@ -170,6 +206,8 @@ def _values(
         options = dict(term.options)
         if term.loss == "dbild":
             sought: dict[str, Any] = {n: v for n, v in options.items() if n in KNEE_OPTIONS}
+            if limits is not None:
+                sought["width"] = min(limits.width, cut["teacher"].shape[-1])
             key = tuple(sorted(sought.items()))
             if key not in tops:
                 tops[key] = top_logits(cut["teacher"], **sought)
@@ -177,12 +215,14 @@ def _values(
             if knee_log is not None:
                 knees.setdefault("teacher", tops[key].k)
                 if term.of not in knees:
-                    knees[term.of] = knee(cut[term.of].detach(), **sought)
+                    knees[term.of] = top_logits(cut[term.of].detach(), **sought).k
+        if limits is not None and term.loss in ("bild", "dbild"):
+            options["limits"] = limits
         function = getattr(losses, term.loss)
         values.append(function(cut["teacher"].detach(), cut[term.of], **options).sum())
     for side, k in knees.items():
         assert knee_log is not None
-        knee_log.knees.setdefault(side, []).append(k.cpu())
+        knee_log.setdefault(side, []).append(k)
     return values
 
 

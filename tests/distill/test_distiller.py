@@ -4,14 +4,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kd_bench.distill import distiller as distiller_module
 from kd_bench.distill import losses
 from kd_bench.distill.conversations import read_conversations
 from kd_bench.distill.distiller import Distiller, FirstLayerProbe, default_chunk
 from kd_bench.distill.encoding import Collator, Encoder
 from kd_bench.distill.objective import count_items, image_correlation
 from kd_bench.distill.recipe import METHODS, DataSource, Term
-from kd_bench.distill.vision_language import VisionLanguageModel, answer_positions
+from kd_bench.distill.vision_language import VisionLanguageModel, answer_positions, places_of
 from tests.support import tiny
+from tests.support.counting import counted
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +204,32 @@ def test_heads_take_as_many_positions_as_their_vocabulary_allows() -> None:
     assert default_chunk(891) == 512
     assert 64 <= default_chunk(151_936) <= 128
     assert default_chunk(10**9) == 16
+    assert default_chunk(151_936, free=40 * 2**30) == 1024  # bytes of a GPU
+    assert default_chunk(151_936, free=12 * 2**30) == 512
+    assert default_chunk(151_936, free=0) == 16
+
+
+@pytest.mark.parametrize("method", ["sft", "kl", "switch-kd"])
+@pytest.mark.parametrize("chunk", [3, 512])
+def test_a_step_waits_for_its_device_four_times_at_most(samples, monkeypatch, method, chunk):
+    """Counted as on a GPU; the passes themselves never wait. A foreign batch asks once more."""
+    monkeypatch.setattr(distiller_module, "HOST_READS", ())
+    student, teacher = tiny.model(width=32, seed=2), tiny.model(width=48, layers=2, seed=1)
+    distiller = Distiller(student, teacher, METHODS[method], head_chunk=chunk)
+    for count in (2, 8):
+        batch = Collator(0, (2, 2))(samples[:count])
+        foreign = {name: each for name, each in batch.items() if not name.startswith("places_")}
+        items = count_items(batch, 2)
+        with counted() as in_passes:
+            distiller.run({**batch, "places": places_of(batch, 2)})
+        assert not in_passes.waits
+        waits = []
+        for given in (batch, foreign):
+            with counted() as in_step:
+                distiller(given, items)[0].backward()
+            waits.append(in_step.waits.total())
+        assert waits[0] == (1 if method == "switch-kd" else 0)
+        assert waits[1] <= 8  # all but one of them on the copy that the host holds
 
 
 @pytest.mark.parametrize("method", ["llava-kd", "align-kd", "switch-kd"])

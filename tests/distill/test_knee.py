@@ -87,7 +87,11 @@ def test_leading_ids_are_those_of_a_stable_full_sort(shape):
 @pytest.mark.parametrize("curve", ["logits", "probs"])
 def test_large_vocabulary(curve):
     for logits in shapes(2, 40_000).values():
-        assert knee(logits, curve).tolist() == expected_knees(logits, curve=curve)
+        expected = expected_knees(logits, curve=curve)
+        assert knee(logits, curve).tolist() == expected
+        top = top_logits(logits, curve=curve, width=900)  # as an accelerator is asked
+        assert top.k.tolist() == expected
+        assert torch.equal(top.ids, expected_ids(logits)[:, :900])
 
 
 @pytest.mark.usefixtures("either_way")

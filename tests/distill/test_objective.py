@@ -8,6 +8,7 @@ from kd_bench.distill import knee as knees
 from kd_bench.distill import losses, objective
 from kd_bench.distill.objective import Heads, KneeLog, token_terms
 from kd_bench.distill.recipe import METHODS, Term, needs_switch, needs_teacher
+from tests.support.counting import counted
 
 N, VOCABULARY, WIDTH, TEACHER_WIDTH = 23, 40, 8, 12
 
@@ -58,22 +59,32 @@ OWN = (
     Term(loss="dbild", candidates=16, pairs="row-wise", temperature=1, name="b"),
     Term(loss="kl", of="switch", weight=3),
 )
+UNION = (
+    Term(loss="dbild", ids="union"),
+    Term(loss="dbild", pairs="none", weight_by="entropy", name="c"),
+)
 LISTS = [
     *(METHODS[name] for name in ("sft", "kl", "rkl", "jsd", "bild", "dbild", "vsd", "switch-kd")),
     OWN,
 ]
 
 
-@pytest.mark.parametrize("terms", LISTS)
+@pytest.mark.parametrize("terms", [*LISTS, UNION])
 @pytest.mark.parametrize("chunk", [1, 7, 23, 512])
-def test_chunks_give_the_values_and_gradients_of_whole_logits(sides, terms, chunk):
+@pytest.mark.parametrize("width", [None, VOCABULARY, 64, 2], ids="width {}".format)
+def test_chunks_give_the_values_and_gradients_of_whole_logits(sides, terms, chunk, width):
+    """Also where the host asks the device once a step; some rows lead with more than 2 ids."""
     heads, hidden, targets = sides
     items = 31  # more answers in the other pieces of the batch
     expected, values = by_hand(terms, heads, hidden, targets, items)
     wanted = [tensor for tensor in hidden.values() if tensor.requires_grad]
     wanted += list(heads.parameters)
     gradients = torch.autograd.grad(2.5 * expected, wanted, allow_unused=True)
-    loss, logged = token_terms(terms, heads, needed(terms, hidden), targets, items, chunk=chunk)
+    limits = None if width is None else losses.Limits(width)
+    given = (terms, heads, needed(terms, hidden), targets, items)
+    loss, logged = token_terms(*given, chunk=chunk, limits=limits)
+    if width == 2 and any(term.loss == "dbild" for term in terms):
+        assert limits.width > 8  # it did not hold, and grew
     found = torch.autograd.grad(2.5 * loss, wanted, allow_unused=True)
     torch.testing.assert_close(loss, expected)
     assert list(logged) == [term.label for term in terms]
@@ -159,3 +170,33 @@ def test_mixed_precision_gives_the_same_gradients_in_every_chunking(sides):
     for left, right in zip(*found, strict=True):
         assert left.dtype == torch.float32
         torch.testing.assert_close(left, right, atol=2e-3, rtol=2e-2)
+
+
+@pytest.mark.parametrize("broken", [torch.nan, 1e5])
+def test_rows_that_break_the_limits_are_computed_again_without(sides, broken):
+    """Too wide for scaled sums, or no number."""
+    heads, hidden, targets = sides
+    hidden["teacher"][4] *= broken
+    work = (METHODS["switch-kd"], heads, hidden, targets, N)
+    logs = KneeLog(), KneeLog()
+    expected, values = token_terms(*work, knee_log=logs[0])
+    limits = losses.Limits()
+    found, again = token_terms(*work, limits=limits, knee_log=logs[1], chunk=5)
+    assert limits.seen is None
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    torch.testing.assert_close(again, values, equal_nan=True)
+    assert {side: len(torch.cat(k)) for side, k in logs[1].knees.items()} == dict.fromkeys(
+        ("teacher", "student", "switch"), N
+    )
+
+
+@pytest.mark.parametrize("method", ["sft", "kl", "bild", "dbild", "switch-kd"])
+def test_an_objective_waits_for_its_device_once_however_many_the_chunks(sides, method):
+    heads, hidden, targets = sides
+    for chunk in (3, 512):
+        limits = losses.Limits(64)
+        given = (METHODS[method], heads, needed(METHODS[method], hidden), targets, torch.tensor(N))
+        with counted() as operations:
+            token_terms(*given, chunk=chunk, limits=limits)[0].backward()
+        asks = method not in ("sft", "kl")
+        assert operations.waits == ({"tolist": 1} if asks else {})

@@ -18,8 +18,8 @@ INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_")
 class Operations(TorchDispatchMode):
     """Counts operations by name, and those that would synchronise.
 
-    A host that reads a tensor in whole (`tolist`, `numpy`, `cpu`) calls no operation on a CPU; such
-    calls are counted where they are made.
+    A host that reads a tensor in whole (`tolist`, `cpu`) calls no operation on a CPU; such calls
+    are counted where they are made.
     """
 
     def __init__(self) -> None:
@@ -74,5 +74,5 @@ def counted() -> Iterator[Operations]:
 
         return mock.patch.object(Tensor, name, read)
 
-    with watched("tolist"), watched("numpy"), watched("cpu"), operations:
+    with watched("tolist"), watched("cpu"), operations:
         yield operations
