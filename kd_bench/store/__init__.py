@@ -124,13 +124,14 @@ class Catalogue:
         """The newest run of the same model, documents and protocol but with blank images.
 
         Returns:
-            The run, and nothing; or None, and why a run that looks like it is not used: one of
-            the same weights or name. Nothing where the store has none.
+            The run, and nothing; or None, and why one that looks like it (the same weights or
+            name) is not used. Nothing where the store has none.
         """
         if manifest.protocol.images or not manifest.verified:
             return None, ""
         protocol = replace(manifest.protocol, images="blank")
         twin = replace(manifest.identity, protocol=protocol)
+        unused = f"does not tell the sight of {manifest.model.name} ({run.path.name}):"
         reason = ""
         for other, its in reversed(self.runs):
             model = its.model
@@ -141,10 +142,10 @@ class Catalogue:
                 return other, ""
             if named or model.weights_digest == twin.weights:
                 why = its.status if twin.holds(its.identity) else _what_differs(twin, its.identity)
-                reason = reason or (
-                    f"{other.path.name} does not tell the sight of {manifest.model.name} "
-                    f"({run.path.name}): it is {why}."
-                )
+                reason = reason or f"{other.path.name} {unused} it is {why}."
+        for other, _ in self.damaged:
+            if _is_of(other, f"{manifest.model.name}-blank"):
+                reason = reason or f"{other.path.name} {unused} its manifest is damaged."
         return None, reason
 
     def role_of(self, name: str, weights: str) -> str:
@@ -344,7 +345,8 @@ def cautions(run: Run) -> list[str]:
         found.append(f"{name} is not verified by digests: it is from before there were any.")
     for other, its in catalogue(run.path.parents[1]).runs:
         newer = its.created >= manifest.created and other.path.name != run.path.name
-        if newer and its.model.name == manifest.model.name:
+        meant = not its.protocol.images or bool(manifest.protocol.images)  # else: `blank_of`
+        if newer and meant and its.model.name == manifest.model.name:
             why = "; ".join(shortcomings(other, its)) or "another protocol"
             found.append(f"{its.model.name}: the newer run {other.path.name} is not used: {why}.")
     return found

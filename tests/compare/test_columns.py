@@ -385,6 +385,23 @@ def test_a_damaged_blank_run_costs_its_own_column_only(frames, tmp_path):
     assert any(path.name in note for note in found.notes)
 
 
+def test_a_blank_run_without_a_readable_manifest_is_named(frames, tmp_path):
+    runs = [write_run(tmp_path, name, frames[row]) for row, name in enumerate(("a", "b"))]
+    blank = write_blank(runs[0], frames[3])
+    (blank.path / "manifest.json").write_text("{")
+    (note,) = compare(runs, **FAST).notes
+    assert note.startswith(f"{blank.path.name} does not tell the sight of a")
+    assert note.endswith("its manifest is damaged.")
+
+
+def test_a_blank_run_under_its_models_name_is_no_newer_run_that_was_passed_over(frames, tmp_path):
+    runs = [write_run(tmp_path, name, frames[row]) for row, name in enumerate(("a", "b"))]
+    write_blank(runs[0], frames[3], name="a")
+    found = compare(runs, **FAST)
+    assert found.notes == []
+    assert found.measures("sight", runs[0].path.name)
+
+
 def test_a_blank_run_beside_its_own_run_is_all_sight(pair):
     blank, _ = catalogue(pair[0].path.parents[1]).blank_of(pair[0], pair[0].manifest)
     found = compare([pair[0], blank], **FAST, allow_different=True)
