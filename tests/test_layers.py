@@ -35,7 +35,7 @@ INSIDE = {
     "world": "__init__ scenes questions benchmarks training build",
     "store": "run __init__ damage",
     "distill": "__init__ recipe checkpoints data chat vision_language models build processes "
-    "conversations encoding knee losses objective distiller trainer train switch_kd",
+    "conversations encoding knee losses objective distiller trainer plan train switch_kd",
     "compare": "estimates align methods __init__",
     "evals": "__init__ documents fetch checkpoint benchmark cache decoding inputs engine models "
     "scoring run importing",

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from kd_bench.config import StrictModel
+    from kd_bench.distill.plan import StagePlan
+    from kd_bench.distill.recipe import Recipe
 
 recipes = App(help="Recipes of trainings, and their settings.")
 data = App(help="Training data.")
@@ -73,6 +75,23 @@ def train(
     show: Annotated[
         bool, typer.Option("--show", help="Print the resolved recipe and stop.")
     ] = False,
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan", help="Count weights, memory, operations and hours, load no model, and stop."
+        ),
+    ] = False,
+    card: Annotated[
+        str | None,
+        typer.Option(
+            help="Device of the plan: h100, a100, l40s, rtx4090, ..., or GB:TFLOPS as in 24:125."
+        ),
+    ] = None,
+    devices: Annotated[int, typer.Option(help="Devices of the plan.", min=1, max=10**5)] = 1,
+    utilisation: Annotated[
+        float, typer.Option(help="Share of the peak that the plan reckons with.", min=0.01, max=1)
+    ] = 0.4,
+    as_json: Annotated[bool, typer.Option("--json", help="The plan as JSON.")] = False,
     verify_data: Annotated[
         bool, typer.Option("--verify-data", help="Read all images again for the data's digest.")
     ] = False,
@@ -92,15 +111,19 @@ def train(
         write_starter(init)
         typer.echo(f"Wrote {init}. Next: {this_program()} train {init} --show")
         return
-    from kd_bench.distill.recipe import plan, recipe_yaml
+    from kd_bench.distill.recipe import plan as sweep_of
+    from kd_bench.distill.recipe import recipe_yaml
 
     changes = list(overrides or [])
     if "=" in recipe:
         recipe, changes = "mini", [recipe, *changes]
     seeds_asked = whole_numbers(seeds, "--seeds")
-    planned = plan(recipe, changes, methods=comma_separated(method), seeds=seeds_asked)
+    planned = sweep_of(recipe, changes, methods=comma_separated(method), seeds=seeds_asked)
     if show:
         typer.echo("---\n".join(recipe_yaml(single) for single in planned), nl=False)
+        return
+    if plan:
+        show_plans(planned, card, devices, utilisation, as_json)
         return
     from kd_bench.distill import processes
 
@@ -111,6 +134,70 @@ def train(
     embedded = all(str(single.student).startswith("embedded:") for single in planned)
     suite = "mini" if embedded else "ten --data DATA"
     typer.echo(f"Next: {this_program()} eval {' '.join(map(str, folders))} --suite {suite}")
+
+
+def show_plans(
+    planned: "list[Recipe]", card: str | None, devices: int, utilisation: float, as_json: bool
+) -> None:
+    """What trainings need, stage by stage."""
+    import json
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from kd_bench.distill.plan import card_of
+    from kd_bench.distill.train import plan_training
+
+    chosen = None if card is None else card_of(card)
+    options: dict[str, Any] = {"devices": devices, "utilisation": utilisation}
+    found = [(each, plan_training(each, card=chosen, **options)) for each in planned]
+    if as_json:
+        stages = [
+            {"recipe": each.name, **asdict(plan), "needed": plan.needed, "fits": plan.fits}
+            for each, plans in found
+            for plan in plans
+        ]
+        typer.echo(json.dumps(stages, indent=2))
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    for plan in (plan for _, plans in found for plan in plans):
+        for line in _plan_lines(plan, chosen.name if chosen else None, utilisation):
+            console.print(line)
+
+
+def _plan_lines(plan: "StagePlan", card: str | None, utilisation: float) -> "Iterator[Any]":
+    """A stage's plan: how it runs, a table, whether it fits."""
+    from rich.table import Table
+
+    yield (
+        f"{plan.stage}: {plan.method}, {plan.steps:,} steps; {plan.devices} device"
+        f"{'s' if plan.devices > 1 else ''}, each {plan.gradient_accumulation} x "
+        f"{plan.micro_batch} samples a step of up to {plan.tokens:,} tokens"
+    )
+    again = [name for name, on in plan.checkpointing.items() if on]
+    yield f"computed again in the backward pass: {' and '.join(again) or 'nothing'}"
+    table = Table("", "", box=None, show_header=False)
+    table.columns[1].justify = "right"
+    for name, count in plan.parameters.items():
+        table.add_row(f"weights: {name.replace('_', ' ')}", f"{count:,}")
+    for name, size in (*plan.memory.items(), ("in all, on each device", plan.needed)):
+        table.add_row(f"memory: {name}", f"{size / 1e9:,.2f} GB")
+    for name, flops in (*plan.flops.items(), ("in all", sum(plan.flops.values()))):
+        table.add_row(f"operations of a step: {name}", f"{flops / 1e12:,.3g} TFLOP")
+    if plan.hours is not None:
+        table.add_row(f"time on {card} at {utilisation:.0%} of its peak", _span(plan.hours))
+    yield table
+    if plan.memory_limit is None:
+        yield "Name a device to see whether it fits: --card h100."
+    elif plan.fits:
+        yield f"It fits: {plan.memory_limit / 1e9:.1f} GB of a device can be used."
+    else:
+        yield f"It does not fit: {plan.memory_limit / 1e9:.1f} GB can be used. {plan.hint}"
+    yield ""
+
+
+def _span(hours: float) -> str:
+    return f"{hours:,.1f} h" if hours >= 1 else f"{hours * 60:,.2g} min"
 
 
 def write_starter(path: Path) -> None:

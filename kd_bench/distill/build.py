@@ -53,11 +53,9 @@ def build_start(student: StudentParts | str, folder: Path, seed: int = 0) -> Non
     if isinstance(student, StudentParts):
         build_student(student, folder, seed)
         return
-    name = student.removeprefix(NEW)
-    if name not in SIZES:
-        known = ", ".join(NEW + known for known in SIZES)
-        raise UsageError(f"There is no {student}.", f"Known: {known}.")
-    build_mini(name, folder, seed)
+    processor = build_processor()
+    build_model(size_of(student), processor, seed).save_pretrained(folder)
+    processor.save_pretrained(folder)
 
 
 def make_processor(
@@ -225,11 +223,17 @@ def build_model(size: Size, processor: Any, seed: int) -> Any:
     return model
 
 
-def build_mini(name: str, folder: Path, seed: int = 0) -> None:
-    """Save an untrained model and its processor: `teacher` or `student`."""
-    processor = build_processor()
-    build_model(SIZES[name], processor, seed).save_pretrained(folder)
-    processor.save_pretrained(folder)
+def size_of(student: str) -> Size:
+    """Widths and depths of `embedded:new/<name>`.
+
+    Raises:
+        UsageError: nothing of that name is embedded.
+    """
+    name = student.removeprefix(NEW)
+    if name not in SIZES:
+        known = ", ".join(NEW + known for known in SIZES)
+        raise UsageError(f"There is no {student}.", f"Known: {known}.")
+    return SIZES[name]
 
 
 # A student of parts
@@ -243,65 +247,91 @@ def build_student(parts: StudentParts, folder: Path, seed: int = 0) -> None:
     Raises:
         UsageError: a part cannot be loaded.
     """
-    tower, images = _vision(parts.vision_tower)
+    config, processor = describe_student(parts)
+    tower = _vision(parts.vision_tower)
     language = load_part(AutoModelForCausalLM, parts.language_model, "language model")
-    where = locate(parts.language_model)
+    if language.config.vocab_size < config.text_config.vocab_size:
+        language.resize_token_embeddings(config.text_config.vocab_size)
+    tokenizer = processor.tokenizer
+    torch.manual_seed(seed)
+    student = LlavaForConditionalGeneration(config)  # the projector keeps what is drawn here
+    student.model.vision_tower.load_state_dict(tower.state_dict())
+    student.model.language_model.load_state_dict(language.get_decoder().state_dict())
+    if not config.tie_word_embeddings:
+        student.lm_head.load_state_dict(language.get_output_embeddings().state_dict())
+    student.generation_config.eos_token_id = tokenizer.eos_token_id
+    student.generation_config.pad_token_id = tokenizer.pad_token_id
+    student.to(getattr(torch, stored_dtype(locate(parts.language_model))))
+    student.model.vision_tower.to(getattr(torch, stored_dtype(locate(parts.vision_tower))))
+    student.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def describe_student(parts: StudentParts) -> tuple[LlavaConfig, Any]:
+    """Config and processor of a student of parts; no weights are read.
+
+    Raises:
+        UsageError: a part has no config, image processor or tokenizer.
+    """
+    tower = locate(parts.vision_tower, weights=False)
+    vision, kind = _vision_config(tower, parts.vision_tower)
+    where = locate(parts.language_model, weights=False)
     with explained(f"{parts.language_model} could not be loaded as a language model", A_PART):
+        text = AutoConfig.from_pretrained(str(where))
         tokenizer = AutoTokenizer.from_pretrained(str(where))
     image_token_id = _add_image_token(tokenizer)
-    if image_token_id >= language.config.vocab_size:
-        language.resize_token_embeddings(len(tokenizer))
-    class_tokens = sum(name.endswith("class_embedding") for name, _ in tower.named_parameters())
-    side, patch = tower.config.image_size // tower.config.patch_size, tower.config.patch_size
+    if image_token_id >= text.vocab_size:
+        text.vocab_size = len(tokenizer)
+    with torch.device("meta"):
+        names = [name for name, _ in kind(vision).named_parameters()]
+    class_tokens = sum(name.endswith("class_embedding") for name in names)
+    side, patch = vision.image_size // vision.patch_size, vision.patch_size
     strategy, template = parts.vision_feature_select_strategy, parts.chat_template
-    tied = bool(language.config.tie_word_embeddings)
     config = LlavaConfig(
-        vision_config=tower.config,
-        text_config=language.config,
+        vision_config=vision,
+        text_config=text,
         image_token_id=image_token_id,
         image_seq_length=side * side + class_tokens - int(strategy == "default"),
         projector_hidden_act=parts.projector_act,
         vision_feature_layer=parts.vision_feature_layer,
         vision_feature_select_strategy=strategy,
-        tie_word_embeddings=tied,
+        tie_word_embeddings=bool(text.tie_word_embeddings),
     )
-    torch.manual_seed(seed)
-    student = LlavaForConditionalGeneration(config)  # the projector keeps what is drawn here
-    student.model.vision_tower.load_state_dict(tower.state_dict())
-    student.model.language_model.load_state_dict(language.get_decoder().state_dict())
-    if not tied:
-        student.lm_head.load_state_dict(language.get_output_embeddings().state_dict())
-    student.generation_config.eos_token_id = tokenizer.eos_token_id
-    student.generation_config.pad_token_id = tokenizer.pad_token_id
-    student.to(getattr(torch, stored_dtype(where)))
-    student.model.vision_tower.to(getattr(torch, stored_dtype(locate(parts.vision_tower))))
-    student.save_pretrained(folder)
-    make_processor(
+    with explained(f"{parts.vision_tower} could not be loaded as a vision tower", A_PART):
+        images = AutoImageProcessor.from_pretrained(str(tower))
+    processor = make_processor(
         images,
         tokenizer,
         patch_size=patch,
         additional_tokens=class_tokens,
         strategy=strategy,
         template=shipped_template("tinyllava") if template is None else read_template(template),
-    ).save_pretrained(folder)
+    )
+    return config, processor
 
 
-def _vision(path: str) -> tuple[Any, Any]:
-    """A vision tower, alone or out of a two-tower or vision-language model; and its processor."""
+def _vision_config(folder: Path, path: str) -> tuple[Any, Any]:
+    """A tower's config, its own or out of a whole model's; and the tower's class."""
+    with explained(f"{path} could not be loaded as a vision tower", A_PART):
+        config = AutoConfig.from_pretrained(str(folder))
+        inner = getattr(config, "vision_config", config)
+        with torch.device("meta"):
+            return inner, type(AutoModel.from_config(inner))
+
+
+def _vision(path: str) -> Any:
+    """A vision tower, alone or out of a two-tower or vision-language model."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     where = locate(path)
     with explained(f"{path} could not be loaded as a vision tower", A_PART):
         config = AutoConfig.from_pretrained(str(where))
-        images = AutoImageProcessor.from_pretrained(str(where))
         whole = {kind.__name__ for kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING}
         if hasattr(config, "text_config") and type(config).__name__ in whole:
-            return VisionLanguageModel(load_model(where)).vision_tower, images
-        inner = getattr(config, "vision_config", config)
-        with torch.device("meta"):
-            kind = type(AutoModel.from_config(inner))
-    two_towers = inner is not config
-    return load_part(kind, path, "vision tower", surplus=two_towers, config=inner), images
+            return VisionLanguageModel(load_model(where)).vision_tower
+    inner, kind = _vision_config(where, path)
+    two_towers = hasattr(config, "vision_config")
+    return load_part(kind, path, "vision tower", surplus=two_towers, config=inner)
 
 
 # Adapters

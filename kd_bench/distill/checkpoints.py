@@ -47,9 +47,16 @@ BUFFERS = ("position_ids", "num_batches_tracked", "_index")  # how names of inte
 
 
 def locate(
-    reference: str | Path, *, allow_pickle: bool = False, trust_remote_code: bool = False
+    reference: str | Path,
+    *,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    weights: bool = True,
 ) -> Path:
     """The folder of a checkpoint or adapter; a hub name (ORG/NAME, ORG/NAME@REVISION) is fetched.
+
+    Args:
+        weights: False leaves them where they are.
 
     Raises:
         UsageError: nothing of that name is embedded, lies there, or can be fetched.
@@ -64,7 +71,7 @@ def locate(
     from huggingface_hub import constants, snapshot_download
 
     name, _, revision = str(reference).partition("@")
-    patterns = [*HUB_FILES, *(PICKLES if allow_pickle else ())]
+    patterns = [*HUB_FILES, *(PICKLES if allow_pickle else ())][0 if weights else 1 :]
     patterns += ["*.py"] if trust_remote_code else []
     try:
         found = snapshot_download(name, revision=revision or None, allow_patterns=patterns)
@@ -365,7 +372,7 @@ NAMES = ("recipe.yaml", LINEAGE, "train_log.jsonl", "init", "stages", "final")
 ELSEWHERE = "Set output= to another folder, or delete that one."
 
 # Settings that change how a training is watched or spread, not what it computes.
-WATCHING = ("output", "report_to", "teacher_cache")
+WATCHING = ("output", "report_to", "teacher_cache", "teacher_sharding", "device_memory")
 WATCHING_STAGE = (
     "new_projector_only",
     "log_every",
@@ -373,6 +380,7 @@ WATCHING_STAGE = (
     "workers",
     "head_chunk",
     "gradient_checkpointing",
+    "teacher_gradient_checkpointing",
 )
 
 

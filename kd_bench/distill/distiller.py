@@ -154,7 +154,7 @@ class Distiller(nn.Module):
         )
         if passes.embeddings:
             for term in self.image_terms:
-                value = self._image_value(term, passes, batch, items)
+                value = self.image_value(term, passes, batch, items)
                 loss = loss + term.weight * value
                 values[term.label] = value.detach()
         return loss, values
@@ -168,7 +168,7 @@ class Distiller(nn.Module):
             vocabulary=self.vocabulary,
         )
 
-    def _image_value(
+    def image_value(
         self,
         term: Term,
         passes: Passes,

@@ -84,13 +84,18 @@ def gather(value: Any) -> list[Any]:
     return list(gather_object([value]))
 
 
+def shards_student() -> bool:
+    """Whether accelerate was told to spread the student's weights over the devices."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
 def begin_sharding() -> None:
     """Settle, before any checkpoint is loaded, how a sharded training loads and splits weights.
 
     Raises:
         UsageError: FSDP's first version was asked for.
     """
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+    if not shards_student():
         return
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise UsageError(

@@ -256,7 +256,10 @@ class Stage(StrictModel):
         betas: AdamW's.
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them as they are.
         precision: `bfloat16` is mixed precision (weights stay float32).
-        gradient_checkpointing: compute activations again in the backward pass instead of keeping.
+        gradient_checkpointing: compute the student's activations again in the backward pass instead
+            of keeping them; by default where they would not fit the device (`train --plan`).
+        teacher_gradient_checkpointing: the same of the teacher, which keeps activations for the
+            visual switch alone; by default as the student, where that is set.
         group_by_length: samples of similar length share a batch.
         max_length: tokens of a sample, image tokens included; longer ones lose their end.
         workers: processes that load data, on each device.
@@ -289,7 +292,8 @@ class Stage(StrictModel):
     )
     max_grad_norm: float = Field(default=1.0, ge=0)
     precision: Literal["float32", "bfloat16"] = "float32"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | None = None
+    teacher_gradient_checkpointing: bool | None = None
     group_by_length: bool = False
     max_length: int = Field(default=2048, ge=8, le=10**7)
     workers: int = Field(default=0, ge=0, le=1024)
@@ -355,6 +359,10 @@ class Recipe(StrictModel):
         allow_pickle, trust_remote_code: permit checkpoints that can run code when loaded.
         teacher_cache: folder for the teacher's hidden states at answer positions. Up to 128 MB
             of them are kept in the user's cache folder without it, where samples are met again.
+        teacher_sharding: `fsdp2` spreads the frozen teacher's layers over the devices and gathers
+            them one by one; without it each device holds the teacher whole.
+        device_memory: GB of memory of a device that a training must fit into, by an estimate before
+            the first step; by default what the device reports, and 0 trains all the same.
         report_to: other loggers, e.g. [tensorboard].
         final_dtype: float type of the finished checkpoint; auto is that of the student it started
             from (training itself keeps float32 weights).
@@ -374,6 +382,8 @@ class Recipe(StrictModel):
     allow_pickle: bool = False
     trust_remote_code: bool = False
     teacher_cache: str | None = None
+    teacher_sharding: Literal["fsdp2"] | None = None
+    device_memory: float | None = Field(default=None, ge=0, le=1e5)
     report_to: list[Literal["tensorboard", "trackio", "wandb"]] = Field(default_factory=list)
     final_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     stages: list[Stage] = Field(min_length=1)
@@ -388,6 +398,8 @@ class Recipe(StrictModel):
                 raise ValueError(f"stage {stage.name!r} has no data, and the recipe has none")
             if self.teacher is None and any(term.loss != "ce" for term in stage.objective):
                 raise ValueError(f"stage {stage.name!r} needs a teacher; set `teacher`")
+        if self.teacher_sharding and self.teacher_cache:  # a device whose batch is kept would skip
+            raise ValueError("teacher_cache and teacher_sharding exclude each other; keep one")
         return self
 
     @property

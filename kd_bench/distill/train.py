@@ -11,7 +11,7 @@ The same command continues a stopped training and leaves a finished one alone.
 
 import contextlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,6 +42,21 @@ from kd_bench.distill.encoding import (
     Encoder,
     PairEncoder,
 )
+from kd_bench.distill.plan import (
+    GB,
+    UTILISATION,
+    Card,
+    Maker,
+    Shapes,
+    Sharding,
+    StagePlan,
+    choices,
+    config_of,
+    plan_memory,
+    plan_time,
+    student_of,
+    this_device,
+)
 from kd_bench.distill.recipe import NEW, DataSource, Recipe, Stage, needs_teacher, recipe_yaml
 from kd_bench.distill.trainer import (
     DistillationTrainer,
@@ -51,13 +66,21 @@ from kd_bench.distill.trainer import (
     spent,
     trainer_arguments,
 )
-from kd_bench.distill.vision_language import check_pair, check_terms, image_difference
+from kd_bench.distill.vision_language import (
+    VisionLanguageModel,
+    check_pair,
+    check_terms,
+    has_images,
+    image_difference,
+)
 from kd_bench.errors import KdBenchError, TrainingError, UsageError, explained
 from kd_bench.files import atomic_folder, digest_text, write_json, write_text
 from kd_bench.world.build import cache_folder as user_cache
 from kd_bench.world.build import resolve
 
 TOGETHER = "Do config.json, processor and weights of each checkpoint belong together?"
+TYPICAL = 3  # micro-batches by which a plan counts operations
+SAMPLED = 64  # conversations that a plan encodes at least
 SMALL_DATA = 50_000  # conversations that are encoded before the first step and kept in memory
 
 
@@ -78,6 +101,7 @@ class TrainingState:
     teacher: Any = None
     teacher_processor: Any = None
     done: list[str] = field(default_factory=list)
+    checkpointing: dict[str, tuple[bool, bool]] = field(default_factory=dict)
     read: tuple[list[DataSource], Data] | None = None
 
     @property
@@ -214,6 +238,7 @@ def _run_stages(run: TrainingState) -> Any:
     folders = [checkpoints.stage_folder(run.folder, *each) for each in enumerate(recipe.stages)]
     left = list(zip(recipe.stages, folders, strict=True))[count:]
     _check_settings(run, [stage for stage, _ in left])
+    _check_memory(run, [stage for stage, _ in left])
     start = _start(run)
     run.processor = models.load_processor(start, trust_remote_code=recipe.trust_remote_code)
     if recipe.prompt_template is not None or recipe.chat_template_kwargs:
@@ -244,14 +269,14 @@ def _run_stages(run: TrainingState) -> Any:
     return student
 
 
-def _check_settings(run: TrainingState, stages: list[Stage]) -> None:
+def _check_settings(run: TrainingState, stages: list[Stage], devices: int | None = None) -> None:
     """Everything that can be wrong without loading a model, of every stage."""
     check_loggers(run.recipe.report_to)
     if run.recipe.prompt_template is not None:
         read_template(run.recipe.prompt_template)
     for stage in reversed(stages):  # so that the first stage's data is the file that is kept
         check_terms(stage.objective, stage.trainable, stage.name)
-        micro_batch(stage)
+        micro_batch(stage, devices)
         data = f"{stage.name}.data" if stage.data else "data"  # the setting that names it
         for source in run.recipe.data_of(stage):
             if source.images is not None and not resolve(source.images).is_dir():
@@ -337,22 +362,16 @@ def _run_stage(run: TrainingState, stage: Stage, folder: Path, student: Any) -> 
     seed = run.recipe.seed + 1000 * len(run.done)
     size = micro_batch(stage)
     order = BatchOrder(dataset, stage.batch_size, size, seed, stage.group_by_length)
-    models.set_trainable(student, stage.trainable)
     torch.manual_seed(seed)  # adapters start from it
-    if stage.lora is not None:
-        student = add_lora(student, stage.lora)
-    distiller = Distiller(
+    distiller = _distiller(
+        stage,
         student,
         teacher,
-        stage.objective,
+        checkpointing=run.checkpointing.get(stage.name, choices(stage)[0]),
         vocabulary=vocabulary,
-        head_chunk=stage.head_chunk,
         cache=_cache(run, stage, teacher, dataset, run.recipe.teacher_cache),
     )
-    if stage.gradient_checkpointing:
-        models.checkpoint_activations(student)
-        if teacher is not None:
-            models.checkpoint_activations(teacher, frozen=True)
+    student = distiller.student
     trainer = _trainer(run, stage, folder, distiller, order, seed)
     checkpoint = processes.broadcast(last_checkpoint(folder, run.say) if run.is_main else None)
     with explained("The first batch does not go through student and teacher", TOGETHER):
@@ -382,6 +401,37 @@ def _run_stage(run: TrainingState, stage: Stage, folder: Path, student: Any) -> 
     )
 
 
+def _distiller(
+    stage: Stage,
+    student: Any,
+    teacher: Any,
+    *,
+    checkpointing: tuple[bool, bool],
+    vocabulary: int | None,
+    cache: TeacherCache | None = None,
+) -> Distiller:
+    """Student and teacher with the stage's trainable set, adapters and objective.
+
+    Args:
+        checkpointing: whether student and teacher compute activations again.
+    """
+    models.set_trainable(student, stage.trainable)
+    if stage.lora is not None:
+        student = add_lora(student, stage.lora)
+    distiller = Distiller(
+        student,
+        teacher,
+        stage.objective,
+        vocabulary=vocabulary,
+        head_chunk=stage.head_chunk,
+        cache=cache,
+    )
+    for model, recomputes in zip((student, teacher), checkpointing, strict=True):
+        if recomputes:
+            models.checkpoint_activations(model, frozen=model is teacher)
+    return distiller
+
+
 def _tell_where_to_stop(student: Any, stop_ids: list[int]) -> None:
     """Add what the student learnt to end its answers with to what `generate` stops at."""
     settings = student.generation_config
@@ -391,7 +441,9 @@ def _tell_where_to_stop(student: Any, stop_ids: list[int]) -> None:
         settings.eos_token_id = [*ids, *stop_ids]
 
 
-def _dataset(run: TrainingState, stage: Stage, student: Any) -> ConversationDataset:
+def _dataset(
+    run: TrainingState, stage: Stage, student: Any, *, prepare: bool = True
+) -> ConversationDataset:
     """The stage's samples, all encoded in advance where they are few.
 
     They are encoded for the teacher, too, where one batch cannot serve both.
@@ -406,18 +458,21 @@ def _dataset(run: TrainingState, stage: Stage, student: Any) -> ConversationData
     conversations, broken = run.conversations(stage)
     limit = sum(each.unreadable_limit for each in sources)
     dataset = ConversationDataset(conversations, encoder, unreadable=broken, unreadable_limit=limit)
-    if len(conversations) <= SMALL_DATA:
+    if prepare and len(conversations) <= SMALL_DATA:
         dataset.prepare()
     return dataset
 
 
-def micro_batch(stage: Stage) -> int:
+def micro_batch(stage: Stage, devices: int | None = None) -> int:
     """Samples that one process takes at a time.
+
+    Args:
+        devices: how many there are; by default as many as processes.
 
     Raises:
         UsageError: the batch cannot be shared by the processes.
     """
-    world = processes.world_size()
+    world = devices or processes.world_size()
     shares = stage.gradient_accumulation * world
     if stage.batch_size % shares:
         raise UsageError(
@@ -487,16 +542,12 @@ def _trainer(
     order: BatchOrder,
     seed: int,
 ) -> DistillationTrainer:
-    tokenizer = run.processor.tokenizer
-    (stop,) = order.dataset.encoder.chat.stop_ids
-    both = (distiller.parts, distiller.teacher or distiller.parts)
-    images = (both[0].image_token_id, both[1].image_token_id)
-    steps = stage.steps or max(round((stage.epochs or 1) * order.steps), 1)
+    steps = _steps(stage, order.count)
     trainer = DistillationTrainer(
         distiller,
         trainer_arguments(run.recipe, stage, folder, steps, order.batch_size, seed),
         order,
-        Collator(stop if tokenizer.pad_token_id is None else tokenizer.pad_token_id, images),
+        _collator(run, order.dataset, distiller.student),
         stage=stage,
         report=ProgressReport(stage.name, run.console, run.log, stage.batch_size, run.done),
         lineage=run.folder / "lineage.json",
@@ -508,6 +559,177 @@ def _trainer(
             "Start them with `accelerate launch` or `torchrun`, one an accelerator.",
         )
     return trainer
+
+
+def _collator(run: TrainingState, dataset: ConversationDataset, student: Any) -> Collator:
+    pad_token_id = run.processor.tokenizer.pad_token_id
+    (stop,) = dataset.encoder.chat.stop_ids
+    ours, theirs = (VisionLanguageModel(each) for each in (student, run.teacher or student))
+    images = (ours.image_token_id, theirs.image_token_id)
+    return Collator(stop if pad_token_id is None else pad_token_id, images)
+
+
+def _steps(stage: Stage, samples: int) -> int:
+    """Optimizer steps, of so many samples an epoch."""
+    return stage.steps or max(round((stage.epochs or 1) * (samples // stage.batch_size)), 1)
+
+
+# The plan of a training
+
+
+def plan_training(
+    recipe: Recipe,
+    *,
+    card: Card | None = None,
+    devices: int = 1,
+    utilisation: float = UTILISATION,
+) -> list[StagePlan]:
+    """What each stage needs, before anything but configs, tokenizers and data is loaded.
+
+    Args:
+        card: on which it shall run; its memory gives way to the recipe's `device_memory`.
+        devices: how many of them.
+        utilisation: share of the card's peak that is reached.
+
+    Raises:
+        UsageError: recipe, configs or data do not fit.
+    """
+    models.quiet()
+    run = TrainingState(recipe, recipe.output_folder, Console(), {}, is_main=False)
+    _check_settings(run, recipe.stages, devices)
+    plans = []
+    for stage, needs in zip(recipe.stages, _needs(run, recipe.stages, card, devices), strict=True):
+        plan, make, typical = needs
+        mixed = stage.precision == "bfloat16"
+        peak = None if card is None else card.bfloat16 if mixed else card.float32
+        plans.append(
+            plan_time(plan, make, typical, mixed=mixed, peak=peak, utilisation=utilisation)
+        )
+    return plans
+
+
+def _check_memory(run: TrainingState, stages: list[Stage]) -> None:
+    """Refuse what would not fit; choose what is computed again where the recipe leaves it open.
+
+    Raises:
+        UsageError: a stage needs more than the device has.
+    """
+    named, found = run.recipe.device_memory, this_device()
+    if named == 0 or (named is None and found is None):
+        return
+    for plan, _, _ in _needs(run, stages, None, processes.world_size()):
+        if not plan.fits:
+            raise plan.refusal()
+        recomputed = [name for name, on in plan.checkpointing.items() if on]
+        run.checkpointing[plan.stage] = (
+            plan.checkpointing["student"],
+            plan.checkpointing["teacher"],
+        )
+        again = f"; activations of {' and '.join(recomputed)} computed again" if recomputed else ""
+        run.say(
+            f"{plan.stage}: about {plan.needed / GB:.1f} of {(plan.memory_limit or 0) / GB:.1f} GB"
+            f" a device{again}"
+        )
+
+
+def _needs(
+    run: TrainingState, stages: list[Stage], card: Card | None, devices: int
+) -> Iterator[tuple[StagePlan, Maker, list[dict[str, Any]]]]:
+    """Of each stage its memory, a maker of its distiller as shapes, and typical micro-batches."""
+    recipe, shapes = run.recipe, Shapes()
+    student, run.processor = student_of(recipe, shapes)
+    if recipe.prompt_template is not None or recipe.chat_template_kwargs:
+        use_template(run.processor, recipe.prompt_template, recipe.chat_template_kwargs)
+    limit = this_device() if card is None else int(card.memory)
+    if recipe.device_memory is not None:
+        limit = int(recipe.device_memory * GB) or None
+    mixed = any(stage.precision == "bfloat16" for stage in recipe.stages)
+    dtype = torch.bfloat16 if mixed else torch.float32
+    described = None
+    if recipe.teacher is not None and any(needs_teacher(each.objective) for each in stages):
+        described, folder = config_of(recipe.teacher, **recipe.allowed)
+        trusted = recipe.trust_remote_code
+        run.teacher_processor = models.load_processor(folder, trust_remote_code=trusted)
+    for stage in stages:
+        taught = described is not None and needs_teacher(stage.objective)
+        run.teacher = shapes.model(described, dtype) if taught else None
+        vocabulary = _check_models(run, stage, student)
+        dataset = _dataset(run, stage, student, prepare=False)
+        size = micro_batch(stage, devices)
+        longest, typical = (
+            [shapes.batch(batch) for batch in batches]
+            for batches in _met(dataset, size, stage, _collator(run, dataset, student))
+        )
+
+        def make(
+            ours: bool,
+            theirs: bool,
+            stage: Stage = stage,
+            taught: bool = taught,
+            vocabulary: int | None = vocabulary,
+            batches: list[dict[str, Any]] = longest,
+        ) -> Distiller:
+            fresh, _ = student_of(recipe, shapes)
+            teacher = shapes.model(described, dtype) if taught else None
+            with torch.random.fork_rng(devices=[]):
+                distiller = _distiller(
+                    stage, fresh, teacher, checkpointing=(ours, theirs), vocabulary=vocabulary
+                )
+            shapes.empty(distiller)
+            if has_images(batches[0]):
+                distiller.freeze_unreached(batches[0])
+            return distiller.train()
+
+        sharding = Sharding(
+            devices=devices,
+            student=devices if processes.shards_student() else 1,
+            teacher=devices if recipe.teacher_sharding else 1,
+        )
+        steps = _steps(stage, dataset.conversations.epoch_size)
+        plan = plan_memory(stage, make, longest[0], steps=steps, sharding=sharding, limit=limit)
+        yield plan, make, typical
+
+
+def _met(
+    dataset: ConversationDataset, size: int, stage: Stage, collator: Collator
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The longest micro-batch of the data, in a list; and typical ones, sorted by length.
+
+    Of large data a sample is read, and of all rows those with the most characters.
+    """
+    count = len(dataset)
+    spread = torch.linspace(0, count - 1, min(count, max(TYPICAL * size, SAMPLED))).long().tolist()
+    if isinstance(dataset.conversations, Stream):  # only read forward
+        spread, top = list(range(len(spread))), []
+    else:
+        characters, images = dataset.lengths(), dataset.conversations.images
+        alike = size if stage.group_by_length else 1  # others meet the longest one at a time
+        top = sorted(range(count), key=lambda i: (images[i] > 0, characters[i]))[-alike:]
+    samples = {
+        index: sample
+        for index in dict.fromkeys([*top, *spread])
+        if isinstance(sample := dataset[index], dict)
+    }
+    if not samples:
+        raise UsageError(
+            f"Stage {stage.name!r}: none of its conversations can be used.",
+            "`kd-bench data show` lists why.",
+        )
+    drawn = [samples[index] for index in spread if index in samples] or list(samples.values())
+    drawn = drawn * -(-size // len(drawn))
+    if stage.group_by_length:
+        drawn.sort(key=_length)
+    groups = [drawn[start : start + size] for start in range(0, len(drawn) - size + 1, size)]
+    groups.sort(key=lambda group: max(map(_length, group)))
+    chosen = [groups[int((part + 0.5) * len(groups) / TYPICAL)] for part in range(TYPICAL)]
+    first = sorted(samples.values(), key=_length)[-1]
+    others = [samples[index] for index in top if index in samples and samples[index] is not first]
+    longest = [first, *others, *reversed(groups[-1])][:size]
+    return [collator(longest)], [collator(group) for group in chosen[: len(groups)]]
+
+
+def _length(sample: Mapping[str, Any]) -> int:
+    return len(sample["input_ids"])
 
 
 def _announce(

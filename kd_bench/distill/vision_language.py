@@ -187,6 +187,12 @@ class VisionLanguageModel:
         """The decoder, without the LM head."""
         return getattr(self.core, self.family.language)
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder's layers."""
+        names: Any = self.language_model._no_split_modules
+        return [each for each in self.language_model.modules() if type(each).__name__ in names]
+
     # Sizes
 
     @property

@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from kd_bench.distill import build as mini  # noqa: E402
-from kd_bench.distill.build import build_mini  # noqa: E402
+from kd_bench.distill.build import build_start  # noqa: E402
 from kd_bench.world import scenes  # noqa: E402
 from kd_bench.world.benchmarks import BENCHMARKS, oracle_answer, prompt  # noqa: E402
 from kd_bench.world.build import rows  # noqa: E402
@@ -21,7 +21,7 @@ from kd_bench.world.training import MAKERS, conversations  # noqa: E402
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("mini")
     for name in ("teacher", "student"):
-        build_mini(name, root / name, seed=1)
+        build_start(f"embedded:new/{name}", root / name, seed=1)
     return {name: root / name for name in ("teacher", "student")}
 
 
@@ -67,7 +67,7 @@ def test_each_starts_with_a_tower_of_its_own(folders: dict[str, Path]) -> None:
 
 
 def test_the_same_seed_gives_the_same_weights(folders: dict[str, Path], tmp_path: Path) -> None:
-    build_mini("student", tmp_path, seed=1)
+    build_start("embedded:new/student", tmp_path, seed=1)
     first = (folders["student"] / "model.safetensors").read_bytes()
     assert (tmp_path / "model.safetensors").read_bytes() == first
 
