@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 # --------------------------------------------------------------------------------------- settings
 
 UNITS = {
-    "Recipe": {"seed": "draws"},
+    "Recipe": {"seed": "draws", "device_memory": "GB"},
     "DataSource": {
         "weight": "times an epoch",
         "limit": "conversations",

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from kd_bench.distill import checkpoints, models, objective
-from kd_bench.distill.distiller import Distiller, Passes
+from kd_bench.distill.distiller import Distiller, Passes, default_chunk
 from kd_bench.distill.recipe import NEW, Recipe, Stage, StudentParts, Term, needs_switch
 from kd_bench.distill.vision_language import answer_positions
 from kd_bench.errors import UsageError, closest
@@ -329,7 +329,7 @@ def objective_bytes(distiller: Distiller, answers: int, *, mixed: bool) -> int:
     names |= {"switch"} if needs_switch(distiller.terms) else set()
     few, more = (_peak_of_terms(distiller, heads, names, rows, mixed) for rows in ROWS)
     a_row = (more - few) / (ROWS[1] - ROWS[0])
-    rows = min(distiller.head_chunk, answers)
+    rows = min(distiller.head_chunk or default_chunk(ours), answers)  # more only where it is free
     head = distiller.student.get_output_embeddings().weight  # type: ignore[operator]
     # The sum of its gradients over chunks, and one chunk's.
     own = 2 * head.numel() * head.element_size() if head.requires_grad else 0
