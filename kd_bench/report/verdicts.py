@@ -11,7 +11,7 @@ from pathlib import Path
 
 from kd_bench.compare import Comparison, Flip, Relation
 from kd_bench.compare.align import Difference
-from kd_bench.compare.estimates import GAPS, PART_NAMES, Estimate, Measure
+from kd_bench.compare.estimates import BLANK, CONTENT, GAPS, PART_NAMES, PARTS, Estimate, Measure
 from kd_bench.compare.methods import MethodPair, MethodsComparison
 from kd_bench.errors import KdBenchError, one_line
 from kd_bench.files import write_text
@@ -26,6 +26,14 @@ _P = Column("p", "p (Holm)", "text")
 _UNITS = Column("units", "Units", "count")
 
 
+_MADE_OF = {
+    CONTENT: "Content (what answers say, whatever their form) and form add up to the difference.",
+    BLANK: "Guessing (the score with blank images) and sight add up to the difference.",
+}
+Gaps = Sequence[tuple[str, str, Mapping[str, Measure | Estimate]]]
+"""Form gap and sight: a model's name, which of them, and its numbers by benchmark."""
+
+
 def _probability(p: float) -> str:
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 
@@ -36,23 +44,33 @@ def _probability(p: float) -> str:
 def comparison_tables(comparison: Comparison) -> list[Table]:
     """Each run against the first and what the difference is made of; form gaps; roles."""
     first, *others = comparison.runs
-    tables: list[Table | None] = []
-    for number, other in enumerate(others):
-        whole = {each.task: each.differences[number] for each in comparison.tasks}
-        whole[AVERAGE] = comparison.average_differences[number]
-        parts = {kind: comparison.measures(kind, other.run_id) for kind in PART_NAMES}
-        tables.append(_against_first(comparison, number + 1))
-        tables.append(_part_table(f"{other.name} against {first.name}", whole, parts))
-    gaps = [
+    gaps: Gaps = [
         (run.name, kind, comparison.measures(kind, run.run_id))
         for run in comparison.runs
         for kind in GAPS
     ]
+    note, gaps, shown = _told(gaps)
+    tables: list[Table | None] = []
+    for number, other in enumerate(others):
+        whole = {each.task: each.differences[number] for each in comparison.tasks}
+        whole[AVERAGE] = comparison.average_differences[number]
+        parts = {kind: comparison.measures(kind, other.run_id) for kind in shown}
+        tables.append(_against_first(comparison, number + 1, note))
+        tables.append(_part_table(f"{other.name} against {first.name}", whole, parts))
     tables += [_gap_table(gaps), _relation_table(comparison)]
     return [table for table in tables if table is not None]
 
 
-def _against_first(comparison: Comparison, number: int) -> Table:
+def _told(gaps: Gaps) -> tuple[tuple[str, ...], Gaps, tuple[str, ...]]:
+    """What of gaps and parts is worth a table: where no form costs anything, a note is enough."""
+    form = [each.value for _, kind, found in gaps if kind == GAPS[0] for each in found.values()]
+    if not form or any(form):
+        return (), gaps, PART_NAMES
+    note = "Form gap 0.0 on every benchmark of all of them: the differences are of content alone."
+    return (note,), [each for each in gaps if each[1] != GAPS[0]], PARTS[BLANK]
+
+
+def _against_first(comparison: Comparison, number: int, told: tuple[str, ...]) -> Table:
     first, other = comparison.runs[0], comparison.runs[number]
     columns = (
         _TASK,
@@ -91,7 +109,7 @@ def _against_first(comparison: Comparison, number: int) -> Table:
         caption="Points on the 0-100 scale, 95 % intervals of each paired difference alone; p "
         "after Holm over the benchmarks; detectable: the smallest true difference that this test "
         "finds four times in five after Holm; units: images, pairs, groups or documents.",
-        notes=(*comparison.warnings, *comparison.notes, *few),
+        notes=(*comparison.warnings, *comparison.notes, *few, *told),
     )
 
 
@@ -114,22 +132,18 @@ def _part_table(
             _gap_row(key, [difference, *(measures.get(key) for measures in known.values())])
             for key, difference in whole.items()
         ),
-        caption="Content and form add up to the difference, and so do guessing and sight; each "
-        "with its own 95 % interval. Content: what the answers say, whatever their form. "
-        "Guessing: the scores with blank images.",
+        caption=" ".join(_MADE_OF[column] for column, kinds in PARTS.items() if kinds[0] in known),
     )
 
 
-def _gap_table(
-    gaps: "Sequence[tuple[str, str, Mapping[str, Measure | Estimate]]]",
-) -> Table | None:
-    """Form gap and sight, each of a model by benchmark; None where none is known."""
+def _gap_table(gaps: Gaps) -> Table | None:
+    """None where none is known."""
     known = [(name, kind, measures) for name, kind, measures in gaps if measures]
     keys = dict.fromkeys(key for _, _, measures in known for key in measures if key != AVERAGE)
     if not known:
         return None
     return Table(
-        "Form gap and sight",
+        " and ".join(dict.fromkeys(kind for _, kind, _ in known)).capitalize(),
         (
             _TASK,
             *(
@@ -141,8 +155,8 @@ def _gap_table(
             _gap_row(key, [measures.get(key) for _, _, measures in known])
             for key in (*keys, AVERAGE)
         ),
-        caption="Points, with 95 % intervals. Form gap: score by content minus the score. Sight: "
-        "the score minus that of the same model with blank images.",
+        caption="Points, with 95 % intervals. Form gap: score by content, what the answers say "
+        "whatever their form, minus the score. Sight: score minus score with blank images.",
     )
 
 
@@ -202,6 +216,12 @@ def flip_table(flips: Sequence[Flip], task: str, names: tuple[str, str]) -> Tabl
 def method_tables(comparison: MethodsComparison) -> list[Table]:
     """Every pair of methods on the average, then each by benchmark with its parts; form gaps."""
     counts = comparison.methods
+    gaps: Gaps = [
+        (method, kind, measures)
+        for method, by_kind in comparison.gaps.items()
+        for kind, measures in by_kind.items()
+    ]
+    note, gaps, shown = _told(gaps)
     whole = Table(
         "Methods on the average",
         (Column("pair", "Methods", "text"), Column("seeds", "Seeds", "text"), _DIFFERENCE, _P),
@@ -217,17 +237,13 @@ def method_tables(comparison: MethodsComparison) -> list[Table]:
         ),
         caption="Points on the 0-100 scale; 95 % intervals over training seeds and documents; p "
         "after Holm over all pairs of methods.",
-        notes=tuple(comparison.warnings),
+        notes=(*comparison.warnings, *note),
     )
     tables: list[Table | None] = [whole]
     for pair in comparison.pairs:
+        parts = {kind: pair.parts.get(kind, {}) for kind in shown}
         title = f"{pair.second} against {pair.first}"
-        tables += [_pair_table(comparison, pair), _part_table(title, pair.estimates, pair.parts)]
-    gaps = [
-        (method, kind, measures)
-        for method, by_kind in comparison.gaps.items()
-        for kind, measures in by_kind.items()
-    ]
+        tables += [_pair_table(comparison, pair), _part_table(title, pair.estimates, parts)]
     return [table for table in (*tables, _gap_table(gaps)) if table is not None]
 
 

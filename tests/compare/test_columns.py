@@ -325,6 +325,19 @@ def test_tables_and_frame_show_the_parts_beside_the_difference(comparison):
     assert '"form gap"' in comparison.to_json()
 
 
+def test_where_no_form_costs_anything_a_note_is_enough(frames, tmp_path):
+    runs = [write_run(tmp_path, name, frames[row]) for row, name in ((2, "a"), (3, "b"))]
+    (table,) = comparison_tables(compare(runs, **FAST))
+    assert table.notes[-1].startswith("Form gap 0.0 on every benchmark")
+    for row, run in zip((3, 4), runs, strict=True):
+        write_blank(run, frames[row])
+    main, parts, gaps = comparison_tables(compare(runs, **FAST))
+    assert main.notes == table.notes
+    titles = [column.title for column in parts.columns]
+    assert titles == ["Benchmark", "Difference", "Guessing", "Sight"]
+    assert gaps.title == "Sight"
+
+
 def test_a_run_without_scores_by_content_says_so_and_has_no_split(frames, tmp_path):
     bare = {t: f.drop(columns=["content", "score_by_content"]) for t, f in frames[0].items()}
     runs = [write_run(tmp_path, "old", bare), write_run(tmp_path, "new", frames[1])]
