@@ -359,6 +359,9 @@ def _import_all() -> None:
 
         models.preload()
         lmms_eval()
+    from kd_bench.registry import load_tasks
+
+    load_tasks()  # each file is read once a process
     gc.freeze()  # so that no collection in a forked process copies pages by looking at them
     gc.enable()
 

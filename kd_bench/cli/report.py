@@ -78,9 +78,12 @@ def report(
         )
     from rich.console import Console
 
-    from kd_bench.report import render_report
-    from kd_bench.report.history import render_training, render_trend
-    from kd_bench.report.papers import Paper
+    from kd_bench.distill import processes
+
+    with processes.importing():
+        from kd_bench.report import render_report
+        from kd_bench.report.history import render_training, render_trend
+        from kd_bench.report.papers import Paper
 
     if training:
         page = render_training(training, to)

@@ -140,6 +140,8 @@ def note_numbers(notes: tuple[int, ...]) -> str:
 
 def clean(text: str) -> str:
     """One line without control, bidirectional-override or unpaired surrogate characters."""
+    if text.isprintable():  # nearly every text: nothing to take out, no line to join
+        return " ".join(text.split())
     kept = (" " if c in "\t\n\r" else c for c in text if c in "\t\n\r" or not _hidden(c))
     return " ".join("".join(kept).split())
 

@@ -60,6 +60,36 @@ def test_help_imports_nothing_heavy(command: list[str]) -> None:
     assert "Usage" in done.stdout
 
 
+EXAMPLE = str(Path(__file__).parents[2] / "results" / "example")
+
+
+@pytest.mark.parametrize(
+    "command, absent",
+    [
+        (["--help"], [*HEAVY, "pydantic", "ruamel"]),
+        (["runs", "list", "--results", EXAMPLE], [name for name in HEAVY if name != "numpy"]),
+        (["report", "--results", EXAMPLE, "--to", "page"],
+         ["torch", "transformers", "lmms_eval", "datasets", "scipy.stats"]),
+    ],
+    ids=["help", "runs list", "report"],
+)  # fmt: skip
+@pytest.mark.slow
+def test_a_command_imports_what_it_needs(
+    command: list[str], absent: list[str], tmp_path: Path
+) -> None:
+    script = (
+        "import sys; from kd_bench.cli import main\n"
+        f"sys.argv = {['kd-bench', *command]!r}\n"
+        "try: main()\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        f"print([name for name in {absent!r} if name in sys.modules], file=sys.stderr)"
+    )
+    line = [sys.executable, "-c", script]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.strip() == "[]"
+
+
 @pytest.mark.parametrize(
     "arguments, expected",
     [

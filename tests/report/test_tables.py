@@ -5,6 +5,8 @@ import io
 import json
 import os
 import re
+import sys
+import unicodedata
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -261,5 +263,11 @@ def test_csv_reads_back_in_full_precision() -> None:
 
 
 def test_clean_keeps_scripts_and_drops_controls() -> None:
+    for code in range(sys.maxunicode + 1):  # what is quick says the same as character by character
+        character = chr(code)
+        hidden = unicodedata.category(character) in ("Cc", "Cs") or 0x202A <= code <= 0x202E
+        hidden = (hidden or 0x2066 <= code <= 0x2069) and character not in "\t\n\r"
+        said = " ".join(f"a{'' if hidden else character} b".split())
+        assert clean(f"a{character} b") == said, hex(code)
     assert clean("שלום عربى 中文 é") == "שלום عربى 中文 é"
     assert clean("a\x1b[2Jb\u2066c\ud800") == "a[2Jbc"
