@@ -493,7 +493,7 @@ def _responses(entry: Entry) -> list[tuple[str, str]]:
             raise TypeError("neither filtered_resps nor resps is there")
         return [("", "")]
     scored, whole = _texts(told[0]), _texts(told[-1])
-    if not entry.get("filtered_resps"):
+    if entry.get("filtered_resps") in (None, []):
         return [(scored[0], scored[0])]  # the filter that every task has takes the first
     # A vote may have taken any of the responses.
     left = list(whole)
@@ -526,9 +526,11 @@ def _choose(spec: TaskSpec, entry: Entry) -> None:
     """
     chosen, count = 0, len(entry[RESPONSES])
     if spec.id == "mmmu" and isinstance(told := entry.get("mmmu_acc"), dict):
+        readings = told["parsed_pred"]
         # Before 0.3.1 there was one reading of one response: a letter, or candidates of a number.
-        once = "mmmu_acc_pass_at_k" not in entry
-        readings = [told["parsed_pred"]] if once else told["parsed_pred"]
+        is_open = told["question_type"] == "open"
+        if isinstance(readings, str) or (is_open and "mmmu_acc_pass_at_k" not in entry):
+            readings = [readings]
         if len(readings) != count:
             raise ValueError(f"it has {count} responses and {len(readings)} readings")
         right = [number for number, said in enumerate(readings) if mmmu_right(told, said)]

@@ -361,6 +361,7 @@ THOUGHT = "<think>b or a?</think>a"
         ({"filtered_resps": "a", "resps": [THOUGHT]}, "a", 1.0, "without the thoughts"),
         ({"filtered_resps": ["a"], "resps": [[THOUGHT]]}, "a", 1.0, "without the thoughts"),
         ({"filtered_resps": THOUGHT}, THOUGHT, 0.0, "with the thoughts"),
+        ({"filtered_resps": "", "resps": THOUGHT}, "", 0.0, "without the thoughts"),
         ({"filtered_resps": [THOUGHT], "resps": [[THOUGHT]]}, THOUGHT, 0.0, "with the thoughts"),
     ],
 )
@@ -467,6 +468,14 @@ def test_a_document_of_several_responses_is_right_where_one_is(tmp_path: Path, f
     assert samples["score"].tolist() == [1.0, 0.0, 1.0]
     assert samples["answer"].tolist() == ["(B)", "A", "It is 24"]  # the right one, else the first
     assert "2 responses a document: right where one of them is (pass@2)" in result.notes
+    log = next((tmp_path / "log").glob("*.jsonl"))
+    log.write_text(
+        "".join(log.read_text().replace("mmmu_acc_pass_at_k", "other").splitlines(True)[:2])
+    )
+    results = next((tmp_path / "log").glob("*_results.json"))
+    results.write_text(results.read_text().replace("0.6666666666666666", "0.5"))
+    (letters,) = import_results(tmp_path / "log", tmp_path / "letters")  # a letter is no list
+    assert letters.samples("mmmu")["answer"].tolist() == ["(B)", "A"]
     once = [(kind, said[1:], read[1:]) for kind, said, read in TWICE]
     (other,) = import_results(several(tmp_path / "one", form, once), tmp_path / "others")
     assert other.samples("mmmu")["score"].tolist() == [1.0, 0.0, 1.0]

@@ -1,5 +1,6 @@
 """The page: whole, equal for equal stores, safe for what models say, sensible for odd stores."""
 
+import csv
 import json
 import re
 import shutil
@@ -17,6 +18,7 @@ import pytest
 from kd_bench.report import render_report
 from kd_bench.report.history import render_training
 from kd_bench.report.page import run_facts
+from tests.report.test_relations import TWO, formed
 from tests.support.report_store import (
     TASKS,
     Model,
@@ -25,6 +27,7 @@ from tests.support.report_store import (
     make_demo,
     printed,
     samples,
+    with_content,
     with_status,
 )
 
@@ -118,6 +121,30 @@ def test_every_section_and_plot_is_there(report: Path) -> None:
     for path in (report / "plots").glob("*.svg"):
         ElementTree.parse(path)
     assert "Embedded mini world: not the real benchmarks" in page
+
+
+def test_form_gap_and_sight_stand_beside_the_leaderboard(tmp_path: Path) -> None:
+    results, hostile = formed(tmp_path / "results"), ATTACK.replace("/", "")
+    model = Model(hostile, "student", "", 0.2)
+    frames = {task: with_content(samples(task, model), 0.5) for task in TWO}
+    add_run(results, model, tasks=TWO, change=frames)
+    folder = render_report(results, tmp_path / "report").parent
+    page = text_of(folder)
+    check(page)
+    section = page.split('<section id="form"')[1].split("</section>")[0]
+    assert "Sight: score − score with blank images" in section
+    assert section.count("<table>") == 2  # each model's own, and folded away what is between them
+    assert "&lt;img src=x onerror=alert(1)&gt;" in section
+    assert "<img" not in section
+    with (folder / "gaps.csv").open(encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert {row["section"].split(":")[0] for row in rows} >= {"Form gap", "Sight", "Δ SFT, sight"}
+    sight = next(r for r in rows if r["section"].startswith("Sight") and r["model"] == "kd")
+    assert float(sight["gqa_low"]) < float(sight["gqa"]) < float(sight["gqa_high"])
+    for name in ("gaps.md", "gaps.tex", "gaps.json"):
+        assert (folder / name).stat().st_size > 500
+    # The leaderboard's own numbers are upstream's: they know nothing of content.
+    assert "content" not in (folder / "leaderboard.csv").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
