@@ -39,6 +39,7 @@ from kd_bench.report.verdicts import (
 )
 from kd_bench.stats import unchanged_draws
 from kd_bench.store import Run, catalogue
+from tests.cli.conftest import Call, call  # noqa: F401  # a fixture
 from tests.compare.test_compare import FAST, samples
 from tests.statistics.simulate import small_frames, write_run
 
@@ -369,6 +370,27 @@ def test_a_blank_run_of_something_else_is_not_used_and_named(changes, why, frame
     assert note.endswith(f"it is {why}.")
 
 
+@pytest.mark.parametrize(
+    "changes,why",
+    [
+        ({"data": {"gqa": "other"}}, "of other data or prompts"),
+        ({"setup": "other"}, "of another configuration, tokenizer or processor"),
+        ({"status": "unhealthy"}, "unhealthy"),
+    ],
+)
+def test_other_data_prompts_or_configuration_are_other_runs(changes, why, frames, tmp_path):
+    run = write_run(tmp_path, "kd", frames[0])
+    run.write_manifest(replace(run.manifest, data={"gqa": "one", "pope": "two"}, setup="own"))
+    blank = write_blank(run, frames[3])
+    for data in ({"gqa": "one"}, {"gqa": "one", "mme": "three"}):  # what both know is the same
+        blank.write_manifest(replace(blank.manifest, data=data, setup="own"))
+        assert catalogue(tmp_path).blank_of(run, run.manifest) == (blank, "")
+    blank.write_manifest(replace(blank.manifest, **changes))
+    found, reason = catalogue(tmp_path).blank_of(run, run.manifest)
+    assert found is None
+    assert reason.endswith(f"it is {why}.")
+
+
 def test_a_blank_run_is_found_by_identity_whatever_its_name(frames, tmp_path):
     run = write_run(tmp_path, "kd", frames[0])
     blank = write_blank(run, frames[3], name="guesses")
@@ -413,6 +435,25 @@ def test_a_blank_run_under_its_models_name_is_no_newer_run_that_was_passed_over(
     found = compare(runs, **FAST)
     assert found.notes == []
     assert found.measures("sight", runs[0].path.name)
+
+
+def test_the_commands_show_the_parts(pair, call: Call):  # noqa: F811
+    store = str(pair[0].path.parents[1])
+    shown = call("compare", "sft", "kd", "--results", store)
+    assert shown.code == 0
+    assert "What kd against sft is made of" in shown.out
+    assert "Form gap and sight" in shown.out
+    told = json.loads(call("compare", "sft", "kd", "--results", store, "--json").out)
+    found = {
+        (each["kind"], each["task"]): each["measure"]["value"]
+        for each in told["relations"]
+        if each["run_id"] == pair[1].path.name
+    }
+    whole = {each["task"]: each["differences"][0]["value"] for each in told["tasks"]}
+    for task, difference in whole.items():
+        for kinds in PARTS.values():
+            parts = [found[kind, task] for kind in kinds]
+            assert sum(parts) == pytest.approx(difference, abs=1e-9)
 
 
 def test_a_blank_run_beside_its_own_run_is_all_sight(pair):
