@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from kd_bench.distill import losses, objective
 from kd_bench.distill.recipe import (
@@ -219,7 +220,28 @@ class Distiller(nn.Module):
         if switches:
             with seeing_with(self.teacher, self.parts, kept):
                 passes.hidden["switch"] = self.teacher.answer_states(batch)
+        elif needs_switch(self.terms) and isinstance(self.teacher.layers[0], FSDPModule):
+            states = passes.hidden["student"]
+            passes.hidden["student"] = states + self._zero_of_switch(self.teacher, batch)
         return passes
+
+    def _zero_of_switch(self, teacher: VisionLanguageModel, batch: Inputs) -> Tensor:
+        """Zero, behind a pass through the teacher's layers that a backward pass goes through, too.
+
+        Where devices share the teacher's layers, one whose part of a batch has no image must run
+        them as often as the others do.
+        """
+
+        def begin(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+            embeddings = named["inputs_embeds"]
+            zero = self._zero_of_images(embeddings.device).to(embeddings.dtype)
+            return given, {**named, "inputs_embeds": embeddings + zero}
+
+        hook = teacher.language_model.register_forward_pre_hook(begin, with_kwargs=True)
+        try:
+            return teacher.answer_states(batch).flatten()[:0].sum().float()
+        finally:
+            hook.remove()
 
     def _teach(self, teacher: VisionLanguageModel, batch: Inputs, passes: Passes) -> None:
         """The teacher's own forward, from the cache where it holds the whole batch.

@@ -2,13 +2,14 @@
 
 The Trainer and lmms-eval share the work out; what is here keeps a run folder in one hand: process 0
 writes it, and in an evaluation the others only append answers to journals of their own. Where FSDP
-spreads the student's weights over the devices, the frozen teacher stays whole on each.
+spreads the student's weights over the devices, the frozen teacher stays whole on each, unless the
+recipe says `teacher_sharding: fsdp2`.
 """
 
 import contextlib
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -106,6 +107,26 @@ def begin_sharding() -> None:
 
     # That loading leaves every process but the first with an empty model, the teacher's too.
     disable_fsdp_ram_efficient_loading()
+
+
+def shard_layers(layers: Sequence[Any]) -> None:
+    """Spread the weights of a frozen model's layers over all devices; each is gathered as it runs.
+
+    Whatever lies outside of the layers stays whole on each device. From here on every process must
+    run the layers as often as the others do, forward and backward.
+    """
+    if world_size() == 1:
+        return
+    import torch
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    join()
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    mesh = init_device_mesh(kind, (world_size(),))
+    for layer in layers:
+        layer.requires_grad_(False)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
 
 
 def gather_weights(model: Any) -> None:

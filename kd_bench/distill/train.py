@@ -351,6 +351,8 @@ def _load_teacher(run: TrainingState) -> None:
     run.teacher = models.load_model(path, dtype=dtype, **recipe.allowed)
     run.teacher_processor = models.load_processor(path, trust_remote_code=recipe.trust_remote_code)
     models.check_image_token(path, run.teacher, run.teacher_processor)
+    if recipe.teacher_sharding is not None:
+        processes.shard_layers(VisionLanguageModel(run.teacher).layers)
     run.note(teacher={"path": recipe.teacher, "weights_sha256": checkpoints.weights_digest(path)})
 
 
@@ -516,6 +518,8 @@ def _teacher_states(
     samples = dataset.kept
     met = trainer.args.max_steps * stage.batch_size
     if teacher is None or distiller.image_terms or not samples or met <= len(samples):
+        return None
+    if run.recipe.teacher_sharding is not None:  # a device that finds states would not run along
         return None
     width, dtype = teacher.hidden_size, teacher.whole.dtype
     if states_bytes((each["labels"] for each in samples), width, dtype) > STATES_BUDGET:

@@ -190,8 +190,12 @@ class VisionLanguageModel:
     @property
     def layers(self) -> list[nn.Module]:
         """The decoder's layers."""
-        names: Any = self.language_model._no_split_modules
-        return [each for each in self.language_model.modules() if type(each).__name__ in names]
+        names = {*self.language_model._no_split_modules}  # type: ignore[misc]
+        return [
+            each
+            for each in self.language_model.modules()
+            if names & {kind.__name__ for kind in type(each).__mro__}  # FSDP puts one before them
+        ]
 
     # Sizes
 

@@ -486,6 +486,77 @@ def test_two_processes_with_sharded_weights_give_what_one_gives(place, adapted):
     assert_same_training(one, in_two_processes(place, name, *settings, sharded=True))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("method=switch-kd",),
+        ("method=vsd", "gradient_checkpointing=true"),
+        ("method=dbild", "gradient_accumulation=2"),
+    ],
+    ids=", ".join,
+)
+def test_a_teacher_shared_by_two_processes_gives_what_one_gives(place, settings):
+    """The switch's gradient passes through its gathered layers; plain text and images mix."""
+    settings = ("steps=8", EVERYTHING, "teacher_sharding=fsdp2", *settings)
+    name = f"shared-teacher-{settings[3].partition('=')[2]}"
+    one = train(recipe_in(place, f"{name}-one", *settings))
+    assert_same_training(one, in_two_processes(place, name, *settings))
+
+
+GRADIENT_THROUGH_SHARDS = """
+import torch
+from kd_bench.distill import processes
+from kd_bench.distill.distiller import Distiller
+from kd_bench.distill.recipe import Term
+from tests.support import tiny
+
+def gradients(shared):
+    student, teacher = tiny.model(width=32, seed=2), tiny.model(width=48, layers=2, seed=1)
+    distiller = Distiller(student, teacher, [Term(loss="dbild", of="switch")])
+    layers = distiller.teacher.layers
+    whole = sum(p.numel() for layer in layers for p in layer.parameters())
+    if shared:
+        processes.shard_layers(layers)
+        own = sum(p.to_local().numel() for layer in layers for p in layer.parameters())
+        assert own == whole / 2, (own, whole)
+    torch.manual_seed(0)
+    ids = torch.tensor([[2, 2, 2, 2, 8, 9, 10, 11]] * 2)
+    batch = {
+        "input_ids": ids, "attention_mask": torch.ones_like(ids),
+        "labels": ids.masked_fill(torch.arange(8) < 5, -100),
+        "pixel_values": torch.randn(2, 3, 16, 16),
+    }
+    loss, _ = distiller(batch, 6)
+    loss.backward()
+    return loss.detach(), [p.grad for p in distiller.parts.vision_tower.parameters()]
+
+whole, shared = gradients(False), gradients(True)
+assert float(whole[0]) > 0 and any(g is not None and g.abs().max() > 1e-4 for g in whole[1])
+torch.testing.assert_close(shared, whole, atol=1e-5, rtol=0)
+"""
+
+
+def test_the_gradient_of_the_switch_passes_through_a_shared_teacher(tmp_path):
+    """Half of each layer on each of two processes: z_SW and the tower's gradient are the same."""
+    script = tmp_path / "script.py"
+    script.write_text(GRADIENT_THROUGH_SHARDS)
+    done = torchrun(2, script)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_student_and_teacher_both_sharded_give_what_one_process_gives(place):
+    settings = ("steps=8", EVERYTHING, "teacher_sharding=fsdp2")
+    one = train(recipe_in(place, "all-shared-one", *settings))
+    assert_same_training(one, in_two_processes(place, "all-shared", *settings, sharded=True))
+
+
+def test_a_shared_teacher_goes_without_a_cache(place):
+    with pytest.raises(UsageError, match="exclude each other"):
+        recipe_in(place, "none", "teacher_sharding=fsdp2", "teacher_cache=somewhere")
+
+
 def test_the_first_version_of_fsdp_is_refused(place, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UsageError, match="first version") as refused:
