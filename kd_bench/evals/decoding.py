@@ -166,11 +166,6 @@ class Row:
     deep: tuple[Tensor, ...] = ()
     places: Tensor | None = None
 
-    @property
-    def shares(self) -> bool:
-        """Whether it has a prefix with something behind it."""
-        return 0 < self.prefix < len(self.ids)
-
     def part(self, start: int, end: int) -> "Row":
         """Tokens `start` to `end`; the image tokens must lie wholly inside or outside."""
         inside = start < self.prefix  # it reaches to behind the last image token
@@ -228,7 +223,7 @@ class Decoder:
         near = [rows[number] for number in order]
         with torch.inference_mode():
             if self._plain:
-                shared = _worth_sharing(near) if share else {}
+                shared = worth_sharing(near) if share else {}
                 state = self._prefill(near, settings, shared)
             else:
                 state = self._prefill_masked(near)
@@ -246,7 +241,7 @@ class Decoder:
         begins = [-1] * len(rows)
         if shared:
             numbers = {key: number for number, key in enumerate(shared)}
-            begins = [numbers.get(row.prefix_key, -1) if row.shares else -1 for row in rows]
+            begins = [numbers.get(row.prefix_key, -1) if shares(row) else -1 for row in rows]
             own = zip(rows, begins, strict=True)
             rows = [row.part(row.prefix, len(row.ids)) if n >= 0 else row for row, n in own]
             whole = [row.part(0, row.prefix) for row in shared.values()]
@@ -470,12 +465,20 @@ def _padding_mask(lengths: Sequence[int], device: torch.device) -> Tensor | None
     return (columns < torch.tensor(lengths, device=device)[:, None]).long()
 
 
-def _worth_sharing(rows: Sequence[Row]) -> dict[str, Row]:
+def shares(row: Any) -> bool:
+    """Whether it has a prefix with something behind it."""
+    return 0 < row.prefix < len(row.ids)
+
+
+def worth_sharing(rows: Sequence[Any]) -> dict[str, Any]:
     """By its key, a row of each prefix; empty unless enough rows share one to pay for two prefills.
 
     A row without an image, or with nothing behind it, is prefilled whole beside the others.
+
+    Args:
+        rows: with `ids`, `prefix` and `prefix_key`, as `Row` has them.
     """
-    sharing = [row for row in rows if row.shares]
+    sharing = [row for row in rows if shares(row)]
     counts = Counter(row.prefix_key for row in sharing)
     distinct = {row.prefix_key: row for row in sharing}
     saved = sum(row.prefix for row in sharing) - sum(row.prefix for row in distinct.values())

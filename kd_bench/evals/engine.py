@@ -9,15 +9,19 @@ Three paths, by what the family allows; `path` says which one a model takes:
 """
 
 import contextlib
+import inspect
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from PIL import Image
 
 from kd_bench.distill.models import weight_count
@@ -25,7 +29,16 @@ from kd_bench.distill.vision_language import VisionLanguageModel
 from kd_bench.errors import UsageError, one_line
 from kd_bench.evals.benchmark import PLACEHOLDER, Answer, Question, Settings
 from kd_bench.evals.cache import is_plain
-from kd_bench.evals.decoding import Constraints, Decoded, Decoder, PlainDecoder, end_ids
+from kd_bench.evals.decoding import (
+    PREFILL_ROWS,
+    Constraints,
+    Decoded,
+    Decoder,
+    PlainDecoder,
+    end_ids,
+    shares,
+    worth_sharing,
+)
 from kd_bench.evals.inputs import (
     FixedRows,
     GeneralRows,
@@ -79,70 +92,98 @@ class Engine:
         settings = getattr(model, "generation_config", None)
         self.constraints = Constraints(settings, ends, self.device)
         tokenizer = processor.tokenizer
+        self._prepare: Callable[[Sequence[Ready]], Sequence[Ready]] = list
         self._rows: Any
         self._decoder: Any
+        self.share = False
         if self.path == "generate" or self._parts is None:
             self._rows = partial(padded_batch, self._prompts, self.device)
+            if self._parts is not None and takes_features(self._parts):
+                rows = GeneralRows(self._parts, self._prompts)
+                self._prepare, self._rows = rows.prepare, rows.padded
             self._decoder = PlainDecoder(model, tokenizer, ends, self.constraints)
-            self.share = False
         else:
             embed = model.get_input_embeddings()
-            kind = FixedRows if self.path == "prefix" else GeneralRows
-            self._rows = kind(self._parts, self._prompts, embed).rows
+            kind: Any = FixedRows if self.path == "prefix" else GeneralRows
+            rows = kind(self._parts, self._prompts, embed)
+            self._prepare, self._rows = rows.prepare, rows.rows
             parts = (self._parts.language_model, self._parts.lm_head, embed)
             self._decoder = Decoder(*parts, tokenizer, ends, self.constraints)
             self.share = share and is_plain(self._parts.language_model)
-        tokens = None if self._parts is None else self._parts.image_token_count
-        self.budget = MemoryBudget(model, tokens, budget_bytes)
+        self._image_tokens = (self._parts and self._parts.image_token_count) or 1024
+        self.budget = MemoryBudget(model, batch_size, budget_bytes, self.share)
 
     def answers(self, questions: Sequence[Question]) -> Iterator[list[Answer]]:
         """Answers batch by batch, in the order that is quickest.
 
-        A batch that fails (out of memory, or one bad question in it) is halved and tried again; an
+        While a batch is answered, a thread decodes and prepares the images of the next. A batch
+        that fails is halved and tried again; where memory was short, no later one is as large. An
         exception that stays with a single question becomes an answer with the status `error`.
         """
-        size = self.batch_size
-        limit = self.budget.rows if size is None else lambda question: size
-        for settings, planned in plan_batches(questions, limit):
-            pending = [planned]
-            while pending:
-                batch = pending.pop(0)
-                ready, failed = self._ready(batch)
+        batches = self._batches(questions)
+        with ThreadPoolExecutor(1) as pool:
+            following = pool.submit(next, batches, None)
+            while (batch := following.result()) is not None:
+                following = pool.submit(next, batches, None)
+                ready, failed = batch
                 if failed:
                     yield failed
-                if not ready:
-                    continue
-                try:
-                    with torch.inference_mode():
-                        rows = self._rows(ready)
-                    decoded = self._decoder.decode(rows, settings, self.share)
-                    found = zip(ready, decoded, strict=True)
-                    answers = [self._answer(item, result, settings) for item, result in found]
-                except Exception as error:
-                    if len(ready) == 1:
-                        yield [_failure(ready[0].question, error, ready[0].images)]
-                        continue
-                    # Let go of what the failed batch still holds before half of it is tried again.
-                    error.__traceback__ = None
-                    if torch.cuda.is_available():
-                        torch.cuda.empty_cache()
-                    half = (len(ready) + 1) // 2
-                    asked = [item.question for item in ready]
-                    pending = [asked[:half], asked[half:], *pending]
-                    continue
-                yield answers
+                yield from self._answered(ready)
 
-    def _ready(self, batch: Sequence[Question]) -> tuple[list[Ready], list[Answer]]:
-        ready, failed = [], []
+    def _batches(self, questions: Sequence[Question]) -> Iterator[tuple[list[Ready], list[Answer]]]:
+        """Prepared questions in batches, and answers to those that cannot be prepared."""
+        failed: list[Answer] = []
+
+        def prepared() -> Iterator[list[Ready]]:
+            for group in plan_groups(questions, self._image_tokens):
+                ready, broken = self._ready(group)
+                failed.extend(broken)
+                yield ready
+
+        for batch in fill_batches(prepared(), self.budget.fits):
+            yield batch, failed[:]
+            failed.clear()
+        if failed:
+            yield [], failed
+
+    def _answered(self, ready: Sequence[Ready]) -> Iterator[list[Answer]]:
+        pending = list(fill_batches([ready], self.budget.fits))
+        while pending:
+            batch = pending.pop(0)
+            settings = batch[0].question.settings
+            try:
+                with torch.inference_mode():
+                    rows = self._rows(batch)
+                decoded = self._decoder.decode(rows, settings, self.share)
+                found = zip(batch, decoded, strict=True)
+                answers = [self._answer(item, result, settings) for item, result in found]
+            except Exception as error:
+                if len(batch) == 1:
+                    yield [_failure(batch[0].question, error, batch[0].images)]
+                    continue
+                # Let go of what the failed batch still holds before half of it is tried again.
+                error.__traceback__ = None
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                half = (len(batch) + 1) // 2
+                pending = [batch[:half], batch[half:], *pending]
+                if out_of_memory(error):
+                    self.budget.shrink(batch[:half])
+                    pending = list(fill_batches(pending, self.budget.fits))
+                continue
+            yield answers
+
+    def _ready(self, group: Sequence[Question]) -> tuple[list[Ready], list[Answer]]:
+        ready: list[Ready] = []
+        failed = []
         processor = self._processor.image_processor if self.path == "prefix" else None
-        for question in batch:
+        for question in group:
             try:
                 images = self._images.prepared(question.image_key, question.images, processor)
                 prompt = self._prompts.render(question.text, len(images))
+                ready += self._prepare([Ready(question, images, prompt)])
             except Exception as error:
                 failed.append(_failure(question, error, []))
-                continue
-            ready.append(Ready(question, images, prompt))
         return ready, failed
 
     def _answer(self, item: Ready, result: Decoded, settings: Settings) -> Answer:
@@ -171,34 +212,65 @@ def path_of(parts: VisionLanguageModel | None) -> str:
     return "prefix" if parts.architecture in ONE_SIZE else "general"
 
 
-def plan_batches(
-    questions: Sequence[Question], limit: Callable[[Question], int]
-) -> Iterator[tuple[Settings, list[Question]]]:
-    """Questions in batches of equal settings, near in length, an image's questions together.
+def takes_features(parts: VisionLanguageModel) -> bool:
+    """Whether `generate` can be given encoded images instead of pixels (transformers 5.2x)."""
+    return "mm_encoder_outputs" in inspect.signature(parts.whole.forward).parameters
 
-    Args:
-        limit: rows of a batch whose longest question is the given one.
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether half of a batch may succeed because it is half."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or should_reduce_batch_size(
+        error
+    )
+
+
+def plan_groups(questions: Sequence[Question], image_tokens: int) -> list[list[Question]]:
+    """Questions about the same images under equal settings, in the order to answer them.
+
+    By settings, then by length in steps of a factor of two, longest first: a batch that does not
+    fit into memory shows itself at once. Then in the order of the documents, whose images are read
+    row group by row group.
     """
     groups: dict[tuple[Settings, str], list[Question]] = {}
     for question in questions:
         key = question.image_key or f"alone {question.index}"
         groups.setdefault((question.settings, key), []).append(question)
-    pieces: list[list[Question]] = []
+
+    def order(group: list[Question]) -> tuple[Settings, int, int]:
+        longest = group[0]
+        images = max(1, longest.text.count(PLACEHOLDER))
+        tokens = _length(longest) + images * image_tokens
+        return longest.settings, -tokens.bit_length(), min(asked.index for asked in group)
+
     for group in groups.values():
         group.sort(key=_length, reverse=True)
-        size = limit(group[0])
-        pieces += [group[start : start + size] for start in range(0, len(group), size)]
-    # Longest first: a batch that does not fit into memory shows itself at once.
-    pieces.sort(key=lambda piece: (piece[0].settings, -_length(piece[0])))
-    batch: list[Question] = []
-    for piece in pieces:
-        full = batch and len(batch) + len(piece) > limit(batch[0])
-        if batch and (full or batch[0].settings != piece[0].settings):
-            yield batch[0].settings, batch
-            batch = []
-        batch = [*batch, *piece]
+    return sorted(groups.values(), key=order)
+
+
+def fill_batches(
+    groups: Iterable[Sequence[Ready]], fits: Callable[[Sequence[Ready]], bool]
+) -> Iterator[list[Ready]]:
+    """Batches of equal settings that fit; a group is torn apart only if it does not fit alone."""
+    batch: list[Ready] = []
+    for group in groups:
+        rest = list(group)
+        while rest:
+            if batch and batch[0].question.settings != rest[0].question.settings:
+                yield batch
+                batch = []
+            if fits([*batch, *rest]):
+                batch, rest = [*batch, *rest], []
+            elif batch:
+                yield batch
+                batch = []
+            else:
+                size = 1
+                while fits(rest[: size + 1]):
+                    size += 1
+                yield rest[:size]
+                rest = rest[size:]
     if batch:
-        yield batch[0].settings, batch
+        yield batch
 
 
 def _length(question: Question) -> int:
@@ -216,21 +288,30 @@ MOST_ROWS = {"cpu": 64, "cuda": 256}
 
 
 class MemoryBudget:
-    """An upper bound of what a batch of questions needs, and the rows that stay below a budget.
+    """An upper bound of what a batch of questions needs, and whether it stays below a budget.
 
     Args:
         model: for its language model's sizes.
+        batch_size: questions at a time, whatever they need; None for as many as fit.
         budget_bytes: memory above the model's own; None takes a quarter of what is free now, at
             most 2 GiB on a CPU and half of what is free on a GPU.
+        share: whether a prefix that several questions share is held once.
     """
 
     def __init__(
-        self, model: Any, image_tokens: int | None, budget_bytes: int | None = None
+        self,
+        model: Any,
+        batch_size: int | None = None,
+        budget_bytes: int | None = None,
+        share: bool = False,
     ) -> None:
         config = model.config.get_text_config()
         weight = max(model.parameters(), key=lambda each: each.is_floating_point())
         size = weight.element_size()
-        self._device = weight.device.type
+        device = weight.device.type
+        self._most = batch_size or MOST_ROWS.get(device, 64)
+        self._at_once = PREFILL_ROWS.get(device, 1 << 30)
+        self._share = share
         heads = config.num_attention_heads
         head = getattr(config, "head_dim", None) or config.hidden_size // heads
         pairs = getattr(config, "num_key_value_heads", None) or heads
@@ -238,25 +319,46 @@ class MemoryBudget:
         # A layer's widest moment: its input, the two branches of the MLP, and copies of them.
         wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
         self._working_token = (6 * config.hidden_size + 3 * wide) * size
+        self._embedding = config.hidden_size * size
+        self._scores = 3 * 4 * heads
         self._logits = 3 * config.vocab_size * 4
-        self._image_tokens = image_tokens or 1024
-        if budget_bytes is None and self._device == "cuda":
+        if batch_size is not None:
+            budget_bytes = sys.maxsize
+        elif budget_bytes is None and device == "cuda":
             budget_bytes = torch.cuda.mem_get_info()[0] // 2
         elif budget_bytes is None:
             free = _linux_bytes("/proc/meminfo", "MemAvailable:")
             budget_bytes = 1 << 30 if free is None else min(2 << 30, free // 4)
         self.bytes = budget_bytes
 
-    def rows(self, question: Question) -> int:
-        """How many questions as long as this one fit, at least one."""
-        images = max(1, question.text.count(PLACEHOLDER))
-        # A token is at least a byte of text.
-        prompt = _length(question) + 64 + images * self._image_tokens
-        kept = prompt + question.settings.max_new_tokens
-        # The prefixes' caches, then the rows that go on, stand for a moment beside the batch's own.
-        cache = int(1.5 * kept * self._cache_token)
-        need = cache + prompt * self._working_token + self._logits
-        return max(1, min(MOST_ROWS.get(self._device, 64), self.bytes // need))
+    def fits(self, batch: Sequence[Ready]) -> bool:
+        """Whether a batch may be tried; a single question always may."""
+        return len(batch) < 2 or (len(batch) <= self._most and self.need(batch) <= self.bytes)
+
+    def shrink(self, batch: Sequence[Ready]) -> None:
+        """Allow no more than this batch from now on: one of twice its size had no memory."""
+        self.bytes = self.need(batch)
+
+    def need(self, batch: Sequence[Ready]) -> int:
+        """Bytes, by the lengths of its prompts."""
+        lengths = [item.length for item in batch]
+        prefixes = worth_sharing(batch) if self._share else {}
+        before = max((item.prefix for item in prefixes.values()), default=0)
+        own = max(
+            length - (item.prefix if shares(item) and item.prefix_key in prefixes else 0)
+            for item, length in zip(batch, lengths, strict=True)
+        )
+        room = own + batch[0].question.settings.max_new_tokens
+        kept = len(prefixes) * before + len(batch) * room
+        rows = min(len(batch), self._at_once)
+        widest = max(min(len(prefixes), self._at_once) * before, rows * own)
+        return (
+            kept * self._cache_token
+            + widest * self._working_token
+            + rows * own * (before + own) * self._scores
+            + sum(lengths) * self._embedding
+            + len(batch) * self._logits
+        )
 
 
 def _linux_bytes(file: str, field: str) -> int | None:

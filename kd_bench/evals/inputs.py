@@ -1,8 +1,8 @@
 """From questions to rows of embeddings: the quick way of LLaVA, and the general one.
 
-LLaVA's images all have one size and one number of tokens, so many are encoded at once and the
-prompt is expanded here. Other families' own processors expand the prompt; an image's features are
-computed once and kept.
+LLaVA's images all have one size and one number of tokens, so the prompt is expanded here. Other
+families' own processors expand it. `prepare` does what needs no model and may run in a thread;
+`rows` encodes each image once, many at a time, and keeps its features.
 """
 
 import copy
@@ -10,17 +10,20 @@ import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
+from torch.nn import functional
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from kd_bench.distill.chat import ChatFormat
-from kd_bench.distill.vision_language import VisionLanguageModel
+from kd_bench.distill.vision_language import OF_IMAGES, VisionLanguageModel
 from kd_bench.errors import UsageError
 from kd_bench.evals.benchmark import PLACEHOLDER, Question
 from kd_bench.evals.decoding import Row
@@ -204,33 +207,67 @@ def _identity(processor: Any) -> str:
     return str(known)
 
 
-IMAGES_AT_A_TIME = {"cpu": 8}
-"""On a CPU the activations of more leave its caches: 24 % slower at 48 than at 8."""
-
-
 @dataclass(frozen=True)
 class Ready:
-    """A question whose images are decoded and whose prompt is rendered."""
+    """A question whose images are decoded and whose prompt is rendered.
+
+    Attributes:
+        ids: its prompt's tokens, images expanded; empty where only `padded_batch` makes them.
+        prefix: how many of them end with the last image token.
+        inputs: what the model is given, as its processor made it; where there is one.
+    """
 
     question: Question
     images: list[Prepared]
     prompt: str
+    ids: Sequence[int] = ()
+    prefix: int = 0
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
+    def length(self) -> int:
+        """Its tokens; no less than them where they are not known: a token is at least a byte."""
+        unknown = len(self.prompt.encode()) + 1024 * len(self.images)
+        return len(self.ids) or unknown
+
+    @cached_property
     def key(self) -> str:
         """Equal for questions about the same images."""
         return str([image.digest for image in self.images])
 
+    @cached_property
+    def prefix_key(self) -> str:
+        """Equal for questions whose tokens and images are equal up to the last image."""
+        return f"{self.key}{list(self.ids[: self.prefix])}" if self.prefix else ""
+
+    def tokenised(self, ids: list[int], image: int, inputs: Mapping[str, Tensor]) -> "Ready":
+        """With its tokens, of which `image` stands for an image."""
+        prefix = len(ids) - ids[::-1].index(image) if image in ids else 0
+        return replace(self, ids=ids, prefix=prefix, inputs=inputs)
+
 
 def padded_batch(prompts: PromptBuilder, device: Any, ready: Sequence[Ready]) -> dict[str, Any]:
-    """Inputs of a family whose `generate` is called, one row a question, padded in front."""
+    """Inputs of a family that is not known and whose `generate` is called, padded in front."""
     inputs = prompts.processed(
         [item.prompt for item in ready],
         [[image.image for image in item.images] for item in ready],
         padding=True,
         padding_side="left",
     )
-    return {name: value.to(device) for name, value in inputs.items()}
+    return {name: to_device(value, device) for name, value in inputs.items()}
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Without waiting for the copy, where the device can do that."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+VALUES_AT_A_TIME = {"cpu": 8 * 3 * 384**2}
+"""Of pixels in the tower: on a CPU the activations of more leave its caches (24 % slower at 48
+images than at 8)."""
+MOST_VALUES = 64 * 3 * 384**2
 
 
 class FixedRows:
@@ -240,62 +277,160 @@ class FixedRows:
         self._model = model
         self._prompts = prompts
         self._embed = embed
-        self._features = Remembered()
+        self._features = Features(model)
+
+    def prepare(self, items: Sequence[Ready]) -> list[Ready]:
+        """With their tokens."""
+        count = self._model.image_token_count
+        assert count is not None
+        counts = [[count] * len(item.images) for item in items]
+        ids = self._prompts.encode([item.prompt for item in items], counts)
+        image = self._model.image_token_id
+        return [
+            item.tokenised(tokens, image, {"input_ids": torch.tensor([tokens])})
+            for item, tokens in zip(items, ids, strict=True)
+        ]
 
     def rows(self, ready: Sequence[Ready]) -> list[Row]:
         """One row a question, in order."""
+        ready = [item if item.ids else self.prepare([item])[0] for item in ready]
         device = self._embed.weight.device
-        features = self._encode([p for item in ready for p in item.images], device)
-        found = [[features[image.digest] for image in item.images] for item in ready]
-        counts = [[len(each) for each in of_row] for of_row in found]
-        ids = self._prompts.encode([item.prompt for item in ready], counts)
+        images = {image.digest: image for item in ready for image in item.images}
+        pixels = {key: {"pixel_values": image.pixels[None]} for key, image in images.items()}
+        tokens = dict.fromkeys(pixels, self._model.image_token_count or 0)
+        found = self._features.of(pixels, tokens, device)
         made = []
-        for item, tokens, of_row in zip(ready, ids, found, strict=True):
-            inputs = {"input_ids": torch.tensor([tokens], device=device)}
-            joined = (torch.cat(of_row),) if of_row else None
-            made.append(row_of(self._model, self._embed, inputs, joined, item.key))
+        for item in ready:
+            of_item = [found[image.digest][0] for image in item.images]
+            joined = (torch.cat(of_item),) if of_item else None
+            made.append(row_of(self._model, self._embed, item.inputs, joined, item.key))
         return made
-
-    def _encode(self, images: Sequence[Prepared], device: torch.device) -> dict[str, Tensor]:
-        """Image embeddings [image tokens, hidden] by image digest."""
-        wanted = {image.digest: image for image in images}
-        found = {key: self._features[key] for key in wanted if key in self._features}
-        fresh = [image for key, image in wanted.items() if key not in found]
-        size = IMAGES_AT_A_TIME.get(device.type, 64)
-        for start in range(0, len(fresh), size):
-            some = fresh[start : start + size]
-            inputs = {"pixel_values": torch.stack([p.pixels for p in some]).to(device)}
-            (projected,) = self._model.image_embeddings(inputs)
-            for image, embedding in zip(some, projected.chunk(len(some)), strict=True):
-                found[image.digest] = self._features[image.digest] = embedding
-        return found
 
 
 class GeneralRows:
-    """Any family whose language model takes embeddings: its own processor writes the prompt."""
+    """Any family of ours with its own processor, which writes the prompt.
 
-    def __init__(self, model: VisionLanguageModel, prompts: PromptBuilder, embed: Any) -> None:
+    Args:
+        embed: of the language model, which is given embeddings; None to call `generate` instead.
+    """
+
+    def __init__(
+        self, model: VisionLanguageModel, prompts: PromptBuilder, embed: Any = None
+    ) -> None:
         self._model = model
         self._chat = copy.copy(prompts)
         self._chat.processor = processor = copy.copy(prompts.processor)
         self._images = _OnceAnImage(processor.image_processor)
         processor.image_processor = self._images
         self._embed = embed
-        self._features = Remembered()
+        self._features = Features(model)
+
+    def prepare(self, items: Sequence[Ready]) -> list[Ready]:
+        """With their inputs."""
+        made = []
+        for item in items:
+            self._images.key = item.key
+            inputs = dict(self._chat.processed([item.prompt], [[p.image for p in item.images]]))
+            ids = inputs["input_ids"][0].tolist()
+            made.append(item.tokenised(ids, self._model.image_token_id, inputs))
+        return made
 
     def rows(self, ready: Sequence[Ready]) -> list[Row]:
         """One row a question, in order."""
-        device = self._embed.weight.device
-        made = []
-        for item in ready:
-            self._images.key = key = item.key
-            inputs = self._chat.processed([item.prompt], [[p.image for p in item.images]])
-            given = {name: value.to(device) for name, value in inputs.items()}
-            if item.images and key not in self._features:
-                self._features[key] = self._model.image_embeddings(given)
-            features = self._features[key] if item.images else None
-            made.append(row_of(self._model, self._embed, given, features, key))
+        found = self._found(ready, self._embed.weight.device)
+        return [
+            row_of(self._model, self._embed, item.inputs, found.get(item.key), item.key)
+            for item in ready
+        ]
+
+    def padded(self, ready: Sequence[Ready]) -> dict[str, Any]:
+        """What `generate` is given, padded in front; each image is encoded once."""
+        device = self._model.whole.device
+        longest = max(len(item.ids) for item in ready)
+        pad = self._chat.processor.tokenizer.pad_token_id or 0
+        made: dict[str, Any] = {}
+        for name in ready[0].inputs:
+            given = [item.inputs[name] for item in ready if name in item.inputs]
+            if name not in OF_IMAGES and all(each.ndim == 2 for each in given):
+                fill = pad if name == "input_ids" else 0
+                wide = [
+                    functional.pad(each, (longest - each.shape[1], 0), value=fill) for each in given
+                ]
+                made[name] = to_device(torch.cat(wide), device)
+        found = self._found(ready, device)
+        features = [found[item.key][0] for item in ready if item.images]
+        if features:  # [images, image tokens, hidden]
+            each = torch.cat(features).unflatten(0, (-1, self._model.image_token_count))
+            made["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=each)}
         return made
+
+    def _found(self, ready: Sequence[Ready], device: torch.device) -> dict[str, tuple[Tensor, ...]]:
+        image = self._model.image_token_id
+        seen = {item.key: item for item in ready if item.images}
+        pixels = {
+            key: {name: item.inputs[name] for name in OF_IMAGES if name in item.inputs}
+            for key, item in seen.items()
+        }
+        tokens = {key: list(item.ids).count(image) for key, item in seen.items()}
+        return self._features.of(pixels, tokens, device)
+
+
+class Features:
+    """Image embeddings by key, each computed once and kept as long as there is memory."""
+
+    def __init__(self, model: VisionLanguageModel) -> None:
+        self._model = model
+        self._kept = Remembered()
+
+    def of(
+        self,
+        pixels: Mapping[str, Mapping[str, Tensor]],
+        tokens: Mapping[str, int],
+        device: torch.device,
+    ) -> dict[str, tuple[Tensor, ...]]:
+        """`image_embeddings` of each key's images, computed for many at once.
+
+        Args:
+            pixels: what a processor made of each key's images.
+            tokens: how many image tokens they have.
+        """
+        found = {key: self._kept[key] for key in pixels if key in self._kept}
+        alike: dict[Any, list[str]] = {}
+        for key in pixels:
+            if key not in found:
+                shapes = [(name, each.shape[1:]) for name, each in pixels[key].items()]
+                alike.setdefault(str(shapes), []).append(key)
+        most = VALUES_AT_A_TIME.get(device.type, MOST_VALUES)
+        for keys in alike.values():  # as many tiles each, so that their tensors can be joined
+            values = max(pixels[key]["pixel_values"].numel() for key in keys)
+            size = max(1, most // values)
+            for start in range(0, len(keys), size):
+                for key, made in self._encoded(keys[start : start + size], pixels, tokens, device):
+                    found[key] = self._kept[key] = made
+        return found
+
+    def _encoded(
+        self,
+        keys: Sequence[str],
+        pixels: Mapping[str, Mapping[str, Tensor]],
+        tokens: Mapping[str, int],
+        device: torch.device,
+    ) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
+        joined = {
+            name: to_device(torch.cat([pixels[key][name] for key in keys]), device)
+            for name in pixels[keys[0]]
+        }
+        made = self._model.image_embeddings(joined)
+        sizes = [tokens[key] for key in keys]
+        if len(keys) == 1:
+            yield keys[0], made
+        elif sum(sizes) == len(made[0]):
+            yield from zip(
+                keys, zip(*(each.split(sizes) for each in made), strict=True), strict=True
+            )
+        else:  # the one that does not fit its text is to say so
+            for key in keys:
+                yield from self._encoded([key], pixels, tokens, device)
 
 
 class _OnceAnImage:
@@ -319,7 +454,7 @@ class _OnceAnImage:
 def row_of(
     model: VisionLanguageModel,
     embed: Any,
-    inputs: dict[str, Any],
+    inputs: Any,
     features: tuple[Tensor, ...] | None,
     key: str,
 ) -> Row:
@@ -332,27 +467,29 @@ def row_of(
     Raises:
         UsageError: the images do not fill their places.
     """
+    # On the CPU, where the processor made it: a device would have to be waited for.
     input_ids = inputs["input_ids"]  # [1, length]
+    device = embed.weight.device
     is_image = input_ids == model.image_token_id  # [1, length]
     # A placeholder may lie outside the embedding table; its row is overwritten below.
-    embeddings: Tensor = embed(input_ids.masked_fill(is_image, 0))  # [1, length, hidden]
-    targets = int(is_image.sum())
+    embeddings: Tensor = embed(to_device(input_ids.masked_fill(is_image, 0), device))[0]
+    places = is_image[0].nonzero().flatten()
     found = 0 if features is None else len(features[0])
-    if found != targets:
+    if found != len(places):
         raise UsageError(
-            f"The images give {found} image tokens, the text has {targets} places.",
+            f"The images give {found} image tokens, the text has {len(places)} places.",
             "Use the processor of this checkpoint and do not truncate inside an image.",
         )
     ids = input_ids[0].tolist()
     prefix = 0
     deep: tuple[Tensor, ...] = ()
     if features is not None:
-        spread = is_image.unsqueeze(-1).expand_as(embeddings)
-        embeddings = embeddings.masked_scatter(spread, features[0].to(embeddings.dtype))
-        prefix, deep = int(is_image[0].nonzero()[-1]) + 1, features[1:]
+        image = features[0].to(embeddings.dtype)
+        embeddings = embeddings.index_copy(0, to_device(places, device), image)
+        prefix, deep = int(places[-1]) + 1, features[1:]
     shared = f"{key}{ids[:prefix]}" if prefix else ""
-    positions = _positions(model, inputs, is_image)
-    return Row(ids, embeddings[0], positions, prefix, shared, deep, is_image[0])
+    positions = to_device(_positions(model, inputs, is_image), device)
+    return Row(ids, embeddings, positions, prefix, shared, deep, to_device(is_image[0], device))
 
 
 def _positions(model: VisionLanguageModel, inputs: dict[str, Any], is_image: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from kd_bench.distill.vision_language import VisionLanguageModel
 from kd_bench.evals import decoding
 from kd_bench.evals.benchmark import PLACEHOLDER, Answer, Question, Settings
-from kd_bench.evals.engine import Engine, plan_batches
+from kd_bench.evals.engine import Engine, fill_batches, plan_groups
 from kd_bench.evals.inputs import FixedRows, ImageStore, PromptBuilder, Ready
 from tests.support.eval_world import processor, talker
 
@@ -224,17 +224,21 @@ def test_a_failing_question_does_not_cost_its_neighbours(
 
 
 def test_batches_hold_equal_settings_and_whole_pictures() -> None:
+    groups = [
+        [Ready(asked, [], "") for asked in group]
+        for group in plan_groups(questions(), image_tokens=16)
+    ]
+    planned = [
+        [item.question for item in batch]
+        for batch in fill_batches(groups, lambda batch: len(batch) <= 16)
+    ]
     seen = []
-    for settings, batch in plan_batches(questions(), lambda question: 16):
+    for batch in planned:
         assert 0 < len(batch) <= 16
-        assert {asked.settings for asked in batch} == {settings}
+        assert {asked.settings for asked in batch} == {batch[0].settings}
         seen += [asked.index for asked in batch]
     assert sorted(seen) == list(range(60))
-    batches = [
-        batch
-        for settings, batch in plan_batches(questions(), lambda question: 16)
-        if settings == SHORT
-    ]
+    batches = [batch for batch in planned if batch[0].settings == SHORT]
     homes = [{asked.image_key for asked in batch} for batch in batches]
     assert sum(map(len, homes)) == 11
 

@@ -14,7 +14,7 @@ from kd_bench.evals import decoding
 from kd_bench.evals.benchmark import Question, Settings
 from kd_bench.evals.decoding import Constraints, Decoder, PlainDecoder
 from kd_bench.evals.engine import Engine, MemoryBudget, path_of
-from kd_bench.evals.inputs import row_of
+from kd_bench.evals.inputs import Ready, row_of
 from tests.support.eval_world import processor
 from tests.support.tiny_families import (
     FAMILIES,
@@ -207,15 +207,25 @@ def test_the_path_of_each_family_is_stated(family: str) -> None:
 
 def test_more_memory_allows_more_rows_and_one_row_always_fits() -> None:
     model = make("llava-siglip")
-    short = Question(0, "what?", lambda: [], Settings(16))
-    long = Question(0, "what? " * 500, lambda: [], Settings(16))
-    talkative = Question(0, "what?", lambda: [], Settings(1024))
-    rows = {size: MemoryBudget(model, 16, size).rows(short) for size in (1, 1 << 20, 1 << 30)}
-    assert rows[1] == 1
-    assert rows[1] <= rows[1 << 20] <= rows[1 << 30] == 64
-    budget = MemoryBudget(model, 16, 4 << 20)
-    assert budget.rows(long) < budget.rows(short)
-    assert budget.rows(talkative) < budget.rows(short)
+
+    def prompts(number: int, words: int, new_tokens: int) -> list[Ready]:
+        asked = Question(0, "", lambda: [], Settings(new_tokens))
+        return [Ready(asked, [], "", range(words)) for _ in range(number)]
+
+    def rows(budget: MemoryBudget, words: int, new_tokens: int = 16) -> int:
+        """The most that fit."""
+        fitting = [n for n in range(1, 99) if budget.fits(prompts(n, words, new_tokens))]
+        return max(fitting)
+
+    short, long = 80, 600
+    most = {
+        size: rows(MemoryBudget(model, budget_bytes=size), short) for size in (1, 1 << 20, 1 << 30)
+    }
+    assert most[1] == 1
+    assert most[1] <= most[1 << 20] <= most[1 << 30] == 64
+    budget = MemoryBudget(model, budget_bytes=4 << 20)
+    assert rows(budget, long) < rows(budget, short)
+    assert rows(budget, short, 1024) < rows(budget, short)
 
 
 def test_a_language_model_with_windows_is_not_shared() -> None:
