@@ -69,10 +69,11 @@ class BatchCache(Cache):
         moving = [row for row in going if row >= len(order)]
         for place, row in zip(free, moving, strict=True):
             order[place] = row
-        device = self.layers[0].buffer[0].device
-        into, out_of = (torch.tensor(rows, device=device) for rows in (free, moving))
+        into, out_of = torch.tensor(free), torch.tensor(moving)
         for layer in self.layers:
             layer.end = len(order)
+            if moving and into.device != layer.buffer[0].device:  # layers may lie on several
+                into, out_of = (rows.to(layer.buffer[0].device) for rows in (into, out_of))
             for each in layer.buffer if moving else ():
                 filled = each[:, :, : layer.get_seq_length()]
                 filled[into] = filled[out_of]
@@ -131,16 +132,14 @@ class _Block:
 
     Attributes:
         prefixes: which they are; each has `width` places for rows.
-        rows: the row at each place [prefixes x width]; where one has fewer rows, any of them.
-        own, places: rows, each once, and their places.
+        indices: the row at each place [prefixes x width], where a prefix has fewer rows any of
+            them; the rows, each once; and their places.
     """
 
     prefixes: slice
     length: int
     width: int
-    rows: Tensor
-    own: Tensor
-    places: Tensor
+    indices: tuple[Tensor, ...]
 
 
 class SharedPrefixes:
@@ -188,8 +187,8 @@ class SharedPrefixes:
             own += those
             places += range(number * width, number * width + len(those))
             rows += those + those[:1] * (width - len(those))
-        tensors = (torch.tensor(each, device=device) for each in (rows, own, places))
-        return _Block(slice(run[0], run[-1] + 1), self._lengths[run[0]], width, *tensors)
+        indices = tuple(torch.tensor(each, device=device) for each in (rows, own, places))
+        return _Block(slice(run[0], run[-1] + 1), self._lengths[run[0]], width, indices)
 
 
 class Beginnings:
@@ -209,12 +208,13 @@ class Beginnings:
         self.seen = True
         keys, values = self._layers[layer].buffer
         for block in self._blocks:
-            asked = query[block.rows].unflatten(0, (-1, block.width)).transpose(1, 2)
+            rows, own, places = (each.to(query.device) for each in block.indices)
+            asked = query[rows].unflatten(0, (-1, block.width)).transpose(1, 2)
             shape = asked.shape  # [prefixes, key heads, width, queries, head size]
             part = (block.prefixes, slice(None), slice(block.length))
             found = _sums(asked.flatten(2, 3), keys[part], values[part], scaling)
             apart = (each.unflatten(2, shape[2:4]).transpose(1, 2).flatten(0, 1) for each in found)
-            yield block.own, tuple(each[block.places] for each in apart)
+            yield own, tuple(each[places] for each in apart)
 
 
 def _sums(

@@ -140,8 +140,8 @@ def end_ids(model: Any, tokenizer: Any, stop_ids: Sequence[int]) -> list[int]:
     return sorted(found)
 
 
-PREFILL_ROWS = {"cpu": 8}
-"""On a CPU the activations of more rows leave its caches; a GPU takes the whole batch."""
+PREFILL_ROWS = {"cpu": 8, "cuda": 64}
+"""On a CPU the activations of more rows leave its caches; a GPU is busy with so many."""
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,7 @@ class Decoder:
         axes = max(map(len, positions))
         return _State(
             room.part(0, len(rows), max(lengths)),
-            _padding_mask(lengths, hidden[0].device),
+            _padding_mask(lengths, positions[0].device),
             torch.cat([each[:1] for each in positions], dim=1).expand(axes, -1),
             self._lm_head(torch.cat(hidden)),
             prefixes,
@@ -348,7 +348,8 @@ class Decoder:
                 **more,
             )
         hidden = output.last_hidden_state
-        return hidden[torch.arange(len(hidden), device=hidden.device), block.last]
+        rows = torch.arange(len(hidden), device=hidden.device)
+        return hidden[rows, block.last.to(hidden.device)]
 
     def _stopped(self, tokens: list[int], settings: Settings) -> bool:
         """Whether the newest token completed a stop string."""

@@ -43,7 +43,7 @@ class _Generative(lmms):
 
 
 class KdBench(_Generative):
-    """kd-bench's engine as an lmms-eval model: batched, left-padded, equal to batch 1.
+    """kd-bench's engine as an lmms-eval model: batched, equal to batch 1.
 
     Args:
         pretrained: checkpoint folder, adapter folder or hub name.
