@@ -16,21 +16,18 @@ from numpy.typing import NDArray
 
 from kd_bench.aggregators import get_aggregator
 from kd_bench.compare.align import (
-    CONTENT_READ,
     AlignedTask,
     Difference,
     Resampled,
     align,
-    blank_runs,
     common_tasks,
     evidence_of,
     label,
     numeric_notes,
     paired_difference,
     resample,
-    with_columns,
+    resample_columns,
     with_holm,
-    without_content,
 )
 from kd_bench.compare.estimates import GAPS, PART_NAMES, Evidence, Measure, in_columns
 from kd_bench.compare.methods import training_noise
@@ -247,25 +244,19 @@ def compare(
     chosen = common_tasks(runs, tasks)
     facts = [_facts(run) for run in runs]
     notes = _notes(runs, chosen if tasks is None else None)
-    blanks, unused = blank_runs(runs)
-    notes += unused
-    sampled: list[Resampled] = []
-    for task in chosen:
-        aligned = align(runs, task, allow_different=allow_different, columns=CONTENT_READ)
-        aligned, unused = with_columns(aligned, blanks)
-        one = resample(aligned, resamples, seed)
-        notes += [*one.aligned.notes, *unused]
-        if np.isnan(one.scores).any():
-            notes.append(f"{task}: too few documents to score; left out.")
-        else:
-            sampled.append(one)
+    found, told = resample_columns(
+        runs, chosen, allow_different=allow_different, resamples=resamples, seed=seed
+    )
+    notes += told
+    unscored = [one.aligned.task for one in found if np.isnan(one.scores).any()]
+    notes += [f"{task}: too few documents to score; left out." for task in unscored]
+    sampled = [one for one in found if one.aligned.task not in unscored]
     if not sampled:
         raise NotComparableError(
             "No benchmark has enough documents to score.",
             "Evaluate with a larger `eval --limit`.",
         )
     columns = [_against_first(sampled, run, seed, level) for run in range(1, len(runs))]
-    notes += without_content(runs, sampled)
     evidence = evidence_of(sampled)
     relations = [
         relation

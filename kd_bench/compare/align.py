@@ -21,7 +21,14 @@ from kd_bench.errors import (
     UsageError,
     closest,
 )
-from kd_bench.records import AVERAGE, CONTENT_COLUMNS, SAMPLE_COLUMNS, Interval, TaskResult
+from kd_bench.records import (
+    AMBIGUOUS,
+    AVERAGE,
+    CONTENT_COLUMNS,
+    SAMPLE_COLUMNS,
+    Interval,
+    TaskResult,
+)
 from kd_bench.stats import (
     RESAMPLES,
     exact_or_swap,
@@ -225,19 +232,7 @@ def content_statistics(aggregator: str, samples: "pd.DataFrame") -> UnitStatisti
     return unit_statistics(aggregator, by_content(samples))
 
 
-def blank_runs(runs: Sequence[Run]) -> tuple[dict[int, Run], list[str]]:
-    """`Catalogue.blank_of` every run, by its position, and why others are not used."""
-    stores = {store: catalogue(store) for store in {run.path.parents[1] for run in runs}}
-    found, notes = {}, []
-    for place, run in enumerate(runs):
-        blank, reason = stores[run.path.parents[1]].blank_of(run, run.manifest)
-        if blank is not None:
-            found[place] = blank
-        notes += [reason] if reason else []
-    return found, notes
-
-
-def with_columns(aligned: AlignedTask, blanks: Mapping[int, Run]) -> tuple[AlignedTask, list[str]]:
+def _with_columns(aligned: AlignedTask, blanks: Mapping[int, Run]) -> tuple[AlignedTask, list[str]]:
     """The same with the runs' columns by content and of blank images, where they are known.
 
     Args:
@@ -260,25 +255,6 @@ def with_columns(aligned: AlignedTask, blanks: Mapping[int, Run]) -> tuple[Align
             else:
                 further[beside(BLANK, str(place))] = values
     return replace(aligned, further=further), notes
-
-
-def without_content(runs: Sequence[Run], tasks: "Sequence[Resampled]") -> list[str]:
-    """A line for each run without scores by content, where another run has them."""
-    missing = {
-        place: [
-            task.aligned.task
-            for task in tasks
-            if beside(CONTENT, str(place)) not in task.aligned.further
-        ]
-        for place in range(len(runs))
-    }
-    if all(len(lacking) == len(tasks) for lacking in missing.values()):
-        return []
-    return [
-        f"{label(runs[place])} has no scores by content for {', '.join(lacking)}: no form gap."
-        for place, lacking in missing.items()
-        if lacking
-    ]
 
 
 def blank_statistics(aggregator: str, samples: "pd.DataFrame", run: Run, task: str) -> Array:
@@ -453,6 +429,79 @@ class Resampled:
 def resample(aligned: AlignedTask, resamples: int = RESAMPLES, seed: int = 0) -> Resampled:
     """Bootstrap one benchmark for all of its runs at once."""
     return Resampled(aligned, aligned.scores, aligned.draws(resamples, seed))
+
+
+def resample_columns(
+    runs: Sequence[Run],
+    tasks: Sequence[str],
+    *,
+    allow_different: bool = False,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> tuple[list[Resampled], list[str]]:
+    """Benchmarks with all columns of the runs that are known, and what a reader must know of them.
+
+    Raises:
+        NotComparableError, IncompleteRunError: as `align`.
+    """
+    blanks, notes = _blank_runs(runs)
+    sampled = []
+    for task in tasks:
+        aligned = align(runs, task, allow_different=allow_different, columns=CONTENT_READ)
+        aligned, unused = _with_columns(aligned, blanks)
+        sampled.append(resample(aligned, resamples, seed))
+        notes += [*aligned.notes, *unused]
+    scored = [one for one in sampled if not np.isnan(one.scores).any()]
+    return sampled, notes + _without_content(runs, scored) + ambiguous(runs, scored)
+
+
+def _blank_runs(runs: Sequence[Run]) -> tuple[dict[int, Run], list[str]]:
+    """`Catalogue.blank_of` every run, by its position, and why others are not used."""
+    stores = {store: catalogue(store) for store in {run.path.parents[1] for run in runs}}
+    found, notes = {}, []
+    for place, run in enumerate(runs):
+        blank, reason = stores[run.path.parents[1]].blank_of(run, run.manifest)
+        if blank is not None:
+            found[place] = blank
+        notes += [reason] if reason else []
+    return found, notes
+
+
+def _without_content(runs: Sequence[Run], tasks: Sequence[Resampled]) -> list[str]:
+    """A line for each run without scores by content, where another run has them."""
+    names = [task.aligned.task for task in tasks]
+    missing = [
+        [
+            task.aligned.task
+            for task in tasks
+            if beside(CONTENT, f"{place}") not in task.aligned.further
+        ]
+        for place in range(len(runs))
+    ]
+    return [
+        f"{label(run)} has no scores by content for {', '.join(lacking)}: no form gap."
+        for run, lacking in zip(runs, missing, strict=True)
+        if lacking and any(other != names for other in missing)
+    ]
+
+
+def ambiguous(runs: Sequence[Run], tasks: Sequence[Resampled]) -> list[str]:
+    """A line for each run with answers that can be read in two ways (`records.AMBIGUOUS`)."""
+    lines = []
+    for place, run in enumerate(runs):
+        frames = {task.aligned.task: task.aligned.samples[place] for task in tasks}
+        counts = {
+            task: int((frame["content"] == AMBIGUOUS).sum())
+            for task, frame in frames.items()
+            if "content" in frame
+        }
+        found = [f"{task} {count:,}" for task, count in counts.items() if count]
+        if found:
+            lines.append(
+                f"{label(run)}: answers that can be read in two ways, by content wrong: "
+                f"{', '.join(found)}."
+            )
+    return lines
 
 
 def evidence_of(tasks: Sequence[Resampled]) -> Evidence:

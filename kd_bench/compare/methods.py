@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kd_bench.compare.align import (
-    CONTENT_READ,
     align,
-    blank_runs,
     common_tasks,
     evidence_of,
     label,
     resample,
-    with_columns,
+    resample_columns,
 )
 from kd_bench.compare.estimates import PART_NAMES, Estimate, in_columns
 from kd_bench.errors import KdBenchError, UsageError, closest
@@ -214,14 +212,10 @@ def compare_all_methods(
     groups = {method: group for method, (group, _) in chosen.items()}
     runs = [run for group in groups.values() for run in group]
     tasks = common_tasks(runs)
-    blanks, notes = blank_runs(runs)
-    aligned = []
-    for task in tasks:
-        one = align(runs, task, allow_different=allow_different, columns=CONTENT_READ)
-        one, unused = with_columns(one, blanks)
-        aligned.append(one)
-        notes += [*one.notes, *unused]
-    evidence = evidence_of([resample(each, resamples, seed) for each in aligned])
+    sampled, notes = resample_columns(
+        runs, tasks, allow_different=allow_different, resamples=resamples, seed=seed
+    )
+    evidence = evidence_of(sampled)
     places = map(str, range(len(runs)))
     names = {method: [next(places) for _ in group] for method, group in groups.items()}
     keys = [*tasks, AVERAGE]

@@ -29,7 +29,7 @@ from kd_bench.files import digest_text
 from kd_bench.gate import check
 from kd_bench.gate_plan import plan
 from kd_bench.policy import Margins, Policy, load_policy
-from kd_bench.records import AVERAGE
+from kd_bench.records import AMBIGUOUS, AVERAGE
 from kd_bench.report.verdicts import (
     comparison_tables,
     job_summary,
@@ -337,6 +337,25 @@ def test_where_no_form_costs_anything_a_note_is_enough(frames, tmp_path):
     titles = [column.title for column in parts.columns]
     assert titles == ["Benchmark", "Difference", "Guessing", "Sight"]
     assert gaps.title == "Sight"
+
+
+def test_answers_that_can_be_read_in_two_ways_are_counted(frames, tmp_path):
+    twice = frames[1]["pope"].copy()
+    twice.loc[:2, ["content", "score_by_content"]] = [AMBIGUOUS, 0.0]
+    runs = [
+        write_run(tmp_path, name, its)
+        for name, its in (("a", frames[0]), ("b", {**frames[1], "pope": twice}))
+    ]
+    told = (
+        f"b ({runs[1].path.name}): answers that can be read in two ways, by content wrong: pope 3."
+    )
+    assert compare(runs, **FAST).notes == [told]
+    assert told in check(runs[1], runs[0], policy(score="content")).notes
+    assert told not in check(runs[1], runs[0], policy()).notes
+    said = by_content(twice)["parsed"]
+    right = twice["target"].head(3)
+    assert set(said.head(3)) <= {"yes", "no"}
+    assert (said.head(3) != right).all()  # the stricter of the two readings
 
 
 def test_a_run_without_scores_by_content_says_so_and_has_no_split(frames, tmp_path):
