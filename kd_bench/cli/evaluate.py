@@ -62,6 +62,14 @@ def evaluate(
         str | None,
         typer.Option(help="Round the weights while loading: nf4 or int8.", metavar="nf4|int8"),
     ] = None,
+    device_map: Annotated[
+        str | None,
+        typer.Option(
+            help="Spread a model that does not fit one device over all: auto, balanced, "
+            "balanced_low_0 or sequential.",
+            metavar="auto|...",
+        ),
+    ] = None,
     prompt_template: Annotated[
         str | None,
         typer.Option(
@@ -147,8 +155,15 @@ def _models(given: dict[str, Any]) -> "list[Model]":
 
 def _refuse(models: "list[Model]", options: dict[str, Any]) -> None:
     """Refuse options that would silently do nothing, or something else than what was meant."""
+    from kd_bench.distill.processes import world_size
     from kd_bench.evals.checkpoint import StockModel, VisualSwitch
 
+    known = ("auto", "balanced", "balanced_low_0", "sequential")
+    if options.get("device_map", "auto") not in known:
+        raise UsageError(
+            f"--device-map {options['device_map']}: accelerate has no such placement.",
+            f"Use one of {', '.join(known)}.",
+        )
     several, switch = len(models) > 1, isinstance(models[0], VisualSwitch)
     stock = isinstance(models[0], StockModel)
     rules = [
@@ -157,6 +172,9 @@ def _refuse(models: "list[Model]", options: dict[str, Any]) -> None:
         ("role", switch, "is fixed for --vision with --language: switch"),
         ("method", switch, "is read from the --vision checkpoint"),
         ("dtype", stock, "goes into --model-args for a --model"),
+        ("device-map", stock, "goes into --model-args for a --model"),
+        ("device-map", switch, "places one model, and --vision with --language are two"),
+        ("device-map", world_size() > 1, "spreads one process's model, and there are several"),
         ("quantize", stock, "goes into --model-args for a --model"),
         ("prompt-template", stock, "goes into --model-args for a --model"),
         ("chat-template-kwargs", stock, "goes into --model-args for a --model"),

@@ -47,12 +47,14 @@ def load_model(
     trust_remote_code: bool = False,
     quantize: str = "",
     projector_seed: int | None = None,
+    device_map: str | dict[str, Any] | None = None,
 ) -> Any:
     """A vision-language model of transformers with all of its weights, in evaluation mode.
 
     Args:
         path: folder written by `save_pretrained`, adapter folder of peft, or hub name.
         quantize: one of `QUANTIZATIONS`, applied to the language model's and tower's linear layers.
+        device_map: accelerate's, in place of `device`: spreads the layers over what there is.
         projector_seed: draw a projector with it where the checkpoint has none; None refuses that.
 
     Raises:
@@ -72,6 +74,13 @@ def load_model(
     if not allow_pickle:
         settings["use_safetensors"] = True
     settings |= _quantized(path, whole, quantize, base is not None, dtype, device)
+    if device_map is not None:
+        if base is not None:
+            raise UsageError(
+                f"{path} is an adapter, and its weights are merged into its base on one device.",
+                f"Drop --device-map, or first {checkpoints.MERGE}",
+            )
+        settings["device_map"] = device_map
     if not trust_remote_code and not checkpoints.quantization_of(checkpoints.read_config(whole)):
         _check_size(path, whole)
     with torch.random.fork_rng(devices=[]):
@@ -308,7 +317,9 @@ def _check_finite(path: str | Path, model: nn.Module) -> None:
     bad = {
         name
         for name, weight in [*model.named_parameters(), *model.named_buffers()]
-        if weight.is_floating_point() and not bool(torch.isfinite(weight).all())
+        if weight.is_floating_point()
+        and not weight.is_meta  # a layer that accelerate reads when it runs
+        and not bool(torch.isfinite(weight).all())
     }
     if bad:
         raise UsageError(

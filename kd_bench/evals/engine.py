@@ -52,6 +52,7 @@ from kd_bench.records import Cost
 
 NOT_FINITE = "the model's logits are not finite"
 
+CPU = torch.device("cpu")
 ONE_SIZE = ("LlavaForConditionalGeneration",)
 LOOKING_BACK = ("PaliGemmaForConditionalGeneration", "Gemma3ForConditionalGeneration")
 
@@ -80,7 +81,7 @@ class Engine:
     ) -> None:
         self.model = model
         self.batch_size = batch_size
-        self.device = next(model.parameters()).device
+        self.device = next((p.device for p in model.parameters() if not p.is_meta), CPU)
         self._parts: VisionLanguageModel | None = None
         with contextlib.suppress(UsageError):
             self._parts = VisionLanguageModel(model)
@@ -88,6 +89,9 @@ class Engine:
         self._prompts = PromptBuilder(processor)
         self._images = ImageStore() if images is None else images
         self.path = path_of(self._parts)
+        self.places = len({*map(str, getattr(model, "hf_device_map", {"": ""}).values())})
+        if self.places > 1:  # accelerate's hooks move states in the model's own forward
+            self.path = "generate"
         ends = end_ids(model, processor.tokenizer, self._prompts.stop_ids)
         settings = getattr(model, "generation_config", None)
         self.constraints = Constraints(settings, ends, self.device)
@@ -306,7 +310,9 @@ class MemoryBudget:
         share: bool = False,
     ) -> None:
         config = model.config.get_text_config()
-        weight = max(model.parameters(), key=lambda each: each.is_floating_point())
+        weight = max(
+            (p for p in model.parameters() if not p.is_meta), key=lambda p: p.is_floating_point()
+        )
         size = weight.element_size()
         device = weight.device.type
         self._most = batch_size or MOST_ROWS.get(device, 64)

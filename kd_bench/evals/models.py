@@ -51,6 +51,8 @@ class KdBench(_Generative):
         dtype: auto, float32, bfloat16 or float16.
         quantize: nf4 or int8 rounds the weights while they are loaded.
         share: prefill each image once for all its questions.
+        device_map: accelerate's, in place of `device`: auto, balanced, ... A model in several
+            places is asked by transformers' own `generate`.
         prompt_template: instead of the checkpoint's own; a name, a file or Jinja text.
         chat_template_kwargs: variables of the template, as JSON.
     """
@@ -63,6 +65,7 @@ class KdBench(_Generative):
         dtype: str = "auto",
         quantize: str = "",
         share: bool = True,
+        device_map: str = "",
         model: Any = None,
         processor: Any = None,
         images: ImageStore | None = None,
@@ -75,15 +78,16 @@ class KdBench(_Generative):
         if unknown:
             raise UsageError(
                 f"kd_bench has no model argument {next(iter(unknown))!r}.",
-                "It knows pretrained, batch_size, device, dtype, quantize, share, prompt_template, "
-                "chat_template_kwargs.",
+                "It knows pretrained, batch_size, device, dtype, quantize, share, device_map, "
+                "prompt_template, chat_template_kwargs.",
             )
         if model is None:
             if pretrained is None:
                 raise UsageError("No checkpoint was given.", "Pass pretrained=CHECKPOINT.")
             place = device or best_device()
             kind = getattr(torch, chosen_dtype(pretrained, dtype, place))
-            model = load_model(pretrained, dtype=kind, device=place, quantize=quantize)
+            where: dict[str, Any] = {"device_map": device_map} if device_map else {"device": place}
+            model = load_model(pretrained, dtype=kind, quantize=quantize, **where)
             processor = load_processor(pretrained)
             check_image_token(pretrained, model, processor)
         if prompt_template or chat_template_kwargs:
@@ -95,6 +99,8 @@ class KdBench(_Generative):
         self.batch_size = size
         # How the engine answers and what of generation_config.json counts, for the run's record.
         self.path = f"{self.engine.path}, {'shared' if self.engine.share else 'not shared'}"
+        if self.engine.places > 1:
+            self.path += f", in {self.engine.places} places"
         self.generation = dict(self.engine.constraints.settings)
 
     def cost(self, memory: MemoryMeter) -> Cost:
@@ -348,8 +354,13 @@ def load_switch(vision: Path, language: Path, dtype: str, quantize: str = "") ->
 _IMAGES = ImageStore()
 
 
-def load_source(checkpoint: Checkpoint, protocol: Protocol, debug: bool = False) -> Any:
+def load_source(
+    checkpoint: Checkpoint, protocol: Protocol, debug: bool = False, device_map: str = ""
+) -> Any:
     """What answers: our engine on a checkpoint or visual switch, or a stock model of lmms-eval.
+
+    Args:
+        device_map: accelerate's, for a checkpoint.
 
     Raises:
         UsageError: it cannot be loaded, or cannot answer a question about an image.
@@ -371,6 +382,7 @@ def load_source(checkpoint: Checkpoint, protocol: Protocol, debug: bool = False)
                 batch_size=protocol.batch_size,
                 dtype=protocol.dtype,
                 quantize=protocol.quantize,
+                device_map=device_map,
                 prompt_template=protocol.prompt_template,
                 chat_template_kwargs=protocol.chat_template_kwargs,
                 images=_IMAGES,

@@ -72,6 +72,8 @@ class EvalSettings:
         batch_size: questions at a time; None for as many as fit into memory.
         dtype: auto, float32, bfloat16 or float16; see `checkpoint.chosen_dtype`.
         quantize: nf4 or int8 rounds the weights while they are loaded.
+        device_map: auto, balanced, balanced_low_0 or sequential spreads a model that does not fit
+            one device over all, by accelerate; its answers are the same, and take longer.
         prompt_template: instead of the checkpoint's own; a name, a file or Jinja text.
         chat_template_kwargs: variables of the chat template, such as enable_thinking=False.
         reasoning_tags: a JSON list of [open, close] tags around thoughts, which are left out before
@@ -95,6 +97,7 @@ class EvalSettings:
     batch_size: int | None = None
     dtype: str = "auto"
     quantize: str = ""
+    device_map: str = ""
     prompt_template: str = ""
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     reasoning_tags: str = REASONING_TAGS
@@ -395,7 +398,9 @@ class Worker:
             self._plan = plan
             self._bars = bars
             self._memory = MemoryMeter()
-            self._source = load_source(plan.checkpoint, plan.protocol, plan.settings.debug)
+            self._source = load_source(
+                plan.checkpoint, plan.protocol, plan.settings.debug, plan.settings.device_map
+            )
 
     def run_task(self, spec: TaskSpec) -> str:
         """Answer, score and commit one benchmark; returns a line that says how it went."""
