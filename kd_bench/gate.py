@@ -207,6 +207,11 @@ class GateReport:
             text += f" Shown worse: {', '.join(by['regressed'])}."
         if by["inconclusive"]:
             text += f" Cannot tell: {', '.join(by['inconclusive'])}."
+        tasks = [each for each in self.verdicts if each.name != AVERAGE]
+        said = [each.name for each in tasks if each.score == "content"]
+        if said:
+            whole = "every benchmark" if len(said) == len(tasks) else ", ".join(said)
+            text += f" Judged by content: {whole}."
         return text
 
     @property
@@ -294,7 +299,9 @@ def _upstream_beside(
     for task in (task for task in tasks if policy.score_of(task) == "content"):
         before, after = (np.mean([run.result(task).score for run in side]) for side in (old, new))
         found.append(f"{task} {before:.1f} -> {after:.1f} ({after - before:+.2f})")
-    return [f"Judged by content; upstream's scores: {', '.join(found)}."] if found else []
+    return (
+        [f"Upstream's scores of what was judged by content: {', '.join(found)}."] if found else []
+    )
 
 
 def _require_resamples(tests: int, policy: Policy) -> None:

@@ -549,7 +549,9 @@ def test_a_policy_by_content_judges_what_was_said(pair, frames):
             }
         ).difference("t", ["0"], ["1"])
         assert verdict.difference.interval == alone.interval
-    (note,) = [note for note in judged.notes if note.startswith("Judged by content")]
+    (note,) = [note for note in judged.notes if note.startswith("Upstream's scores")]
+    assert judged.statement.endswith("Judged by content: every benchmark.")
+    assert "content" not in by_upstream.statement
     assert "pope 60.9 -> 64.3" in note
     assert "pope (by content)" in str(verdict_table(judged).rows)
     assert "pope (by content)" in job_summary(judged)
@@ -562,6 +564,7 @@ def test_a_policy_may_judge_some_benchmarks_by_content(pair):
     assert scores.pop("pope") == "content"
     assert scores.pop(AVERAGE) == "mixed"
     assert set(scores.values()) == {"upstream"}
+    assert found.statement.endswith("Judged by content: pope.")
     whole = policy(score={"default": "content", "pope": "upstream"})
     assert (whole.score_of("pope"), whole.score_of("gqa")) == ("upstream", "content")
 
