@@ -1,5 +1,7 @@
 """Commands side by side are forked from one process, and end together, whatever ends them."""
 
+import contextlib
+import gc
 import json
 import os
 import signal
@@ -13,6 +15,7 @@ import pytest
 
 from kd_bench.cli import jobs
 from kd_bench.cli.jobs import run_jobs
+from kd_bench.distill.processes import importing
 from kd_bench.errors import IncompleteRunError
 
 
@@ -174,3 +177,18 @@ process.leave(3)
     assert done.returncode == 3, done.stderr
     said = ["said", "thread", "handler"]
     assert done.stdout.split("\n")[:-1] == [*said, *(["taken apart"] if watched else [])]
+
+
+def test_the_collector_rests_while_much_is_imported_and_is_as_before_afterwards() -> None:
+    collects = []
+    with contextlib.suppress(ImportError), importing():
+        collects.append(gc.isenabled())
+        raise ImportError
+    assert [*collects, gc.isenabled()] == [False, True]
+    gc.disable()
+    try:
+        with importing():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
