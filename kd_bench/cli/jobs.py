@@ -1,8 +1,8 @@
 """Commands side by side: forked from one process that has imported what they need.
 
 A training or an evaluation imports for five seconds. A server imports once and forks a process for
-each command; it runs no thread of its own and touches no accelerator. Where processes cannot be
-forked, a command has an interpreter of its own.
+each command; it runs no thread of its own. A command has an interpreter of its own on other systems
+than Linux and where there is an accelerator, whose driver does not survive a fork.
 
 Every command leads a process group. Whatever ends this process in an orderly way, an error of one
 command, Ctrl-C, SIGTERM or SIGHUP, ends all groups with all their children first.
@@ -36,7 +36,6 @@ SURROUNDINGS = {
     "OMP_NUM_THREADS": "1",  # tiny models are many times slower with several threads a process
     "HF_HUB_OFFLINE": "1",
     "JE_ARROW_MALLOC_CONF": "background_thread:false",  # a thread would be lost in a fork
-    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # an accelerator that was touched cannot be used after
 }
 FORKED = (
     "kd_bench.distill.train", "transformers.trainer", "kd_bench.evals.run", "kd_bench.evals.models",
@@ -95,7 +94,7 @@ def run_jobs(
     count = len(waiting)
     ended: list[_Job] = []
     running: list[_Job] = []
-    server = _Server(logs) if hasattr(os, "fork") and sys.platform == "linux" else _Interpreters()
+    server = _Server(logs) if sys.platform == "linux" else _Interpreters()
     with _shown([seconds for *_, seconds in waiting], workers) as show, server:
         try:
             for title, commands in groups.items():
@@ -150,7 +149,7 @@ def _failed(job: _Job, code: int) -> IncompleteRunError:
     )
 
 
-def _end(server: "_Server | _Interpreters", pids: Sequence[int]) -> None:
+def _end(server: "_Interpreters", pids: Sequence[int]) -> None:
     """End process groups: asked first, so that they say where they stopped, then killed."""
     try:
         for pid in pids:
@@ -248,15 +247,17 @@ class _Interpreters:
         return self._started[pid].poll()
 
 
-class _Server:
-    """The process that commands are forked from, as its clients see it; as `_Interpreters`.
+class _Server(_Interpreters):
+    """The process that commands are forked from, as its client sees it.
 
-    Requests and replies are lines of JSON: a command with its log; its process's number when it has
-    begun and leads a group, that and its exit code when it has ended.
+    It first tells whether it will fork here. Requests and replies are lines of JSON: a command with
+    its log; its process's number when it leads a group, that and its exit code when it has ended.
     """
 
     def __init__(self, logs: Path) -> None:
+        super().__init__()
         self._log = logs / "server.log"
+        self._forks: bool | None = None
         self._begun: list[int] = []
         self._codes: dict[int, int | None] = {}
         self._unread = b""
@@ -288,6 +289,10 @@ class _Server:
 
     def start(self, command: list[str], log: Path) -> int:
         """Begin a command; its process's number, which is its group's."""
+        while self._forks is None:
+            self._read(None)
+        if not self._forks:
+            return super().start(command, log)
         assert self._process.stdin is not None
         request = json.dumps({"command": command, "log": str(log.absolute())}) + "\n"
         with contextlib.suppress(BrokenPipeError):  # read below as the end of the replies
@@ -298,6 +303,8 @@ class _Server:
 
     def ended(self, pid: int) -> int | None:
         """A command's exit code, minus the signal that ended it; None while it runs."""
+        if not self._forks:
+            return super().ended(pid)
         self._read(0.0)
         return self._codes[pid]
 
@@ -318,7 +325,11 @@ class _Server:
                 "Run the same command again: it continues.",
             )
         *lines, self._unread = (self._unread + told).split(b"\n")
-        for pid, code in map(json.loads, lines):
+        for reply in map(json.loads, lines):
+            if isinstance(reply, bool):
+                self._forks = reply
+                continue
+            pid, code = reply
             self._codes[pid] = code
             self._begun += [pid] if code is None else []
 
@@ -327,7 +338,10 @@ def serve(entry: Callable[[], None]) -> NoReturn:
     """Fork a command for each line of standard input until it ends; see `_Server`."""
     replies = os.dup(1)
     os.dup2(2, 1)  # what imports print is no reply
-    _import_all()
+    forks = _import_all()
+    os.write(replies, f"{json.dumps(forks)}\n".encode())
+    if not forks:
+        os._exit(0)
     unread = b""
     while True:
         readable = select.select([0], [], [], 0.05)[0]
@@ -347,8 +361,11 @@ def serve(entry: Callable[[], None]) -> NoReturn:
                 os.write(replies, f"[{ended[0]}, {code}]\n".encode())
 
 
-def _import_all() -> None:
-    """Import what commands need; what is not installed is left to the command, which says so."""
+def _import_all() -> bool:
+    """Import what commands need; whether they can be forked.
+
+    What is not installed is left to the command, which says so.
+    """
     gc.disable()
     for name in FORKED:
         with contextlib.suppress(ImportError):
@@ -356,7 +373,10 @@ def _import_all() -> None:
     with contextlib.suppress(ImportError, MissingExtraError):
         from kd_bench.distill import models
         from kd_bench.evals.benchmark import lmms_eval
+        from kd_bench.evals.checkpoint import best_device
 
+        if best_device() != "cpu":
+            return False
         models.preload()
         lmms_eval()
     from kd_bench.registry import load_tasks
@@ -364,6 +384,7 @@ def _import_all() -> None:
     load_tasks()  # each file is read once a process
     gc.freeze()  # so that no collection in a forked process copies pages by looking at them
     gc.enable()
+    return True
 
 
 def _become(entry: Callable[[], None], replies: int, command: list[str], log: str) -> NoReturn:

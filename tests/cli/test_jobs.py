@@ -156,6 +156,25 @@ def test_the_server_has_no_threads_and_tells_how_commands_end(tmp_path: Path) ->
             server.start(["--version"], tmp_path / "log")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="commands are not forked here")
+def test_beside_an_accelerator_commands_have_interpreters_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its driver does not survive a fork."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import torch\ntorch.cuda.is_available = lambda: True\n", encoding="utf-8"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    server = jobs._Server(tmp_path)
+    with server:
+        pid = server.start(["--version"], tmp_path / "log")
+        assert psutil.Process(pid).ppid() == os.getpid()
+        while server.ended(pid) is None:
+            time.sleep(0.01)
+        assert server.ended(pid) == 0
+    assert "kd-bench" in (tmp_path / "log").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("watched", [False, True])
 def test_a_quick_end_loses_nothing(tmp_path: Path, watched: bool) -> None:
     """Threads are waited for, exit handlers run, streams are written out, the code is kept."""
