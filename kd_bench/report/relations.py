@@ -333,9 +333,10 @@ ABOUT_FORM = ("form gap", "content difference", "form difference")
 IN_FORM = "Form gap: none. All answers have a form that their benchmarks read. "
 EXPLAINED = (
     "Points, with paired 95 % intervals. Scores are lmms-eval's; content is what an answer says "
-    "whatever its form, blank images are grey. Ambiguous: answers that can be read in two ways; "
-    "they count as wrong. Content and form, and guessing and sight, add up to Δ SFT."
+    "whatever its form, blank images are grey. Content and form, and guessing and sight, add up to "
+    "Δ SFT."
 )
+TWO_WAYS = " Ambiguous: answers that can be read in two ways; by content they are wrong."
 
 
 def gap_table(board: Board, evidence: Evidence) -> Table | None:
@@ -361,14 +362,17 @@ def gap_table(board: Board, evidence: Evidence) -> Table | None:
     columns += [Column(t.id, t.short, "difference", t.group) for t in board.tasks]
     columns += [Column(AVERAGE, board.average_title, "difference", "overall")]
     columns += [Column("ambiguous", "Ambiguous", "rank", "answers")]
+    caption = IN_FORM * (in_form and bool(forms)) + EXPLAINED * bool(rows)
     if all(row.cells[-1].value is None for row in rows):
         rows = tuple(replace(row, cells=row.cells[:-1]) for row in rows)
         columns.pop()
+    else:
+        caption += TWO_WAYS
     return Table(
         "Form gap and sight",
         tuple(columns),
         rows,
-        (IN_FORM if in_form and forms else "") + (EXPLAINED if rows else ""),
+        caption.strip(),
     )
 
 
@@ -405,12 +409,10 @@ def _gap_row(
     return replace(row, series=board.colours[entry.key])
 
 
-def _ambiguous(entry: Entry) -> int | None:
-    """How many answers of all benchmarks and seeds can be read in two ways; None if not known."""
+def _ambiguous(entry: Entry) -> int:
+    """How many answers of all benchmarks and seeds can be read in two ways."""
     results = [result for found in entry.results for result in found.values()]
-    if not all("ambiguous" in result.rates for result in results):
-        return None
-    return sum(round(result.rates["ambiguous"] * result.documents) for result in results)
+    return sum(round(r.rates.get("ambiguous", 0.0) * r.documents) for r in results)
 
 
 # --- categories ----------------------------------------------------------------------------------

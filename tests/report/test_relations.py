@@ -112,7 +112,7 @@ FORMED = (Model("teacher", "teacher", "", 1.5), Model("sft", "sft", "sft", 0.0, 
           Model("kd", "kd", "kl", 0.6, 0), Model("mixed", "switch", "kl", 1.0, 0))  # fmt: skip
 
 
-def formed(results: Path, share: float = 0.4, ambiguous: float | None = 0.05) -> Path:
+def formed(results: Path, share: float = 0.4, ambiguous: float = 0.05) -> Path:
     """Runs with scores by content, all but the hybrid with a run on blank images."""
     for model in FORMED:
         frames = {task: with_content(samples(task, model), share) for task in TWO}

@@ -169,13 +169,13 @@ def add_run(
     change: dict[str, pd.DataFrame] | None = None,
     checkpoint: str = "",
     images: str = "",
-    ambiguous: float | None = None,
+    ambiguous: float = 0.0,
 ) -> Run:
     """Commit one run; `change` replaces a benchmark's samples.
 
     Args:
         images: what stands in for them; the run lies beside that of the same model.
-        ambiguous: share of such answers; None as older runs have it.
+        ambiguous: share of answers that can be read in two ways.
     """
     digest = digest_text(model.name, model.role)
     checkpoint = checkpoint or f"checkpoints/{model.name}"
@@ -213,7 +213,7 @@ def add_run(
         frame = (change or {}).get(task)
         frame = samples(task, model, units) if frame is None else frame
         found = result(task, frame)
-        if ambiguous is not None:
+        if ambiguous:
             found = replace(found, rates={**found.rates, "ambiguous": ambiguous})
         run.commit(found, frame)
     return run
