@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.utils.checkpoint import checkpoint
 
 from kd_bench.distill import losses, objective
 from kd_bench.distill.recipe import (
@@ -31,8 +32,10 @@ from kd_bench.distill.vision_language import (
     VisionLanguageModel,
     answer_positions,
     has_images,
+    is_plain,
     keeping_vision,
     places_of,
+    queries_and_keys,
     seeing_with,
     teacher_inputs,
 )
@@ -54,7 +57,8 @@ class Passes:
         hidden: last hidden states at the answers [N, width], of `student`, `teacher`, `switch`.
         at_images: the same at image positions [M, width], of student and teacher.
         embeddings: projected image tokens [M, width], of student and teacher.
-        attention: first-layer weights [batch, heads, length, length], of student and teacher.
+        attention: first-layer weights averaged over heads, of text rows and image columns [batch,
+            text, images], of student and teacher.
     """
 
     hidden: dict[str, Tensor] = field(default_factory=dict)
@@ -177,7 +181,7 @@ class Distiller(nn.Module):
         items: Mapping[str, Tensor],
     ) -> Tensor:
         """One image term's share of its mean over the whole batch."""
-        places = batch["input_ids"] == self.parts.image_token_id  # [batch, length]
+        places = places_of(batch, self.parts.image_token_id)
         sides = ("teacher", "student")
         if term.loss == "image_kl":
             return objective.image_kl(
@@ -188,15 +192,20 @@ class Distiller(nn.Module):
                 chunk=self.head_chunk or default_chunk(self.parts.vocab_size),
             )
         if term.loss == "image_correlation":
-            owners = places.nonzero()[:, 0]  # [M]
             theirs, ours = (passes.at_images[side] for side in sides)
-            return objective.image_correlation(theirs, ours, owners) / items["image_samples"]
+            is_image = batch["input_ids"] == self.parts.image_token_id  # [batch, length]
+            shape = [len(is_image), places.sizes[0]]
+            in_sample = (is_image.cumsum(1) - 1).flatten().index_select(0, places.images)
+            slots = places.images // is_image.shape[1] * shape[1] + in_sample  # [M]
+            value = objective.image_correlation(theirs, ours, slots, shape)
+            return value / items["image_samples"]
         if term.loss == "image_mse":
             theirs, ours = (passes.embeddings[side] for side in sides)
             return objective.image_mse(theirs, ours, self.adapter) / items["image_tokens"]
-        asks = batch["attention_mask"].bool() & ~places
         theirs, ours = (passes.attention[side] for side in sides)
-        return objective.attention_mse(theirs, ours, asks, places) / items["image_pairs"]
+        text, images = text_and_images(batch, places, self.parts.image_token_id)
+        pairs = (images.unsqueeze(1) < text.unsqueeze(2)) & (text.unsqueeze(2) < LAST)
+        return objective.attention_mse(theirs, ours, pairs) / items["image_pairs"]
 
     # Forward passes
 
@@ -280,7 +289,8 @@ class Distiller(nn.Module):
         embeddings = probe.embeddings.flatten(0, 1)
         passes.embeddings[name] = embeddings.index_select(0, places.images)
         if self._watches_attention:
-            passes.attention[name] = probe.weights(batch["attention_mask"])
+            text, images = text_and_images(batch, places, model.image_token_id)
+            passes.attention[name] = probe.averaged(batch["attention_mask"], text, images)
 
     # Weights that only images reach
 
@@ -404,6 +414,23 @@ def _equal_weights(left: nn.Module, right: nn.Module) -> bool:
     )
 
 
+LAST = 1 << 30
+"""Stands behind the positions of a sample in tables of them."""
+
+
+def text_and_images(batch: Inputs, places: Places, image_token_id: int) -> tuple[Tensor, Tensor]:
+    """Positions of every sample's text tokens [batch, text] and image tokens [batch, images].
+
+    Rising, and `LAST` behind those of a sample that has fewer than the most.
+    """
+    image = batch["input_ids"] == image_token_id  # [batch, length]
+    positions = torch.arange(image.shape[1], device=image.device)
+    text = batch["attention_mask"].bool() & ~image
+    tables = (positions.where(chosen, LAST).sort(dim=1).values for chosen in (text, image))
+    found, seen = (t[:, :most] for t, most in zip(tables, reversed(places.sizes), strict=True))
+    return found, seen
+
+
 class FirstLayerProbe(contextlib.ExitStack):
     """What enters a language model and its first layer's attention, while it runs inside a `with`.
 
@@ -419,6 +446,7 @@ class FirstLayerProbe(contextlib.ExitStack):
         self.embeddings: Any = None
         self.inputs: dict[str, Any] = {}
         self.module: Any = None
+        self.layer: Any = None
         language: Any = model.language_model
         watched: list[tuple[Any, Any]] = [(language, self._keep_embeddings)]
         if watches_attention:
@@ -428,6 +456,7 @@ class FirstLayerProbe(contextlib.ExitStack):
                     f"{type(language).__name__} has no layers[0].self_attn to watch.",
                     "Leave attention_mse out for this model.",
                 )
+            self.layer = layers[0]
             self.module = layers[0].self_attn
             watched.append((self.module, self._keep_inputs))
         for module, keep in watched:
@@ -440,6 +469,38 @@ class FirstLayerProbe(contextlib.ExitStack):
         if not self.inputs:
             names = ("hidden_states", "position_embeddings")
             self.inputs = {**dict(zip(names, args, strict=False)), **given}
+
+    def averaged(self, attention_mask: Tensor, text: Tensor, images: Tensor) -> Tensor:
+        """Mean over heads of the weights of text rows and image columns [batch, text, images].
+
+        One head at a time, computed again in the backward pass: all heads' weights of a batch of
+        long samples take gigabytes.
+
+        Args:
+            text, images: as `text_and_images` gives them.
+        """
+        if not is_plain(self.layer):
+            whole = self.weights(attention_mask).float().mean(1)
+            return _chosen(_chosen(whole, text, 1), images, 2)
+        query, key = queries_and_keys(
+            self.module, self.inputs["hidden_states"], self.inputs["position_embeddings"]
+        )
+        query = _chosen(query, text.unsqueeze(1), 2)  # [batch, heads, text, head width]
+        positions = torch.arange(key.shape[2], device=key.device)
+        blocked = (positions > text.unsqueeze(2)) | ~attention_mask.bool().unsqueeze(1)
+
+        def one(of_head: Tensor, keys: Tensor) -> Tensor:
+            scores = (of_head @ keys.transpose(1, 2)) * self.module.scaling
+            low = torch.finfo(scores.dtype).min
+            shares = scores.masked_fill(blocked, low).softmax(-1, dtype=torch.float32)
+            return _chosen(shares.to(scores.dtype).float(), images, 2)
+
+        groups = self.module.num_key_value_groups
+        total = torch.zeros((), device=key.device)
+        for head in range(query.shape[1]):
+            given = (query[:, head], key[:, head // groups])
+            total = total + checkpoint(one, *given, use_reentrant=False)
+        return total / query.shape[1]
 
     def weights(self, attention_mask: Tensor) -> Tensor:
         """[batch, heads, length, length] for a right-padded batch's mask [batch, length]."""
@@ -474,6 +535,16 @@ class FirstLayerProbe(contextlib.ExitStack):
             allowed = attention_mask.bool()[:, None, None, :] & causal
         blocked = torch.zeros(allowed.shape, dtype=hidden.dtype, device=hidden.device)
         return blocked.masked_fill(~allowed, torch.finfo(hidden.dtype).min)
+
+
+def _chosen(states: Tensor, positions: Tensor, dim: int) -> Tensor:
+    """Entries of `dim` at positions [batch, ..., n]; those at `LAST` are the last one's."""
+    places = positions.clamp(max=states.shape[dim] - 1)
+    shape = list(states.shape)
+    shape[dim] = places.shape[-1]
+    view = [len(places)] + [1] * (states.dim() - 1)
+    view[dim] = places.shape[-1]
+    return states.gather(dim, places.reshape(view).expand(shape))
 
 
 # The teacher's states, kept

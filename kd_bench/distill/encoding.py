@@ -24,7 +24,7 @@ from kd_bench.distill.conversations import WINDOW, Conversations, Stream, indexe
 from kd_bench.distill.data import Conversation, Unreadable, open_image
 from kd_bench.distill.models import load_processor
 from kd_bench.distill.recipe import MAX_PIXELS, DataSource
-from kd_bench.distill.vision_language import TEACHERS, find_places, has_images, tensors_of
+from kd_bench.distill.vision_language import TEACHERS, entries_of, find_places, has_images
 from kd_bench.errors import KdBenchError, TrainingError, UsageError, one_line
 
 IGNORED = -100
@@ -462,7 +462,7 @@ class Collator:
                 batch[prefix + name] = whole.tolist() if name == "image_sizes" else whole
         if (image := self.image_token_ids[bool(prefix)]) >= 0:
             places = find_places({n.removeprefix(prefix): v for n, v in batch.items()}, image)
-            batch |= {f"{prefix}{name}": each for name, each in tensors_of(places).items()}
+            batch |= {f"{prefix}{name}": each for name, each in entries_of(places).items()}
         return batch
 
 

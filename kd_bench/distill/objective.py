@@ -247,23 +247,25 @@ def image_kl(
 # Terms on what lies inside the models
 
 
-def image_correlation(teacher: Tensor, other: Tensor, owners: Tensor) -> Tensor:
+def image_correlation(teacher: Tensor, other: Tensor, slots: Tensor, shape: list[int]) -> Tensor:
     """1 - cosine of the two models' self-correlation matrices, summed over samples; a scalar.
 
     Args:
         teacher, other: last hidden states at image positions [M, width]; the widths may differ.
-        owners: sample that each position belongs to [M].
+        slots: places of the positions in [batch * most], most the most of one sample, [M].
+        shape: [batch, most].
 
     The source speaks of the language model's output at image positions; hidden states are taken
     here, not logits (OPEN).
     """
-    values = []
-    for sample in owners.unique().tolist():
-        chosen = owners == sample
-        left, right = teacher[chosen].detach().float(), other[chosen].float()  # [m, width]
-        relation = (left @ left.T).flatten(), (right @ right.T).flatten()  # [m * m]
-        values.append(1 - F.cosine_similarity(*relation, dim=0))
-    return torch.stack(values).sum()
+    relations, count = [], shape[0] * shape[1]
+    for states in (teacher.detach().float(), other.float()):
+        packed = states.new_zeros(count, states.shape[-1]).index_copy(0, slots, states)
+        packed = packed.unflatten(0, shape)  # [batch, most, width]; what is not filled is 0
+        relations.append(torch.bmm(packed, packed.transpose(1, 2)).flatten(1))  # [batch, most^2]
+    seen = slots.new_zeros(count).index_fill(0, slots, 1).unflatten(0, shape).any(1)  # [batch]
+    cosine = F.cosine_similarity(relations[0], relations[1], dim=1)  # [batch]
+    return ((1 - cosine) * seen).sum()
 
 
 def image_mse(teacher: Tensor, other: Tensor, adapter: nn.Module | None) -> Tensor:
@@ -280,15 +282,11 @@ def image_mse(teacher: Tensor, other: Tensor, adapter: nn.Module | None) -> Tens
     return F.mse_loss(other.float(), left.float(), reduction="none").mean(-1).sum()
 
 
-def attention_mse(teacher: Tensor, other: Tensor, asks: Tensor, seen: Tensor) -> Tensor:
+def attention_mse(teacher: Tensor, other: Tensor, pairs: Tensor) -> Tensor:
     """Squared error of text-to-image attention averaged over heads, summed over pairs; a scalar.
 
     Args:
-        teacher, other: attention weights [batch, heads, length, length]; heads may differ.
-        asks: text positions [batch, length], padding excluded.
-        seen: image positions [batch, length].
+        teacher, other: attention weights averaged over heads [batch, text, images].
+        pairs: which of them are there: neither end is padding, the image token comes before.
     """
-    pairs = asks.unsqueeze(2) & seen.unsqueeze(1)  # [batch, length, length]
-    pairs = pairs & torch.ones_like(pairs[0]).tril()  # nothing is seen before it comes
-    left, right = teacher.detach().float().mean(1), other.float().mean(1)
-    return F.mse_loss(right[pairs], left[pairs], reduction="sum")
+    return (other - teacher.detach()).masked_fill(~pairs, 0.0).square().sum()

@@ -30,7 +30,7 @@ from transformers.integrations import TensorBoardCallback
 from kd_bench.distill.distiller import Distiller
 from kd_bench.distill.encoding import BatchOrder, Collator
 from kd_bench.distill.objective import KneeLog, count_items
-from kd_bench.distill.recipe import Recipe, Stage
+from kd_bench.distill.recipe import Recipe, Stage, needs_student_logits
 from kd_bench.errors import TrainingError, UsageError, one_line
 from kd_bench.files import read_json, replace_folder, unsound, write_digests, write_text
 
@@ -101,7 +101,8 @@ def trainer_arguments(
         label_names=["labels"],
         dataloader_num_workers=stage.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
-        ddp_find_unused_parameters=True,  # terms on the switch alone leave the language model out
+        # Terms on the switch alone leave the language model out.
+        ddp_find_unused_parameters=not needs_student_logits(stage.objective),
         average_tokens_across_devices=True,
     )
 

@@ -258,7 +258,8 @@ class VisionLanguageModel:
             UsageError: the images do not fit the text, or there is a video.
         """
         try:
-            output = self.core(**self._given(inputs, self.core.forward), use_cache=False)
+            with self._skipping_unread():
+                output = self.core(**self._given(inputs, self.core.forward), use_cache=False)
         except ValueError as error:
             raise self._does_not_fit(str(error).splitlines()[0]) from error
         states: Tensor = output.last_hidden_state
@@ -320,10 +321,7 @@ class VisionLanguageModel:
         layers = getattr(self.language_model, "layers", None)
         if layers is None or self.vision_geometry["DeepStack layers"] >= len(layers):
             return None
-        layer = layers[-1]
-        names = {kind.__name__ for kind in type(layer).__mro__}  # FSDP puts one before its own
-        plain = bool(names & {*PLAIN_LAYERS})
-        return layer if plain and getattr(layer.self_attn, "sliding_window", None) is None else None
+        return layers[-1] if is_plain(layers[-1]) else None
 
     @cached_property
     def _plain_decoder(self) -> bool:
@@ -346,11 +344,37 @@ class VisionLanguageModel:
         Layers are those of DeepStack (arXiv 2406.04334).
         """
         get = self.core.get_image_features
-        output = get(**self._given(inputs, get))
+        with self._skipping_unread():
+            output = get(**self._given(inputs, get))
         embeddings = getattr(output, "pooler_output", output)
         deep = getattr(output, "deepstack_features", None) or ()
         each_image = ([e] if isinstance(e, Tensor) else e for e in (embeddings, *deep))
         return tuple(torch.cat([t.flatten(0, -2) for t in tensors]) for tensors in each_image)
+
+    @contextlib.contextmanager
+    def _skipping_unread(self) -> Iterator[None]:
+        """Inside, the tower's layers behind the last one that is read, and its head, do nothing."""
+        idle = [module for module in self._unread if "forward" not in vars(module)]
+        for module in idle:
+            module.forward = _unchanged
+        try:
+            yield
+        finally:
+            for module in idle:
+                del module.forward
+
+    @property
+    def _unread(self) -> list[Any]:
+        """Layers of a LLaVA's tower behind `vision_feature_layer`, and its pooling head."""
+        read = getattr(self.config, "vision_feature_layer", None)
+        tower: Any = self.vision_module
+        tower = getattr(tower, "vision_model", tower)
+        layers = getattr(getattr(tower, "encoder", None), "layers", None)
+        if self.family is not _LLAVA or read is None or layers is None:
+            return []
+        read = [read] if isinstance(read, int) else list(read)
+        depth = max(layer % (len(layers) + 1) for layer in read)
+        return [*layers[depth:], *([tower.head] if getattr(tower, "use_head", False) else [])]
 
     def _given(self, inputs: Inputs, function: Callable[..., Any]) -> dict[str, Any]:
         """The inputs that a function knows, and what it needs and can be told from them."""
@@ -390,6 +414,7 @@ class Places:
         table: position of each slot in its sample, the last one where no answer fills it,
             [batch, A].
         images: places in [batch * length] of the image tokens, rising.
+        sizes: most image tokens, and most other tokens, of one sample.
         padded_right: no token comes behind padding.
     """
 
@@ -397,6 +422,7 @@ class Places:
     slots: Tensor
     table: Tensor
     images: Tensor
+    sizes: Sequence[int]
     padded_right: bool = True
 
     @property
@@ -425,13 +451,12 @@ def find_places(inputs: Inputs, image_token_id: int) -> Places:
         slots=slots,
         table=table.view(batch, most),
         images=images.flatten().nonzero().squeeze(1),
+        sizes=torch.stack([images, tokens & ~images]).sum(2).amax(1).tolist(),
         padded_right=not bool((tokens[:, 1:] & ~tokens[:, :-1]).any()),
     )
     if ids.device.type == "cpu":
         return found
-    own: dict[str, Any] = {
-        name.removeprefix(PLACES): each for name, each in tensors_of(found).items()
-    }
+    own: dict[str, Any] = {n: each for n, each in vars(found).items() if isinstance(each, Tensor)}
     return replace(found, **{name: each.to(ids.device) for name, each in own.items()})
 
 
@@ -439,9 +464,9 @@ PLACES = "places_"
 """Begins the names of what `Collator` puts into a batch, so that no device has to be asked."""
 
 
-def tensors_of(places: Places) -> dict[str, Tensor]:
+def entries_of(places: Places) -> dict[str, Any]:
     """The places of a batch padded on the right, as entries of that batch."""
-    names = ("answers", "slots", "table", "images")
+    names = ("answers", "slots", "table", "images", "sizes")
     return {f"{PLACES}{name}": getattr(places, name) for name in names}
 
 
@@ -493,22 +518,16 @@ def _at_answers(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     attention, (batch, length, _) = layer.self_attn, hidden.shape
-    rotate = inspect.getmodule(type(attention)).apply_rotary_pos_emb  # type: ignore[union-attr]
-    heads = (-1, attention.head_dim)
     normed = layer.input_layernorm(hidden)
 
     def rows_of(states: Tensor) -> Tensor:
         return states.expand(batch, -1, -1).flatten(0, 1).index_select(0, places.answers)
 
-    def normalised(name: str, states: Tensor) -> Tensor:
-        return getattr(attention, name)(states) if hasattr(attention, name) else states
-
-    # [batch, heads, length, head width] twice, and [N, heads, head width]
-    key = normalised("k_norm", attention.k_proj(normed).unflatten(-1, heads)).transpose(1, 2)
-    value = attention.v_proj(normed).unflatten(-1, heads).transpose(1, 2)
-    query = normalised("q_norm", attention.q_proj(rows_of(normed)).unflatten(-1, heads))
-    _, key = rotate(key[:, :0], key, *rotary)
-    query, _ = rotate(query, query[:, :0], *(rows_of(each) for each in rotary))
+    value = attention.v_proj(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+    key = _rotated(attention, "k", normed, rotary)  # [batch, heads, length, head width]
+    at_rows = tuple(rows_of(each).unsqueeze(0) for each in rotary)
+    query = _rotated(attention, "q", rows_of(normed).unsqueeze(0), at_rows)
+    query = query.squeeze(0).transpose(0, 1)  # [N, heads, head width]
     packed = query.new_zeros(places.table.numel(), *query.shape[1:])
     packed = packed.index_copy(0, places.slots, query).unflatten(0, places.table.shape)
     seen = torch.arange(length, device=hidden.device) <= places.table.unsqueeze(-1)
@@ -527,6 +546,33 @@ def _at_answers(
     states = rows_of(hidden) + attention.o_proj(found)
     out: Tensor = states + layer.mlp(layer.post_attention_layernorm(states))
     return out
+
+
+def is_plain(layer: Any) -> bool:
+    """Whether a decoder layer is one of `PLAIN_LAYERS`, and sees all that comes before."""
+    names = {kind.__name__ for kind in type(layer).__mro__}  # FSDP puts one before its own
+    return bool(names & {*PLAIN_LAYERS}) and getattr(layer.self_attn, "sliding_window", 0) in (
+        None,
+        0,
+    )
+
+
+def queries_and_keys(
+    attention: Any, normed: Tensor, rotary: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """What a plain layer's attention compares [batch, heads, length, head width], of its input."""
+    return _rotated(attention, "q", normed, rotary), _rotated(attention, "k", normed, rotary)
+
+
+def _rotated(attention: Any, side: str, normed: Tensor, rotary: Sequence[Tensor]) -> Tensor:
+    """Queries (`q`) or keys (`k`) with their positions in them [batch, heads, length, .]."""
+    states = getattr(attention, f"{side}_proj")(normed).unflatten(-1, (-1, attention.head_dim))
+    if hasattr(attention, f"{side}_norm"):
+        states = getattr(attention, f"{side}_norm")(states)
+    states = states.transpose(1, 2)
+    rotate: Any = inspect.getmodule(type(attention)).apply_rotary_pos_emb  # type: ignore[union-attr]
+    turned: Tensor = rotate(states, states[:, :0], *rotary)[0]
+    return turned
 
 
 # The visual switch
@@ -647,6 +693,11 @@ def has_images(inputs: Inputs) -> bool:
         raise UsageError("The batch holds a video.", "Give images; videos are not supported.")
     pixels = inputs.get("pixel_values")
     return pixels is not None and pixels.numel() > 0
+
+
+def _unchanged(states: Tensor, *_: Any, **__: Any) -> Tensor:
+    """The forward of a layer that does nothing."""
+    return states
 
 
 def _unwrapped(model: nn.Module) -> Any:

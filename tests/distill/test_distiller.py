@@ -7,7 +7,13 @@ import torch.nn.functional as F
 from kd_bench.distill import distiller as distiller_module
 from kd_bench.distill import losses
 from kd_bench.distill.conversations import read_conversations
-from kd_bench.distill.distiller import Distiller, FirstLayerProbe, default_chunk
+from kd_bench.distill.distiller import (
+    LAST,
+    Distiller,
+    FirstLayerProbe,
+    default_chunk,
+    text_and_images,
+)
 from kd_bench.distill.encoding import Collator, Encoder
 from kd_bench.distill.objective import count_items, image_correlation
 from kd_bench.distill.recipe import METHODS, DataSource, Term
@@ -195,9 +201,59 @@ def test_align_kd_bridges_widths_with_an_adapter_that_learns(pair, batch):
 
 def test_correlation_of_equal_states_is_zero_whatever_their_scale():
     states = torch.randn(6, 4)
-    owners = torch.tensor([0, 0, 0, 2, 2, 2])
-    assert image_correlation(states, 3 * states, owners).item() == pytest.approx(0, abs=1e-6)
-    assert image_correlation(states, torch.randn(6, 9), owners).item() > 0
+    slots = torch.tensor([0, 1, 2, 8, 9, 10])  # of the first and the last of three samples
+    assert image_correlation(states, 3 * states, slots, [3, 4]).item() == pytest.approx(0, abs=1e-6)
+    other = torch.randn(6, 9)
+    expected = 0.0
+    for part in (slice(0, 3), slice(3, 6)):
+        relations = ((each[part] @ each[part].T).flatten() for each in (states, other))
+        expected += 1 - F.cosine_similarity(*relations, dim=0).item()
+    assert image_correlation(states, other, slots, [3, 4]).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("method", ["llava-kd", "align-kd"])
+def test_image_terms_wait_for_nothing_of_their_own(samples, method):
+    """Towers and language models of the tiny pair wait where transformers' whole forward does."""
+    student, teacher = tiny.model(width=32, seed=2), tiny.model(width=48, layers=2, seed=1)
+    distiller = Distiller(student, teacher, METHODS[method])
+    batch = Collator(0, (2, 2))(samples)
+    places = places_of(batch, 2)
+    with counted() as in_passes:
+        distiller.run({**batch, "places": places})
+    with counted() as in_step:
+        distiller(batch, count_items(batch, 2))[0].backward()
+    assert in_step.waits == in_passes.waits
+
+
+def test_attention_of_text_to_images_is_averaged_without_all_heads_at_once(batch):
+    model = tiny.model(seed=3)
+    parts = VisionLanguageModel(model)
+    places = places_of(batch, 2)
+    with FirstLayerProbe(parts) as probe:
+        parts.hidden_states(batch)
+    text, images = text_and_images(batch, places, 2)
+    weights = list(parts.language_model.layers[0].self_attn.parameters())[:4]  # queries and keys
+    with counted() as operations:
+        found = probe.averaged(batch["attention_mask"], text, images)
+    assert not operations.waits
+    whole = probe.weights(batch["attention_mask"]).mean(1)
+    expected = torch.zeros_like(found)
+    real = torch.zeros_like(found, dtype=torch.bool)
+    for row, (rows, columns) in enumerate(zip(text.tolist(), images.tolist(), strict=True)):
+        for i, position in enumerate(rows):
+            for j, place in enumerate(columns):
+                if place < position < LAST:
+                    expected[row, i, j] = whole[row, position, place]
+                    real[row, i, j] = True
+    assert int(real.sum()) == int(count_items(batch, 2)["image_pairs"])
+    torch.testing.assert_close(found[real], expected[real])
+    scale = torch.arange(int(real.sum())).float()
+    for ours, theirs in zip(
+        torch.autograd.grad((found[real] * scale).sum(), weights, retain_graph=True),
+        torch.autograd.grad((expected[real] * scale).sum(), weights),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_heads_take_as_many_positions_as_their_vocabulary_allows() -> None:

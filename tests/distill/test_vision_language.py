@@ -14,13 +14,13 @@ from kd_bench.distill.recipe import METHODS
 from kd_bench.distill.vision_language import (
     VisionLanguageModel,
     answer_positions,
+    entries_of,
     find_places,
     has_images,
     keeping_vision,
     places_of,
     put_vision,
     seeing_with,
-    tensors_of,
 )
 from kd_bench.errors import UsageError
 from tests.support.counting import counted
@@ -193,6 +193,35 @@ def test_the_last_layer_runs_at_answers_alone_and_gives_the_same(
     assert set(seen) == ({everywhere} if family in WHOLE else {everywhere, counted})
 
 
+def test_layers_of_the_tower_that_nobody_reads_do_not_run(case: Case) -> None:
+    family, student, _, batch = case
+    parts = VisionLanguageModel(student)
+    ran: list[str] = []
+    idle = parts._unread
+    inside = [module for each in idle for module in each.modules() if isinstance(module, nn.Linear)]
+    hooks = [module.register_forward_hook(lambda *_: ran.append("idle")) for module in inside]
+    try:
+        with torch.no_grad():
+            found = parts.image_embeddings(batch)
+            assert not ran
+            whole = parts.core.get_image_features(
+                **parts._given(batch, parts.core.get_image_features)
+            )
+    finally:
+        for hook in hooks:
+            hook.remove()
+    expected = getattr(whole, "pooler_output", whole)
+    expected = [expected] if isinstance(expected, Tensor) else expected
+    assert torch.equal(found[0], torch.cat([each.flatten(0, -2) for each in expected]))
+    if family == "llava-siglip":  # -2: the last layer and the head
+        assert len(idle) == 2
+        assert ran
+    elif family in ("llava-clip", "llava-next"):
+        assert len(idle) == 1
+    else:
+        assert len(idle) == (family in ("llava-onevision",))  # the head alone, or nothing
+
+
 MASKED = ("qwen2-vl", "qwen2.5-vl", "qwen3-vl", *WHOLE)
 """Families that need the padding mask: their positions or their attention depend on it."""
 
@@ -206,7 +235,7 @@ def test_plain_decoders_read_a_batch_padded_on_the_right_without_its_mask(case: 
     hook = layer.register_forward_pre_hook(
         lambda _, __, given: masks.append(given["attention_mask"]), with_kwargs=True
     )
-    collated: dict[str, Any] = batch | tensors_of(places_of(batch, IMAGE))
+    collated: dict[str, Any] = batch | entries_of(places_of(batch, IMAGE))
     if "image_sizes" in batch:
         collated["image_sizes"] = batch["image_sizes"].tolist()
     try:
