@@ -15,11 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from kd_bench.distill import train as train_module
 from kd_bench.distill.checkpoints import weights_digest
+from kd_bench.distill.encoding import Collator
 from kd_bench.distill.recipe import load_recipe
 from kd_bench.distill.train import train
 from kd_bench.distill.trainer import DistillationTrainer
 from kd_bench.errors import TrainingError, UsageError
 from tests.support import tiny
+from tests.support.counting import counted
 from tests.support.torchrun import torchrun
 
 KILLED_AT = """
@@ -331,6 +333,25 @@ def test_teacher_states_are_computed_once_for_all_epochs_and_seeds(place, monkey
     assert found[0] == found[1] != found[2]
     train(recipe_in(place, "met-once", "method=kl", "steps=6", "seed=5"))
     assert sum(size > 0 for size in passes) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["sft", "kl", "switch-kd"])
+def test_a_step_of_the_trainer_waits_four_times_at_most(place, monkeypatch, method):
+    """Counted as on a GPU, transformers' own part included; what 18 steps wait more than 12 do."""
+    from kd_bench.distill import distiller
+
+    monkeypatch.setattr(distiller, "HOST_READS", ())
+    waits, quiet = [], ("log_every=100", "save_every=0")
+    for steps in (12, 18):
+        with counted() as operations, pytest.MonkeyPatch.context() as patch:
+            # Batches are made on the host; losses are checked there, and only there, in each step.
+            for owner, name in ((Collator, "__call__"), (DistillationTrainer, "check_finite")):
+                patch.setattr(owner, name, operations.not_counting(getattr(owner, name)))
+            output = f"waits-{method}-{steps}"
+            train(recipe_in(place, output, f"method={method}", f"steps={steps}", *quiet))
+        waits.append(operations.waits.total())
+    assert (waits[1] - waits[0]) / 6 <= (3.2 if method == "switch-kd" else 2.2)
 
 
 @pytest.mark.slow
