@@ -126,7 +126,7 @@ class Distiller(nn.Module):
 
     def forward(
         self,
-        batch: Mapping[str, Tensor],
+        batch: Inputs,
         items: Mapping[str, Tensor] | Tensor | float,
         knee_log: objective.KneeLog | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -142,7 +142,8 @@ class Distiller(nn.Module):
             items = objective.count_items(batch, self.parts.image_token_id) | {"answers": answered}
         places = places_of(batch, self.parts.image_token_id)
         targets = batch["labels"].flatten().index_select(0, places.answers + 1)  # [N]
-        passes = self.run({**batch, "places": places})
+        batch = {**batch, "places": places}
+        passes = self.run(batch)
         if self.head_chunk is None:
             self.head_chunk = default_chunk(self.parts.vocab_size, free_memory(targets.device))
         # A text-only batch has no image to switch: z_SW is z_T and the term is exactly zero.
@@ -177,7 +178,7 @@ class Distiller(nn.Module):
         self,
         term: Term,
         passes: Passes,
-        batch: Mapping[str, Tensor],
+        batch: Inputs,
         items: Mapping[str, Tensor],
     ) -> Tensor:
         """One image term's share of its mean over the whole batch."""
@@ -283,7 +284,7 @@ class Distiller(nn.Module):
             return
         places = places_of(batch, model.image_token_id)
         with FirstLayerProbe(model, self._watches_attention) as probe:
-            states = model.hidden_states(batch).flatten(0, 1)
+            states = model.plain_states(batch).flatten(0, 1)
         passes.hidden[name] = states.index_select(0, places.answers)
         passes.at_images[name] = states.index_select(0, places.images)
         embeddings = probe.embeddings.flatten(0, 1)

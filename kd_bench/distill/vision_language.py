@@ -268,10 +268,8 @@ class VisionLanguageModel:
     def answer_states(self, inputs: Inputs) -> Tensor:
         """Last hidden states [N, hidden] at the answers of a batch.
 
-        The same as of `hidden_states`, for less. Behind its keys and values the last decoder layer
-        runs at the answers alone, where it is one of `PLAIN_LAYERS`. And in a batch padded on the
-        right no token before the padding sees it, so `PLAIN_DECODERS` go without a mask, which
-        leaves attention to its fastest kernels; image tokens are put in their places by number.
+        The same as of `hidden_states`, for less: behind its keys and values the last decoder layer
+        runs at the answers alone, where it is one of `PLAIN_LAYERS`; the rest is `plain_states`.
 
         Raises:
             UsageError: as `hidden_states`.
@@ -279,21 +277,34 @@ class VisionLanguageModel:
         places = places_of(inputs, self.image_token_id)
         layer = self._plain_last_layer
         if layer is None or "forward" in vars(layer):  # placed by accelerate, layer by layer
-            return self.hidden_states(inputs).flatten(0, 1).index_select(0, places.answers)
+            return self.plain_states(inputs).flatten(0, 1).index_select(0, places.answers)
         mask = None if places.padded_right else inputs.get("attention_mask")
         layer.forward = partial(_last_layer, layer, places, mask)
         try:
-            if not (self._plain_decoder and places.padded_right):
-                return self.hidden_states(inputs)
-            language: Any = self.language_model
-            language.forward = partial(_decode, language)
-            try:
-                states: Tensor = language(inputs_embeds=self._embeddings(inputs, places))
-                return states
-            finally:
-                del language.forward
+            return self.plain_states(inputs)
         finally:
             del layer.forward
+
+    def plain_states(self, inputs: Inputs) -> Tensor:
+        """What `hidden_states` are at all tokens, [batch, length, hidden]; padding's are its own.
+
+        In a batch padded on the right no token before the padding sees it, so `PLAIN_DECODERS` go
+        without a mask, which leaves attention to its fastest kernels; image tokens are put in their
+        places by number.
+
+        Raises:
+            UsageError: as `hidden_states`.
+        """
+        places = places_of(inputs, self.image_token_id)
+        language: Any = self.language_model
+        if not (self._plain_decoder and places.padded_right) or "forward" in vars(language):
+            return self.hidden_states(inputs)
+        language.forward = partial(_decode, language)
+        try:
+            states: Tensor = language(inputs_embeds=self._embeddings(inputs, places))
+            return states
+        finally:
+            del language.forward
 
     def _embeddings(self, inputs: Inputs, places: "Places") -> Tensor:
         """What enters the language model, image tokens in their places [batch, length, hidden]."""
