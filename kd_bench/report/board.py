@@ -338,7 +338,9 @@ def load_board(
             f"There are runs of: {', '.join(known)}.",
         )
     if names or every:
-        chosen = [pair for pair in listed if pair not in others]
+        # One without its images is shown where it was named, and else is no score of its own.
+        seeing = [pair for pair in listed if names or not pair[1].protocol.images]
+        chosen = [pair for pair in seeing if pair not in others]
     else:
         chosen, passed = there.board(suite)
         left_out += passed
@@ -349,8 +351,7 @@ def load_board(
     left_out += [problem for members in groups for *_, problem in members if problem]
     tasks = task_infos(task for _, manifest in chosen for task in manifest.tasks)
     blanks, unused = _blank_runs(there, chosen)
-    used = tuple(run.path.name for run in blanks.values())  # no rows, and yet on the page
-    left_out = [line for line in left_out if not line.startswith(used)] + unused
+    left_out += unused
     entries = _name([_entry(members, tasks, blanks) for members in rows])
     entries = _mark_protocols(entries, tasks)
     return Board(suite, tasks, tuple(entries), left_out=tuple(left_out))

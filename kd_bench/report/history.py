@@ -246,7 +246,7 @@ def render_trend(
         )
     moves = [(when, run) for when, name, run in baseline_moves(results) if name == board.suite]
     today = baselines(results).get(board.suite)
-    evidence = read_evidence(board)
+    evidence = read_evidence(board, columns=False)
     steps = []
     for entry in sorted(board.entries, key=lambda e: (_when(e), e.key)):
         past = [run for when, run in moves if when <= _when(entry)]

@@ -56,13 +56,19 @@ def read_board(
     return relate(board, evidence, main), evidence
 
 
-def read_evidence(board: Board, resamples: int = RESAMPLES) -> Evidence:
-    """Resample every benchmark once for all runs of the board that can be compared."""
-    found = {task.id: _task_evidence(board, task, resamples) for task in board.tasks}
+def read_evidence(board: Board, resamples: int = RESAMPLES, *, columns: bool = True) -> Evidence:
+    """Resample every benchmark once for all runs of the board that can be compared.
+
+    Args:
+        columns: also what the answers say and what blank images give, for form gap and sight.
+    """
+    found = {task.id: _task_evidence(board, task, resamples, columns) for task in board.tasks}
     return Evidence({task: evidence for task, evidence in found.items() if evidence is not None})
 
 
-def _task_evidence(board: Board, info: TaskInfo, resamples: int) -> TaskEvidence | None:
+def _task_evidence(
+    board: Board, info: TaskInfo, resamples: int, columns: bool
+) -> TaskEvidence | None:
     """Evidence by run folder name; runs over other units than the first one's are left out."""
     task = info.id
     aggregator = aggregator_of(board, info)
@@ -71,7 +77,7 @@ def _task_evidence(board: Board, info: TaskInfo, resamples: int) -> TaskEvidence
     for entry in sorted(board.entries, key=_limited):  # a limited one sets no units for the others
         if not entry.score(task).comparable:
             continue
-        for run, result, frame in entry.samples(task, READ):
+        for run, result, frame in entry.samples(task, READ if columns else SCORED):
             try:
                 statistics = unit_statistics(aggregator.name, frame)
             except (ValueError, KeyError, TypeError):
@@ -84,7 +90,8 @@ def _task_evidence(board: Board, info: TaskInfo, resamples: int) -> TaskEvidence
             first = next(iter(by_run.values()), statistics.values)
             if np.array_equal(units, statistics.units) and first.shape == statistics.values.shape:
                 by_run[run.path.name] = statistics.values
-                by_run |= _columns(aggregator.name, task, run, frame, entry.blanks)
+                if columns:
+                    by_run |= _columns(aggregator.name, task, run, frame, entry.blanks)
     if units is None or len(units) == 0:
         return None
     return TaskEvidence.of(aggregator.name, units, by_run, resamples)

@@ -126,7 +126,7 @@ def formed(results: Path, share: float = 0.4, ambiguous: float = 0.05) -> Path:
 
 def test_form_gap_and_sight_of_every_model_by_hand(tmp_path: Path) -> None:
     board, evidence = board_of(formed(tmp_path))
-    assert board.left_out == ()  # runs with blank images are no rows, and on the page
+    assert len(board.left_out) == 3  # runs with blank images are no rows
     table = gap_table(board, evidence)
     assert table is not None
     assert [column.key for column in table.columns] == ["model", "mme", "gqa", AVERAGE, "ambiguous"]
@@ -154,6 +154,16 @@ def test_form_gap_and_sight_of_every_model_by_hand(tmp_path: Path) -> None:
         parts = [seen[section, "kd"].cells[place].value for section in sections[2:]]
         assert parts[0] + parts[1] == pytest.approx(kd.differences[key].value)
         assert parts[2] + parts[3] == pytest.approx(kd.differences[key].value)
+
+
+def test_a_run_without_its_images_is_a_row_only_where_it_was_named(tmp_path: Path) -> None:
+    add_run(tmp_path, FORMED[0], tasks=TWO)
+    blind = add_run(tmp_path, FORMED[0], tasks=TWO, images="blank")
+    for every in (False, True):
+        board = load_board(tmp_path, every=every)
+        assert blind.path.name not in [run.path.name for e in board.entries for run in e.runs]
+    (entry,) = load_board(tmp_path, [blind.path.name]).entries
+    assert entry.runs == (blind,)
 
 
 def test_nothing_is_shown_where_nothing_is_known(tmp_path: Path) -> None:
