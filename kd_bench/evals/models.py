@@ -2,8 +2,11 @@
 
 import inspect
 import json
+import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -153,12 +156,20 @@ class KdBench(_Generative):
         return texts
 
 
+NO_ANSWER = re.compile(r"\[LMMS_EVAL_\w+( after \d+ retries)?\] ?")
+"""How lmms-eval's clients of a server begin the text of a request that failed."""
+
+
 class StockAdapter:
-    """Any other lmms-eval model, asked in small batches so that its answers can be kept."""
+    """Any other lmms-eval model, asked in small batches so that its answers can be kept.
+
+    Args:
+        batch_size: requests at a time; by default as many as a server's client sends at once.
+    """
 
     def __init__(self, model: Any, batch_size: int | None = None) -> None:
         self.model = model
-        self.batch_size = batch_size or 1
+        self.batch_size = batch_size or int(getattr(model, "num_concurrent", 1))
         self.path = "lmms-eval"
         self.generation: dict[str, Any] = {}  # lmms-eval's own concern
 
@@ -186,6 +197,10 @@ class StockAdapter:
             answers = []
             for place, output in enumerate(outputs):
                 text = str(unwrap_generation_output(output)[0]).strip()
+                if failed := NO_ANSWER.match(text):
+                    said = text[failed.end() :] or "the server's budget is spent"
+                    answers.append(Answer(start + place, "", "error", error=said[:500]))
+                    continue
                 answers.append(Answer(start + place, text, "ok" if text else "empty"))
             yield answers
 
@@ -290,6 +305,15 @@ def _question(task_dict: Any, number: int, request: Any, key: str) -> Question:
 _PACKAGES = {"PIL": "pillow", "cv2": "opencv-python-headless", "decord": "eva-decord"}
 
 
+def _lacking(kind: type) -> list[str]:
+    """Packages that lmms-eval's modules of a model put None in the place of; videos aside."""
+    modules = [sys.modules[each.__module__] for each in kind.__mro__]
+    own = [each for each in modules if each.__name__.startswith("lmms_eval.models")]
+    sources = "\n".join(inspect.getsource(each) for each in own)
+    named = dict.fromkeys(re.findall(r"""optional_import\(\s*["'](\w+)""", sources))
+    return [name for name in named if name != "decord" and find_spec(name) is None]
+
+
 def load_stock(wanted: StockModel, batch_size: int | None) -> StockAdapter:
     """The model behind its journal.
 
@@ -322,6 +346,11 @@ def load_stock(wanted: StockModel, batch_size: int | None) -> StockAdapter:
             f"Install what it needs: pip install {_PACKAGES.get(lacking, lacking) or name}",
         ) from error
     except Exception as error:
+        if "'NoneType'" in str(error) and (lacks := _lacking(kind)):
+            raise UsageError(
+                f"lmms-eval's {name} cannot be loaded: {' and '.join(lacks)} cannot be imported.",
+                f"Install what it needs: pip install {' '.join(lacks)}",
+            ) from error
         raise UsageError(
             f"lmms-eval's {name} cannot be made with {arguments!r}: "
             f"{type(error).__name__}: {one_line(error)}",
