@@ -135,15 +135,22 @@ ANSWERS = {
 }
 
 
-def logged(folder: Path, data: Path) -> Path:
-    """What `lmms-eval --log_samples --output_path` leaves behind for nine benchmarks."""
+def logged(
+    folder: Path, data: Path, answers: dict[str, list[Any]] = ANSWERS, **changes: Any
+) -> Path:
+    """What `lmms-eval --log_samples --output_path` leaves behind for nine benchmarks.
+
+    Args:
+        answers: texts of the documents; lists of them where a document is asked several times.
+        changes: of the tasks' configurations.
+    """
     evaluator = lmms_eval()
     from lmms_eval.api.model import lmms
     from lmms_eval.api.task import ConfigurableTask
     from lmms_eval.loggers.evaluation_tracker import EvaluationTracker
     from lmms_eval.tasks import TaskManager
 
-    for task, texts in ANSWERS.items():
+    for task, texts in answers.items():
         spec = load_task(task)
         write_rows(data, task, ROWS[task])
         file = next((data / task).glob("*.parquet"))
@@ -158,13 +165,14 @@ def logged(folder: Path, data: Path) -> Path:
             },
         )
         kept = [metric for metric in config["metric_list"] if metric["metric"] != "submission"]
-        config["metric_list"] = kept
+        config |= {"metric_list": kept, **changes}
 
         class Fixed(lmms):
-            texts: list[str] = []  # noqa: RUF012
+            texts: list[Any] = []  # noqa: RUF012
 
             def generate_until(self, requests: Any) -> list[str]:
-                return [self.texts[request.args[3]] for request in requests]
+                left = [iter([each] if isinstance(each, str) else each) for each in self.texts]
+                return [next(left[request.args[3]]) for request in requests]
 
             def loglikelihood(self, requests: Any) -> Any:
                 raise NotImplementedError
@@ -235,6 +243,26 @@ def test_results_of_lmms_eval_become_runs(
         assert seen["gqa"].samples("gqa")["question"][0].endswith("wearing?")
     else:
         assert "independent" in " ".join(seen["pope"].result("pope").notes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("thinking", [False, True])
+def test_several_responses_as_the_harness_itself_logs_them(tmp_path: Path, thinking: bool) -> None:
+    """MMMU asked twice with the filter of pass@k, then with the one that every task has."""
+    thought = "<think>Hm.</think>" if thinking else ""
+    said = [[f"{thought}A", f"{thought}(B)"], [f"{thought}7", f"{thought}2.5"]]
+    pass_at_2 = [{"name": "pass@2", "filter": [{"function": "take_first_k", "k": 2}]}]
+    for name, filters, score, shown in (
+        ("both", pass_at_2, 100.0, [said[0][1], said[1][1]]),
+        ("first", None, 0.0, [said[0][0], said[1][0]]),
+    ):
+        changes = {"repeats": 2, **({"filter_list": filters} if filters else {})}
+        folder = logged(tmp_path / name, tmp_path / f"{name}-data", {"mmmu": said}, **changes)
+        for data in (None, tmp_path / f"{name}-data"):
+            (run,) = import_results(folder, tmp_path / f"store-{name}-{data is None}", data=data)
+            assert run.result("mmmu").score == score
+            assert run.samples("mmmu")["answer"].tolist() == shown
+            assert run.result("mmmu").metrics["kd_bench_content"] == score / 100
 
 
 @pytest.mark.slow
