@@ -5,6 +5,7 @@ gradient, the switch with gradients to the student's vision tower only.
 """
 
 import contextlib
+import hashlib
 import secrets
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -698,6 +699,16 @@ class TeacherStates:
 def states_bytes(labels: Iterable[Tensor], width: int, dtype: torch.dtype) -> int:
     """Size of the teacher's states at the answers of samples with these labels [length]."""
     return sum(int((each[1:] != -100).sum()) for each in labels) * width * dtype.itemsize
+
+
+def digest_samples(samples: Iterable[Mapping[str, Tensor]]) -> str:
+    """blake2b over names, types, shapes and values of all tensors, hexadecimal."""
+    digest = hashlib.blake2b(digest_size=16)
+    for sample in samples:
+        for name, tensor in sorted(sample.items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+            digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 @torch.no_grad()

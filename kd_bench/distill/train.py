@@ -33,6 +33,7 @@ from kd_bench.distill.distiller import (
     TeacherStates,
     cache_folder,
     compute_states,
+    digest_samples,
     states_bytes,
 )
 from kd_bench.distill.encoding import (
@@ -526,9 +527,15 @@ def _teacher_states(
         return None
     root = run.recipe.teacher_cache or user_cache() / "teacher-states"
     device = trainer.args.device.type
-    # What rounding may depend on, beside what decides the states themselves.
-    own = {"precision": stage.precision, "torch": torch.__version__, "device": device}
-    own |= {
+    own = {
+        # All that the teacher is given, whatever it was made of, and how it reads that.
+        "samples": digest_samples(samples),
+        "config": teacher.whole.config.to_json_string(),
+        # What rounding may depend on.
+        "attention": teacher.whole.config._attn_implementation,
+        "precision": stage.precision,
+        "torch": torch.__version__,
+        "device": device,
         "threads": torch.get_num_threads() if device == "cpu" else 0,
         "together": STATES_TOGETHER,
     }

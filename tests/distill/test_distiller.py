@@ -219,9 +219,14 @@ def test_attention_of_text_to_images_is_averaged_without_all_heads_at_once(batch
         parts.hidden_states(batch)
     text, images = text_and_images(batch, places, 2)
     weights = list(parts.language_model.layers[0].self_attn.parameters())[:4]  # queries and keys
-    with counted() as operations:
+    saved: list[tuple[int, ...]] = []
+    keep = (lambda tensor: saved.append(tuple(tensor.shape)) or tensor, lambda tensor: tensor)
+    with counted() as operations, torch.autograd.graph.saved_tensors_hooks(*keep):
         found = probe.averaged(batch["attention_mask"], text, images)
     assert not operations.waits
+    length = batch["input_ids"].shape[1]
+    assert saved
+    assert not [shape for shape in saved if shape[-2:] == (text.shape[1], length)]  # no head's
     whole = probe.weights(batch["attention_mask"]).mean(1)
     expected = torch.zeros_like(found)
     real = torch.zeros_like(found, dtype=torch.bool)

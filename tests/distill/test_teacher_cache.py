@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kd_bench.distill.conversations import read_conversations
-from kd_bench.distill.distiller import TeacherCache, cache_folder, compute_states
+from kd_bench.distill.distiller import TeacherCache, cache_folder, compute_states, digest_samples
 from kd_bench.distill.encoding import Collator, Encoder
 from kd_bench.distill.recipe import DataSource
 from kd_bench.distill.vision_language import VisionLanguageModel, answer_positions, places_of
@@ -150,3 +150,18 @@ def test_a_full_disk_costs_the_sharing_only(tmp_path, monkeypatch):
     cache = TeacherCache(tmp_path, 48, torch.float32)
     monkeypatch.setattr(cache, "put", full)
     assert compute_states(teacher, samples, Collator(0), cache).states.isfinite().all()
+
+
+def test_states_are_known_by_all_that_the_teacher_is_given():
+    sample = {"input_ids": torch.tensor([1, 2, 3]), "pixel_values": torch.zeros(1, 2)}
+    same = digest_samples([sample, sample])
+    assert digest_samples([dict(sample), dict(sample)]) == same
+    for name, tensor in (
+        ("input_ids", torch.tensor([1, 2, 4])),
+        ("input_ids", torch.tensor([[1, 2, 3]])),
+        ("input_ids", torch.tensor([1, 2, 3]).int()),
+        ("pixel_values", torch.tensor([[0.0, 1e-7]])),
+        ("image_sizes", torch.tensor([3, 3])),
+    ):
+        assert digest_samples([sample, {**sample, name: tensor}]) != same
+    assert digest_samples([sample]) != same
