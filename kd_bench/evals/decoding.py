@@ -23,6 +23,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Logits
 from transformers.cache_utils import Cache
 from transformers.generation import logits_process as logits
 
+from kd_bench.distill.vision_language import PLAIN_LAYERS
 from kd_bench.errors import UsageError, one_line
 from kd_bench.evals.benchmark import Settings
 from kd_bench.evals.cache import BatchCache, Beginnings, SharedPrefixes, attending, is_plain
@@ -337,7 +338,9 @@ class Decoder:
     ) -> Tensor:
         """Hidden states of each row's last token [rows, hidden]; the cache grows."""
         positions = block.positions  # [axes, rows, columns]
-        with attending(self._language_model, beginnings) as more:
+        one = block.embeddings.shape[1] == 1
+        last = _last_tokens_alone(self._language_model, None if one else block.last)
+        with attending(self._language_model, beginnings) as more, last:
             output = self._language_model(
                 inputs_embeds=block.embeddings,
                 attention_mask=mask,
@@ -363,6 +366,32 @@ class Decoder:
 
     def _decoded(self, token: int) -> str:
         return str(self._tokenizer.decode([token], skip_special_tokens=True))
+
+
+@contextlib.contextmanager
+def _last_tokens_alone(language_model: Any, last: Tensor | None) -> Iterator[None]:
+    """Let the last layer's MLP run at the last token of each row: nothing else is read from it.
+
+    Args:
+        last: [rows], their columns; None where there is one.
+    """
+    layer = getattr(language_model, "layers", [None])[-1]
+    plain = type(layer).__name__ in PLAIN_LAYERS and "forward" not in vars(layer.mlp)  # accelerate
+    if last is None or not plain:
+        yield
+        return
+    whole = layer.mlp.forward
+
+    def forward(hidden: Tensor) -> Tensor:  # [rows, columns, width]
+        at = (torch.arange(len(hidden), device=hidden.device), last.to(hidden.device))
+        hidden[at] = whole(hidden[at])
+        return hidden
+
+    layer.mlp.forward = forward
+    try:
+        yield
+    finally:
+        del layer.mlp.forward
 
 
 @dataclass

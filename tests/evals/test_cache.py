@@ -154,3 +154,26 @@ def test_an_attention_that_drops_what_it_is_given_is_no_silent_error() -> None:
     query = torch.randn(1, 2, 1, 4)
     with pytest.raises(RuntimeError, match="does not hand on"):
         attend(SimpleNamespace(layer_idx=0), query, query, query, None)
+
+
+def test_the_last_layer_runs_its_mlp_where_it_is_read(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [question(index, index // 6, index % 23) for index in range(24)]
+    alone = ask(Engine(model, processor(), batch_size=1, share=False), asked)
+    layers = model.model.language_model.layers
+    tokens = [0] * len(layers)
+    kind = type(layers[0].mlp)
+    forward = kind.forward
+
+    def counted(self: Any, hidden: Tensor) -> Tensor:
+        number = next(n for n, layer in enumerate(layers) if layer.mlp is self)
+        tokens[number] += hidden[..., 0].numel()
+        return forward(self, hidden)
+
+    monkeypatch.setattr(kind, "forward", counted)
+    found = ask(Engine(model, processor(), batch_size=24), asked)
+    assert facts(found) == facts(alone)
+    generated = sum(answer.tokens for answer in found.values())
+    assert tokens[-1] <= 4 + generated  # prefixes, then each token that is read
+    assert tokens[0] > tokens[-1] + 4 * 16
