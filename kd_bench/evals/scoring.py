@@ -77,7 +77,10 @@ class Thinking:
 _BOXED = re.compile(r"\$?\\(?:boxed|fbox)\{((?:[^{}]|\{[^{}]*\})*)\}\$?")
 _LATEX_TEXT = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}")
 _TAGS = re.compile(r"</?(?:answer|final_answer|result)>", re.IGNORECASE)
-_EMPHASIS = re.compile(r"[*_`#]{1,3}(?=\S)|(?<=\S)[*_`]{1,3}|^[#>*-]+\s+", re.MULTILINE)
+_EMPHASIS = re.compile(  # "2*3" and "a_b" are none
+    r"^[#>*-]+\s+|(?<![0-9A-Za-z])(?:[*_`]{1,3}|#{2,6})(?=\S)|(?<=\S)[*_`]{1,3}(?![0-9A-Za-z])",
+    re.MULTILINE,
+)
 
 # "The correct answer is:", "Answer:", "答案是": what follows is the answer.
 _STATED = re.compile(
@@ -86,26 +89,45 @@ _STATED = re.compile(
           (?:final|correct|right|best|most\ likely)?\s*
           \b(?:answer|option|choice)\b(?:\s+(?:to|for)\s+[^.:\n]*?)?
           \s*(?:\bis\b\s*:?|\bwould\ be\b|:|-)\s*
+      | ^\s*(?:the\s+)?(?:final\s+|correct\s+)?answer\s*\n\s* | \bans\s*[.:]\s*
       | \b(?:I|we)\s+(?:would\s+|will\s+)?(?:choose|pick|select)\s+
       | \b(?:option|choice)\s+(?=\(?[A-Z]\b)
-      | (?:正确)?的?(?:答案|选项)\s*(?:应该|应)?\s*(?:是|为|:)\s*:?\s*
+      | (?:正确)?的?(?:答案|选项)\s*(?:\]|】)?\s*(?:应该|应)?\s*(?:(?:是|为|:)\s*:?\s*|(?<=[\]】]))
       | 选项\s*(?=[A-Z])
-      | (?<!不)(?:应该?|故|我)?选择?\s*(?:选项)?\s*
+      | (?:应该?|故|我)?选择?\s*:?\s*(?:选项)?\s* | 我(?:认为|觉得)(?:应该)?是?\s*
     )(?:(?:option|choice)\s+)?""",
-    re.IGNORECASE | re.VERBOSE,
+    re.IGNORECASE | re.VERBOSE | re.MULTILINE,
 )
-_CLOSERS = " \t\n.,;:!?\"'()[]{}<>、。$-【】「」“”‘’"
-_LEAD = re.compile(r"^(?:a|correct|based on [^,]*|looking at [^,]*)\s*[:,]\s*", re.IGNORECASE)
-_UNSURE = re.compile(
-    r"\b(?:no idea|no information|no way|no doubt|not (?:sure|certain|clear|possible))\b",
+_DENIED = re.compile(  # "I don't think the answer is", "the wrong answer is", "不应选"
+    r"(?:\b(?:not|never|cannot|wrong|incorrect)\b|n't|[不别勿没]|错误)"
+    r"(?:(?!\b(?:so|but|thus|hence|therefore)\b)[^,.;:!?\n])*$",
     re.IGNORECASE,
 )
-_YES = {"yes", "yep", "yeah", "是", "是的", "对", "有", "正确"}
-_NO = {"no", "nope", "否", "不是", "不", "没有", "不对", "错误"}
-_THERE = re.compile(
-    r"there (?:is|are)(n't| not| no\b)?(?: (?:a|an|one|two|three|several|some|many)\b)?", re.I
+_CLOSERS = " \t\n.,;:!?\"'()[]{}<>、。$-【】「」“”‘’"
+_LEAD = re.compile(
+    r"^(?:a|correct|sure|based on [^,]*|looking at [^,]*)\s*[:,]\s*", re.IGNORECASE
 )
-_HEDGED = re.compile(r"\b(?:chance|may|might|maybe|perhaps|possibl\w+|probabl\w+|seems?)\b", re.I)
+_OPINION = re.compile(
+    r"^(?:I\s+(?:think|believe|would\s+say)\s+(?:that\s+)?)?(?:it(?:\s+is|'s)\s+)?", re.IGNORECASE
+)
+_UNSURE = re.compile(
+    r"\b(?:no (?:idea|information|way|doubt|answer|comment|image|picture|problem|longer|question"
+    r"|reason|clues?|evidence|issues?)|not (?:sure|certain|clear|possible))\b",
+    re.IGNORECASE,
+)
+_YES = {"yes", "yep", "yeah", "是", "是的", "对", "对的", "有", "有的", "正确", "存在", "肯定的"}
+_NO = {"no", "nope", "否", "不是", "不是的", "不", "没有", "不对", "错误", "不存在", "否定的"}
+_THERE = re.compile(
+    r"there (?:is|are)(n't| not\b| no\b)?(?: (?:a|an|one|two|three|several|some|many)\b)?", re.I
+)
+_DOUBTED = re.compile(r"\b(?:but|not|no|lack|absence|question|doubts?|reason|evidence)\b", re.I)
+_HEDGED = re.compile(r"\b(?:chance|may|might|maybe|perhaps|possib\w+|probabl\w+|seems?)\b", re.I)
+
+_EXPLAINED = re.compile(
+    r"(?<=\S)(?:[\s,;.]{1,3}because\b|\s{0,3}\n\s{0,3}(?:explanation|reason(?:ing)?|because|解释|理由|原因)\b)",
+    re.IGNORECASE,
+)
+_EITHER = re.compile(r"(?:either\s+)?[^\n.,;]+\s(?:or|或)\s[^\n.,;]+", re.IGNORECASE)
 
 
 def read_yes_no(answer: str) -> str:
@@ -120,12 +142,12 @@ def read_yes_no(answer: str) -> str:
 @lru_cache(maxsize=2**16)  # a benchmark's answers are few wordings
 def _yes_or_no(answer: str) -> str | None:
     """`read_yes_no`; None where it can be read as both."""
-    text = _plain(answer)
-    sentence = re.split(r"[.!?。\n]", text.lstrip(_CLOSERS), maxsplit=1)[0]
+    text = _OPINION.sub("", _plain(answer).lstrip(_CLOSERS))
+    sentence = re.split(r"[.!?。\n]", text, maxsplit=1)[0]
     opening = _polarity(_LEAD.sub("", sentence))
-    if opening and _polarity(_LEAD.sub("", text.lstrip(_CLOSERS))) is None:
+    if opening and _polarity(_LEAD.sub("", text)) is None:
         return None  # "Yes. No."
-    stated = {_polarity(text[match.end() :]) for match in _STATED.finditer(text)} - {""}
+    stated = {_polarity(each) for each in _stated(text)} - {""}
     if None in {opening, *stated} or len(stated | {opening} - {""}) > 1:
         return None
     if opening:
@@ -134,10 +156,21 @@ def _yes_or_no(answer: str) -> str | None:
         return stated.pop()
     there = _THERE.match(sentence)
     if there and not _HEDGED.search(sentence) and not _UNSURE.search(sentence):
+        if _DOUBTED.search(sentence, there.end()) or text[len(sentence) :].startswith("?"):
+            return ""
         if there.group(1):
             return "no"
         return "yes" if there.group(0).split()[-1] not in ("is", "are") else ""
     return ""
+
+
+def _stated(text: str, window: int = 500) -> list[str]:
+    """What follows each "the answer is" that is not denied; a loop's repetitions once."""
+    found = []
+    for match in _STATED.finditer(text):
+        if not _DENIED.search(text[max(0, match.start() - window) : match.start()]):
+            found.append(text[match.end() : match.end() + window])
+    return list(dict.fromkeys(found))
 
 
 def _polarity(text: str) -> str | None:
@@ -149,9 +182,11 @@ def _polarity(text: str) -> str | None:
     if found is None:
         return ""
     word, rest = found.group(0).lower(), text[found.end() :]
-    if word not in _YES | _NO:
+    if word not in _YES | _NO or re.match(r"[\s,]+(?:only\s+)?(?:if|unless)\b", rest, re.I):
         return ""
-    other = re.match(r"[\s,.;:!，]*(/|\bor\b|\band\b|或|和)?\s*(\w+)", rest, re.IGNORECASE)
+    if _UNSURE.match(rest.lstrip(_CLOSERS)):
+        return "yes" if word in _YES else ""  # "Yes, no doubt"
+    other = re.match(r"[\s,.;:!?，]*(/|\bor\b|\band\b|或|和)?\s*(\w+)", rest, re.IGNORECASE)
     if other and other.group(2).lower() in (
         _YES | _NO if other.group(1) else _NO if word in _YES else _YES
     ):
@@ -174,11 +209,11 @@ def read_choice(answer: str, options: Mapping[str, str]) -> str:
 def _choice(answer: str, options: Mapping[str, str]) -> str | None:
     """`read_choice`; None where it can be read as several."""
     text = _plain(answer)
-    stated = [_choice_at(text[match.end() :], options) for match in _STATED.finditer(text)]
+    stated = [_choice_at(each, options) for each in _stated(text)]
     if re.search(r"final answer", text, re.IGNORECASE):
         stated = stated[-1:]
     found = {each for each in stated if each}
-    opening = _choice_at(text, options)
+    opening = _choice_at(_OPINION.sub("", text), options)
     if None in stated or opening is None or len(found | {opening} - {""}) > 1:
         return None
     return found.pop() if found else opening
@@ -186,35 +221,53 @@ def _choice(answer: str, options: Mapping[str, str]) -> str | None:
 
 def _choice_at(text: str, options: Mapping[str, str]) -> str | None:
     """The option that a text begins with; None where it may be one of several."""
-    text = text.strip().lstrip("\"'([{<【「“‘").lstrip()
+    text = text.strip().lstrip("\"'([{<【「“‘$").lstrip()
     by_text = _letters_of(text, options)
     if len(by_text) > 1:
         return None
     without_letter = by_text[0] if by_text else ""
     letters = "".join(options)
-    found = re.match(rf"([{letters}])(?![A-Za-z0-9'])", text, re.IGNORECASE)
+    # "A. red B. blue", "A, B", "red. B"
+    mark = rf"(?<![A-Za-z0-9])([{letters}])(?:[.):、]\s*\S|[.)\s]*$)"
+    no_word = r"(?![A-Za-z0-9+]|'[A-Za-z]|-\S|-$|\.[A-Za-z]\.)"  # "T-shirt", "A.M."
+    found = re.match(rf"([{letters}]){no_word}", text, re.IGNORECASE)
     if found is None:
-        return without_letter
+        is_other = without_letter and set(re.findall(mark, text)) - {without_letter}
+        return None if is_other and _said(text) != _said(options[without_letter]) else without_letter
     letter, rest = found.group(1).upper(), text[found.end() :]
+    others = set(re.findall(mark, rest)) - {letter}
+    own = re.sub(r"^\W*?(?=[^\W_]|-\d|$)", "", rest)
+    if _letters_of(own, options) == [letter] and not (
+        others and _said(own) != _said(options[letter])  # "C. both A and B"
+    ):
+        return letter if without_letter in ("", letter) else None  # "B dog", "(b) dog"
     is_capital, is_alone = found.group(1).isupper(), not rest.strip(_CLOSERS)
     if is_capital and re.match(r"[\s)\]]*(?:/|(?:or|and)\b|或|和|&)", rest):
-        return None  # "A or B"
-    is_closed = is_alone or rest.lstrip(" \t").startswith(tuple(")]}】」.:,、-\n\"'"))
-    is_confirmed = re.match(r"\s*(?:选项|是?正确|is (?:correct|right|the)\b)", rest, re.IGNORECASE)
+        return None if not by_text else without_letter  # "A or B"
+    is_closed = is_alone or rest.lstrip(" \t").startswith(tuple(")]}】」.:,、-–—=\n\"'"))
+    is_confirmed = re.match(
+        r"\s*(?:选项|是?正确|is (?:correct|right|the)\b|because\b)", rest, re.IGNORECASE
+    )
     if not is_closed and not is_confirmed:
         return without_letter  # "A dog", "A is wrong"
     if not is_capital and not is_alone:
         return ""  # a word of one letter
-    mark = rf"(?<![A-Za-z0-9])([{letters}])(?:[.):、]\s*\S|[.)\s]*$)"  # "A. red B. blue", "A, B"
-    if set(re.findall(mark, rest)) - {letter}:
-        return None
-    beside = _letters_of(re.sub(r"^\s*is\s+", "", rest).strip(_CLOSERS), options)
-    return None if beside and letter not in beside else letter
+    beside = _letters_of(re.sub(r"^is\s+", "", own), options)
+    return None if others or (beside and letter not in beside) else letter
 
 
 def _letters_of(text: str, options: Mapping[str, str]) -> list[str]:
-    """Options whose own text stands alone, or before a comma, a line break or a full stop."""
-    first = re.split(r"[,，;；\n。]|\.(?:\s|$)", text, maxsplit=1)[0]
+    """Options whose own text is all of it, else those that it names.
+
+    It names one that stands alone, or before a comma, a line break or a full stop.
+    """
+    same = [letter for letter, own in options.items() if _said(own) == _said(text) != ""]
+    if not same:
+        bare = _bare(text)
+        same = [letter for letter, own in options.items() if _bare(own) == bare != ""]
+    if len(same) == 1:
+        return same
+    first = re.split(r"[;；\n。]|[,，](?!\d)|\.(?:\s|$)", text, maxsplit=1)[0]
     texts = {letter: _words(own) for letter, own in options.items()}
     named = [
         letter for letter, own in texts.items() if own and own in (_words(text), _words(first))
@@ -224,20 +277,43 @@ def _letters_of(text: str, options: Mapping[str, str]) -> list[str]:
     return [*named, *(letter for letter in others if letter not in named)] if named else []
 
 
-@lru_cache(maxsize=2**16)
+def _said(text: str) -> str:
+    """In lower case, with its signs, without what stands around it."""
+    text = unicodedata.normalize("NFKC", text).replace("−", "-").casefold()
+    return " ".join(text.strip(" \t\n.,;:!?\"'()[]{}<>、。【】「」“”‘’$").split())
+
+
+def _bare(text: str) -> str:
+    """`_said` without its article; a capital A may be a letter."""
+    return _said(re.sub(r"^\W*(?:a|an|An|[Tt]he)\s+(?=\S)", "", text))
+
+
 def read_short(answer: str) -> str:
-    """A short answer without its wrapping, for upstream's own normaliser.
+    """A short answer without its wrapping, for upstream's own normaliser; else nothing.
 
     >>> read_short("The answer is **red**.")
     'red'
     """
+    return _short(answer) or ""
+
+
+@lru_cache(maxsize=2**16)
+def _short(answer: str) -> str | None:
+    """`read_short`; None where it can be read as several."""
     text = _plain(answer)
-    stated = list(_STATED.finditer(text))
-    if stated:
-        text = text[stated[-1].end() :]
+    stated = _stated(text)
+    said = _unwrapped(stated[-1] if stated else text)
+    if not re.search(r"final answer", text, re.IGNORECASE):
+        begin = f"{_words(said)} "
+        if not all(f"{_words(each)} ".startswith(begin) for each in stated):
+            return None  # "The answer is red. The answer is blue."
+    return said
+
+
+def _unwrapped(text: str) -> str:
     text = re.sub(r"^(?:it\s+is|it's)\s+", "", text.strip(), flags=re.IGNORECASE)
-    text = text.strip(" \t\n\"'“”‘’")
-    text = re.sub(r"^\((.*)\)$", r"\1", text, flags=re.DOTALL)
+    text = _EXPLAINED.split(text.strip(" \t\n\"'“”‘’"), maxsplit=1)[0]
+    text = re.sub(r"^\(([^()]*)\)$", r"\1", text)
     if not re.search(r"\b[A-Za-z]\.[A-Za-z]\.$|\d\.\d+$", text):
         text = text.rstrip(".!,;:")
     return text.strip(" \"'")
@@ -245,7 +321,8 @@ def read_short(answer: str) -> str:
 
 def _plain(answer: str) -> str:
     """The answer without full-width forms, LaTeX boxes, answer tags and emphasis."""
-    text = unicodedata.normalize("NFKC", answer).replace("。", ".").strip()
+    text = unicodedata.normalize("NFKC", answer).replace("。", ".").replace("−", "-").strip()
+    text = re.sub(r"^assistant\s*:\s*", "", text, flags=re.IGNORECASE)
     text = _BOXED.sub(r" \1 ", text)
     text = _LATEX_TEXT.sub(r"\1", text)
     text = _TAGS.sub(" ", text)
@@ -255,7 +332,8 @@ def _plain(answer: str) -> str:
 def _words(text: str) -> str:
     """Letters and digits in lower case, single spaces between."""
     text = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(re.findall(r"[^\W_]+(?:[.'][^\W_]+)*", text))
+    number = r"(?<![^\W_])-?\d+(?:[.,]\d+)*%?(?![^\W_])"
+    return " ".join(re.findall(rf"{number}|[^\W_]+(?:[.'][^\W_]+)*", text))
 
 
 # A row's score, its target and the answer as the scorer understood it ("" when it could not).
@@ -448,12 +526,16 @@ def content_of(
         if read is None:
             return AMBIGUOUS, 0.0
         return read, float(bool(read) and read.lower() == target.strip().lower())
-    said = read_short(text)
+    said = _short(text)
+    own = score if score is not None and spec.answer != "letter" else 0.0
+    if said is None or (_EITHER.fullmatch(said) and not own):
+        return (AMBIGUOUS, 0.0) if not own else (text, own)
     is_bare = said == text.strip() or (
         said.lower() == text.strip().lower() and OWN_WORDS.fullmatch(said)
     )
     # Where nothing is to be taken off, upstream has scored these very words.
-    return said, score if is_bare and score is not None else again(said)
+    # What it takes for a wrapping may be part of the answer ("multiple choice: a").
+    return said, score if is_bare and score is not None else max(own, again(said))
 
 
 def _options(task: str, document: Row) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """What an answer says: agreement with hand labels, none of them read as another answer."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,12 @@ OPTIONS = {
     "cities": ("Paris", "London", "Rome"),
     "yesno": ("yes", "no"),
     "places": ("left", "right", "above", "below"),
+    "animals": ("cat", "dog", "a cat and a dog", "bird"),
+    "counts": ("1", "2", "12", "-2"),
+    "lengths": ("3 cm", "30 cm", "3.5 cm", "-3 cm"),
+    "formulas": ("x = 2", "x = -2", "x > 2"),
+    "both": ("red", "blue", "both A and B"),
+    "moods": ("happy", "unhappy", "not happy"),
 }
 
 
@@ -108,6 +115,30 @@ def test_an_answer_that_names_two_options_is_none_and_counted(answer):
     for target in "AB":
         found = content_of(load_task("mmbench_en"), document, answer, target, 1.0, float)
         assert found == (AMBIGUOUS, 0.0)
+
+
+def test_a_model_in_a_loop_is_read_in_time():
+    started = time.perf_counter()
+    assert read_choice("The answer is B. " * 1000, {"A": "red", "B": "blue"}) == "B"
+    assert read_short("The answer is red. " * 1000) == "red"
+    assert time.perf_counter() - started < 5  # was 46 seconds
+
+
+OPEN = ("red or blue", "The answer is red or blue.", "The answer is red. Answer: blue")
+
+
+@pytest.mark.parametrize("answer", OPEN)
+@pytest.mark.parametrize("task", ["vqav2", "mmmu"])
+def test_an_open_answer_that_says_two_things_is_wrong_and_counted(answer, task):
+    document = {"question_type": "open", "options": "[]"}  # MMMU's parser takes any part of it
+    found = content_of(load_task(task), document, answer, "red", None, lambda said: 1.0)
+    assert found == (AMBIGUOUS, 0.0)
+
+
+@pytest.mark.parametrize("answer", ["choice: the band", "black or white", "I choose you", "_x_"])
+def test_what_annotators_said_is_right_whatever_it_looks_like(answer):
+    found = content_of(load_task("vqav2"), {}, answer, answer, 1.0, lambda said: 0.0)
+    assert found[1] == 1.0 and found[0] != AMBIGUOUS
 
 
 @pytest.mark.parametrize(
