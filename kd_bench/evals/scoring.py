@@ -104,9 +104,7 @@ _DENIED = re.compile(  # "I don't think the answer is", "the wrong answer is", "
     re.IGNORECASE,
 )
 _CLOSERS = " \t\n.,;:!?\"'()[]{}<>、。$-【】「」“”‘’"
-_LEAD = re.compile(
-    r"^(?:a|correct|sure|based on [^,]*|looking at [^,]*)\s*[:,]\s*", re.IGNORECASE
-)
+_LEAD = re.compile(r"^(?:a|correct|sure|based on [^,]*|looking at [^,]*)\s*[:,]\s*", re.IGNORECASE)
 _OPINION = re.compile(
     r"^(?:I\s+(?:think|believe|would\s+say)\s+(?:that\s+)?)?(?:it(?:\s+is|'s)\s+)?", re.IGNORECASE
 )
@@ -166,11 +164,12 @@ def _yes_or_no(answer: str) -> str | None:
 
 def _stated(text: str, window: int = 500) -> list[str]:
     """What follows each "the answer is" that is not denied; a loop's repetitions once."""
-    found = []
-    for match in _STATED.finditer(text):
-        if not _DENIED.search(text[max(0, match.start() - window) : match.start()]):
-            found.append(text[match.end() : match.end() + window])
-    return list(dict.fromkeys(found))
+    found = {
+        text[match.end() : match.end() + window]: None
+        for match in _STATED.finditer(text)
+        if not _DENIED.search(text[max(0, match.start() - window) : match.start()])
+    }
+    return list(found)
 
 
 def _polarity(text: str) -> str | None:
@@ -232,8 +231,9 @@ def _choice_at(text: str, options: Mapping[str, str]) -> str | None:
     no_word = r"(?![A-Za-z0-9+]|'[A-Za-z]|-\S|-$|\.[A-Za-z]\.)"  # "T-shirt", "A.M."
     found = re.match(rf"([{letters}]){no_word}", text, re.IGNORECASE)
     if found is None:
-        is_other = without_letter and set(re.findall(mark, text)) - {without_letter}
-        return None if is_other and _said(text) != _said(options[without_letter]) else without_letter
+        is_whole = not by_text or _said(text) == _said(options[without_letter])
+        is_other = not is_whole and set(re.findall(mark, text)) - {without_letter}
+        return None if is_other else without_letter
     letter, rest = found.group(1).upper(), text[found.end() :]
     others = set(re.findall(mark, rest)) - {letter}
     own = re.sub(r"^\W*?(?=[^\W_]|-\d|$)", "", rest)
