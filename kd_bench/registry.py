@@ -4,6 +4,7 @@ One YAML a benchmark in `tasks/`, one a suite in `tasks/suites/`, and the publis
 `tasks/published.csv`. Nothing here imports torch or lmms-eval.
 """
 
+import os
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -185,16 +186,10 @@ def tasks_folder() -> Path:
 
 def task_names() -> list[str]:
     """Ids of all benchmarks: the suite `ten` in the papers' order, then any added ones."""
-    folder = tasks_folder()
-    found = _entries(folder, folder.stat().st_mtime_ns)
+    entries = (name for name in os.listdir(tasks_folder()) if name.endswith(".yaml"))
+    found = {name.removesuffix(".yaml") for name in entries} - {"policy"}
     first = [name for name in load_suite("ten").tasks if name in found]
     return first + sorted(found - set(first))
-
-
-@lru_cache(maxsize=4)
-def _entries(folder: Path, modified: int) -> frozenset[str]:
-    del modified  # part of the cache's key only
-    return frozenset(path.stem for path in folder.glob("*.yaml")) - {"policy"}
 
 
 @lru_cache(maxsize=256)
