@@ -4,7 +4,6 @@ One YAML a benchmark in `tasks/`, one a suite in `tasks/suites/`, and the publis
 `tasks/published.csv`. Nothing here imports torch or lmms-eval.
 """
 
-import os
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -186,8 +185,7 @@ def tasks_folder() -> Path:
 
 def task_names() -> list[str]:
     """Ids of all benchmarks: the suite `ten` in the papers' order, then any added ones."""
-    entries = (name for name in os.listdir(tasks_folder()) if name.endswith(".yaml"))
-    found = {name.removesuffix(".yaml") for name in entries} - {"policy"}
+    found = {path.stem for path in tasks_folder().glob("*.yaml")} - {"policy"}
     first = [name for name in load_suite("ten").tasks if name in found]
     return first + sorted(found - set(first))
 
