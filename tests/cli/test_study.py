@@ -32,7 +32,7 @@ def test_every_method_gets_the_same_number_of_trials_and_none_is_a_reported_seed
     experiment = study.trials()
     methods = ("sft", "kl", "switch-kd")
     counts = [sum(arm.startswith(f"{method}-") for arm in experiment.arms) for method in methods]
-    assert counts == [9, 9, 9]
+    assert counts == [13, 13, 13]
     assert not set(experiment.seeds) & {*range(5), *study.arms().seeds}
     assert experiment.data == "validation"
     recipes = [settings(experiment, arm) for arm in experiment.arms]
