@@ -266,7 +266,8 @@ class Stage(StrictModel):
         save_every: steps between checkpoints that a killed run resumes from; 0 is only at the end.
         log_every: steps between lines of `train_log.jsonl`.
         head_chunk: answer positions that go through the LM heads and losses at a time; by default
-            as many as keep 64 MB of float32 logits a model, at most 512.
+            as many as keep 64 MB of float32 logits a model, at most 512; on a GPU as many as a
+            quarter of its free memory holds, at most 1,024.
     """
 
     name: Name = "train"

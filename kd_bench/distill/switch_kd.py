@@ -43,7 +43,7 @@ class SwitchKD(nn.Module):
             compared, too.
         truncate_vocabulary: allow LM heads of unequal size (padding) over equal tokenizers.
         head_chunk: answer positions that pass through the LM heads at a time; None: what keeps
-            64 MB of float32 logits a model.
+            64 MB of float32 logits a model, or a quarter of a GPU's free memory holds.
         options: of the losses, for every term that knows them: temperature=2.0, curve="probs", ...
 
     Raises:
