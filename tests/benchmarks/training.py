@@ -104,7 +104,7 @@ def memory_figure(rows: int = 1024, k: int = 256, student: int = 64, teacher: in
 # --- operations of a full-size step -------------------------------------------------------------
 
 
-def llava(language: dict[str, int], vision: dict[str, int], **more: Any) -> Any:
+def llava(language: dict[str, Any], vision: dict[str, Any], **more: Any) -> Any:
     """A LLaVA of SigLIP and Qwen2 with random weights."""
     from transformers import (
         LlavaConfig,
@@ -114,7 +114,7 @@ def llava(language: dict[str, int], vision: dict[str, int], **more: Any) -> Any:
     )
 
     side = vision["image_size"] // vision["patch_size"]
-    text = Qwen2Config(vocab_size=more.get("vocabulary", VOCABULARY), **language)
+    text: Any = Qwen2Config(vocab_size=more.get("vocabulary", VOCABULARY), **language)
     config = LlavaConfig(
         vision_config=SiglipVisionConfig(vision_use_head=False, **vision),
         text_config=text,
@@ -122,6 +122,7 @@ def llava(language: dict[str, int], vision: dict[str, int], **more: Any) -> Any:
         image_seq_length=side * side,
         vision_feature_select_strategy="full",
         vision_feature_layer=-1,
+        tie_word_embeddings=text.tie_word_embeddings,
     )
     return LlavaForConditionalGeneration(config).eval()
 
