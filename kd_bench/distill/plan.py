@@ -123,15 +123,6 @@ class Shapes:
                     fake = self.mode.from_tensor(weight.detach())
                     module._parameters[name] = nn.Parameter(fake, weight.requires_grad)
 
-    def batch(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """A batch whose pixels have no values; ids and masks keep theirs."""
-        return {
-            name: self.mode.from_tensor(value)
-            if isinstance(value, Tensor) and value.is_floating_point()
-            else value
-            for name, value in batch.items()
-        }
-
 
 def config_of(path: str | Path, **allowed: Any) -> tuple[Any, Path]:
     """A checkpoint's config and the folder of its processor; no weights are fetched."""
@@ -265,7 +256,7 @@ def count(distiller: Distiller, batch: Mapping[str, Any], *, mixed: bool) -> Cou
     """Count one forward and backward pass of every model that the terms need.
 
     Args:
-        batch: on the models' device, or as `Shapes.batch` gives it.
+        batch: of the collator, with values: some models look for empty tiles.
         mixed: under autocast to bfloat16.
     """
     owned = [distiller, *([distiller.teacher.model] if distiller.teacher else [])]

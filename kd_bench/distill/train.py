@@ -667,10 +667,7 @@ def _needs(
         vocabulary = _check_models(run, stage, student)
         dataset = _dataset(run, stage, student, prepare=False)
         size = micro_batch(stage, devices)
-        longest, typical = (
-            [shapes.batch(batch) for batch in batches]
-            for batches in _met(dataset, size, stage, _collator(run, dataset, student))
-        )
+        longest, typical = _met(dataset, size, stage, _collator(run, dataset, student))
 
         def make(
             ours: bool,

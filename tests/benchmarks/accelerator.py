@@ -263,7 +263,7 @@ def _plan(
         distiller.freeze_unreached(batch)
         return distiller
 
-    batch = shapes.batch(_batch(sizes, None))
+    batch = _batch(sizes, None)
     limit = planning.this_device() if device.type == "cuda" else None
     sharding = planning.Sharding()
     plan = planning.plan_memory(stage, make, batch, steps=1, sharding=sharding, limit=limit)

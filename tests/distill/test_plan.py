@@ -13,11 +13,15 @@ from kd_bench.cli import app  # noqa: E402
 from kd_bench.distill import plan as planning  # noqa: E402
 from kd_bench.distill import trainer as training  # noqa: E402
 from kd_bench.distill.distiller import Distiller  # noqa: E402
+from kd_bench.distill.models import parameter_counts  # noqa: E402
 from kd_bench.distill.plan import Counting, card_of, choices  # noqa: E402
-from kd_bench.distill.recipe import load_recipe  # noqa: E402
+from kd_bench.distill.recipe import METHODS, load_recipe  # noqa: E402
 from kd_bench.distill.train import plan_training, train  # noqa: E402
+from kd_bench.distill.vision_language import VisionLanguageModel  # noqa: E402
 from kd_bench.errors import UsageError  # noqa: E402
+from tests.distill.test_vision_language import token_counts  # noqa: E402
 from tests.support import tiny  # noqa: E402
+from tests.support.tiny_families import FAMILIES, batch_for, kinds_for, make  # noqa: E402
 
 ONE_BATCH = ("data.limit=4", "steps=1", "batch_size=4", "save_every=0")
 
@@ -91,6 +95,23 @@ def test_operations_are_those_of_torchs_own_counter():
     assert ours.flops == torchs.get_total_flops() > 0
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_counted_without_values_as_with_them(family):
+    tokens = token_counts(family, VisionLanguageModel(make(family)))
+    batch = batch_for(family, tokens)
+    batch |= kinds_for(family, batch)
+    found = []
+    for shapes in (None, planning.Shapes()):
+        pair = [make(family, width) for width in (32, 64)]
+        if shapes is not None:
+            pair = [shapes.model(model.config) for model in pair]
+        distiller = Distiller(*pair, METHODS["switch-kd"]).train()
+        distiller.freeze_unreached(batch)
+        counted = planning.count(distiller, batch, mixed=False)
+        found.append((counted, *map(parameter_counts, pair)))
+    assert found[0] == found[1]
+
+
 def slow(*settings):
     return pytest.param(settings, marks=pytest.mark.slow)
 
@@ -153,13 +174,12 @@ def test_bytes_at_the_fullest_moment(place, monkeypatch):
 def test_a_full_size_pair_is_counted_in_seconds():
     """0.5B and 3B with SigLIP-so400m, 32 samples of 1,500 tokens, bfloat16."""
     from kd_bench.distill.models import checkpoint_activations
-    from kd_bench.distill.recipe import METHODS
     from tests.benchmarks.training import QWEN_HALF, QWEN_THREE, SIGLIP, batch_of, llava
 
     shapes = planning.Shapes()
     with shapes.making():
         student, teacher = llava(QWEN_HALF, SIGLIP), llava(QWEN_THREE, SIGLIP)
-    batch = shapes.batch(batch_of(student, 32, 771 - 96, 96))
+    batch = batch_of(student, 32, 771 - 96, 96)
     assert batch["input_ids"].shape == (32, 1500)
     kept = []
     for recompute in (False, True):
@@ -183,6 +203,32 @@ def test_no_weights_are_read(place, tmp_path):
     [plan] = plan_training(recipe)
     [whole] = plan_training(recipe_in(place))
     assert plan == whole
+
+
+@pytest.mark.parametrize("start", ["parts", "new"])
+def test_a_student_that_is_built_first_is_planned_before(place, tmp_path, start):
+    student = {
+        "parts": f"student={{vision_tower: {place / 'student'}, language_model: {place / 'lm'}}}",
+        "new": "student=embedded:new/student",
+    }[start]
+    settings = (student, "method=sft", f"output={tmp_path}")
+    if start == "parts":
+        language = tiny.model(width=32, seed=2)
+        from transformers import Qwen2ForCausalLM
+
+        Qwen2ForCausalLM(language.config.text_config).save_pretrained(place / "lm")
+        tiny.processor().tokenizer.save_pretrained(place / "lm")
+        tiny.processor().image_processor.save_pretrained(place / "student")
+    else:
+        settings = (*settings, "data.path=embedded:data/train/conversations.json")
+    [plan] = plan_training(recipe_in(place, *settings))
+    from kd_bench.distill.build import build_start
+    from kd_bench.distill.models import load_model
+
+    build_start(recipe_in(place, *settings).student, tmp_path / "built")
+    built = parameter_counts(load_model(tmp_path / "built"))
+    names = ("vision_tower", "projector", "language_model", "total")
+    assert {n: plan.parameters[n] for n in names} == {n: built[n] for n in names}
 
 
 def test_hours_are_operations_over_what_the_card_reaches(place):
