@@ -101,6 +101,7 @@ def trainer_arguments(
         label_names=["labels"],
         dataloader_num_workers=stage.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
+        accelerator_config={"non_blocking": torch.cuda.is_available()},  # from pinned memory
         # Terms on the switch alone leave the language model out.
         ddp_find_unused_parameters=not needs_student_logits(stage.objective),
         average_tokens_across_devices=True,
