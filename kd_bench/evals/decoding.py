@@ -306,7 +306,8 @@ class Decoder:
                 for result, probability in zip(results, chances.tolist(), strict=True):
                     result.confidence = probability
             going = []
-            found = zip(tokens.tolist(), best.isfinite().tolist(), strict=True)
+            # One transfer a token: a device is waited for once.
+            found = torch.stack([tokens, best.isfinite().to(tokens)], dim=1).tolist()
             for row, (token, sound) in enumerate(found):
                 result = results[active[row]]
                 if not sound:
@@ -340,6 +341,9 @@ class Decoder:
         positions = block.positions  # [axes, rows, columns]
         one = block.embeddings.shape[1] == 1
         last = _last_tokens_alone(self._language_model, None if one else block.last)
+        kind = self._language_model.config._attn_implementation
+        if one and self._plain and mask is not None and (beginnings or kind == "sdpa"):
+            mask = mask[:, None, None].bool()  # as sdpa takes it: nobody asks what is in it
         with attending(self._language_model, beginnings) as more, last:
             output = self._language_model(
                 inputs_embeds=block.embeddings,

@@ -361,7 +361,7 @@ class MemoryBudget:
         return (
             kept * self._cache_token
             + widest * self._working_token
-            + rows * own * (before + own) * self._scores
+            + (rows * own * (before + own) * self._scores if prefixes else 0)  # of `cache.attend`
             + sum(lengths) * self._embedding
             + len(batch) * self._logits
         )

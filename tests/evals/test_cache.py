@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kd_bench.evals.benchmark import Question
+from kd_bench.evals.benchmark import Question, Settings
 from kd_bench.evals.cache import BatchCache, SharedPrefixes, attend, is_plain
 from kd_bench.evals.engine import Engine
 from tests.evals.test_engine import SHORT, ask, facts, question
+from tests.support.counting import counted
 from tests.support.eval_world import processor, talker
 from tests.support.tiny_families import make
 
@@ -177,3 +178,19 @@ def test_the_last_layer_runs_its_mlp_where_it_is_read(
     generated = sum(answer.tokens for answer in found.values())
     assert tokens[-1] <= 4 + generated  # prefixes, then each token that is read
     assert tokens[0] > tokens[-1] + 4 * 16
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_device_is_waited_for_once_a_token(model: Any, share: bool) -> None:
+    asked = [
+        question(index, index // 6, index % 23, Settings(12)) for index in range(24)
+    ]  # uneven: a mask is there
+    engine = Engine(model, processor(), batch_size=24, share=share)
+    [(ready, _)] = engine._batches(asked)
+    with torch.inference_mode():
+        rows = engine._rows(ready)
+    with counted() as operations:
+        found = engine._decoder.decode(rows, Settings(12), share)
+    steps = max(len(each.tokens) for each in found)
+    assert steps == 12
+    assert operations.waits.total() == steps + 1  # and once for the probabilities
