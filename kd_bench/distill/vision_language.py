@@ -562,10 +562,10 @@ def _at_answers(
 def is_plain(layer: Any) -> bool:
     """Whether a decoder layer is one of `PLAIN_LAYERS`, and sees all that comes before."""
     names = {kind.__name__ for kind in type(layer).__mro__}  # FSDP puts one before its own
-    return bool(names & {*PLAIN_LAYERS}) and getattr(layer.self_attn, "sliding_window", 0) in (
-        None,
-        0,
-    )
+    if not names & {*PLAIN_LAYERS}:
+        return False
+    of_all = getattr(layer.self_attn.config, "sliding_window", None)  # Mistral's layers ask it
+    return getattr(layer.self_attn, "sliding_window", of_all) is None
 
 
 def queries_and_keys(

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from kd_bench.distill import vision_language
@@ -24,7 +25,15 @@ from kd_bench.distill.vision_language import (
 )
 from kd_bench.errors import UsageError
 from tests.support.counting import counted
-from tests.support.tiny_families import FAMILIES, IMAGE, batch_for, kinds_for, make, text_batch
+from tests.support.tiny_families import (
+    FAMILIES,
+    IMAGE,
+    batch_for,
+    kinds_for,
+    make,
+    text_batch,
+    text_config,
+)
 
 
 def token_counts(family: str, parts: VisionLanguageModel) -> list[int]:
@@ -287,6 +296,10 @@ def test_answers_and_images_are_found_where_they_lie() -> None:
     assert none.table.shape == (2, 1)
 
 
+def mistral(window: int | None) -> Any:
+    return text_config(transformers.MistralConfig, 32, sliding_window=window)
+
+
 def test_a_last_layer_that_cannot_be_narrowed_runs_everywhere() -> None:
     """Placed by accelerate, with a sliding window, or met by DeepStack."""
     parts = VisionLanguageModel(make("llava-siglip"))
@@ -301,6 +314,16 @@ def test_a_last_layer_that_cannot_be_narrowed_runs_everywhere() -> None:
     del layer.forward
     layer.self_attn.sliding_window = 4
     assert torch.equal(VisionLanguageModel(parts.model).answer_states(batch), expected)
+    for window in (None, 4):
+        config = parts.config.to_dict() | {"text_config": mistral(window).to_dict()}
+        torch.manual_seed(0)
+        kind = type(parts.whole)
+        sliding = VisionLanguageModel(kind(type(parts.config)(**config)).eval())
+        assert (sliding._plain_last_layer is None) == (window is not None)
+        assert sliding._plain_decoder == (window is None)
+        with torch.no_grad():
+            expected = sliding.hidden_states(batch)[positions]
+            torch.testing.assert_close(sliding.answer_states(batch), expected)
     qwen = make("qwen3-vl")
     assert VisionLanguageModel(qwen)._plain_last_layer is not None
     qwen.model.language_model.layers = qwen.model.language_model.layers[:2]
