@@ -21,10 +21,11 @@ SWITCHED = "switch-kd"
 """The method whose students' vision is tried before the teacher's language model, too."""
 PAIRS = (("kl", "sft"), ("switch-kd", "kl"), ("switch-kd", "sft"))
 """Who is compared with whom, the question that the demo is about last."""
-TRAINING = {"sft": 30.0, "kl": 40.0, "switch-kd": 60.0}
-EVALUATION = 25.0
-"""Seconds of one core, of a training by method and of a checkpoint's ten benchmarks: a first guess
-for the time left, which the commands that have ended correct."""
+TRAINING = {"sft": 22.0, "kl": 24.0, "switch-kd": 54.0}
+EVALUATION = 4.0
+"""CPU seconds of a training by method and of a checkpoint's ten benchmarks, measured on an AMD EPYC
+(30, 31 and 71; 5 beside six busy processes): a first guess for the time left, which the commands
+that have ended correct."""
 
 
 def demo(
