@@ -397,11 +397,16 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Sharding:
-    """How many devices share a batch, and over how many weights are spread."""
+    """How many devices share a batch, and over how many weights are spread.
+
+    Attributes:
+        teacher_bytes: of a quantized teacher's weights, which their shapes do not tell.
+    """
 
     devices: int = 1
     student: int = 1
     teacher: int = 1
+    teacher_bytes: int | None = None
 
 
 Maker = Callable[[bool, bool], Distiller]
@@ -488,7 +493,7 @@ def _memory(
     if distiller.teacher is not None:
         layers = _bytes(p for each in distiller.teacher.layers for p in each.parameters())
         rest = _bytes(distiller.teacher.model.parameters()) - layers
-        found["teacher's weights"] = rest + layers // sharding.teacher
+        found["teacher's weights"] = sharding.teacher_bytes or rest + layers // sharding.teacher
     found["gradients"] = learning // sharding.student
     if sharding.devices > 1 and sharding.student == 1:
         found["gradients on their way between devices"] = learning

@@ -628,7 +628,14 @@ def _check_memory(run: TrainingState, stages: list[Stage]) -> None:
     named, found = run.recipe.device_memory, this_device()
     if named == 0 or (named is None and found is None):
         return
-    for plan, _, _ in _needs(run, stages, None, processes.world_size()):
+    try:
+        plans = [plan for plan, _, _ in _needs(run, stages, None, processes.world_size())]
+    except KdBenchError:
+        raise
+    except Exception as error:  # an architecture of its own, say: no reason not to train it
+        run.say(f"The memory that it needs is not known ({type(error).__name__}).")
+        return
+    for plan in plans:
         if not plan.fits:
             raise plan.refusal()
         recomputed = [name for name, on in plan.checkpointing.items() if on]
@@ -656,11 +663,13 @@ def _needs(
         limit = int(recipe.device_memory * GB) or None
     mixed = any(stage.precision == "bfloat16" for stage in recipe.stages)
     dtype = torch.bfloat16 if mixed else torch.float32
-    described = None
+    described, quantized = None, None
     if recipe.teacher is not None and any(needs_teacher(each.objective) for each in stages):
         described, folder = config_of(recipe.teacher, **recipe.allowed)
         trusted = recipe.trust_remote_code
         run.teacher_processor = models.load_processor(folder, trust_remote_code=trusted)
+        if checkpoints.quantization_of(checkpoints.read_config(folder)):
+            quantized = sum(file.stat().st_size for file in folder.glob("*.safetensors")) or None
     for stage in stages:
         taught = described is not None and needs_teacher(stage.objective)
         run.teacher = shapes.model(described, dtype) if taught else None
@@ -692,6 +701,7 @@ def _needs(
             devices=devices,
             student=devices if processes.shards_student() else 1,
             teacher=devices if recipe.teacher_sharding else 1,
+            teacher_bytes=quantized,
         )
         steps = _steps(stage, dataset.conversations.epoch_size)
         plan = plan_memory(stage, make, longest[0], steps=steps, sharding=sharding, limit=limit)

@@ -284,6 +284,30 @@ def test_a_training_recomputes_what_its_plan_chose(place, measured):
     assert kept_of(plan) == pytest.approx(measured["kept"], rel=0.1)
 
 
+def test_what_cannot_be_counted_is_trained_all_the_same(place, tmp_path, monkeypatch, capsys):
+    def fails(*_, **__):
+        raise NotImplementedError
+
+    monkeypatch.setattr(planning, "count", fails)
+    train(recipe_in(place, f"output={tmp_path}", "device_memory=1"))
+    assert "memory that it needs is not known (NotImplementedError)" in capsys.readouterr().out
+
+
+def test_weights_and_states_are_shared_over_devices(place):
+    settings = ("batch_size=4", "teacher_sharding=fsdp2")
+    [alone] = plan_training(recipe_in(place, *settings))
+    [spread] = plan_training(recipe_in(place, *settings), devices=2)
+    layers = sum(
+        p.nbytes
+        for layer in VisionLanguageModel(tiny.model(width=48, layers=2)).layers
+        for p in layer.parameters()
+    )
+    name = "teacher's weights"
+    assert spread.memory[name] == alone.memory[name] - layers // 2
+    assert "gradients on their way between devices" in spread.memory
+    assert spread.memory["gradients"] == alone.memory["gradients"]
+
+
 @pytest.mark.parametrize(
     "settings, expected",
     [
