@@ -534,8 +534,8 @@ def content_of(
         said.lower() == text.strip().lower() and OWN_WORDS.fullmatch(said)
     )
     # Where nothing is to be taken off, upstream has scored these very words.
-    # What it takes for a wrapping may be part of the answer ("multiple choice: a").
-    return said, score if is_bare and score is not None else max(own, again(said))
+    # What was taken off may be part of the answer ("choice: the band"); NaN stays NaN.
+    return said, score if is_bare and score is not None else max(again(said), own)
 
 
 def _options(task: str, document: Row) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """What an answer says: agreement with hand labels, none of them read as another answer."""
 
+import math
 import time
 from pathlib import Path
 
@@ -133,6 +134,13 @@ def test_an_open_answer_that_says_two_things_is_wrong_and_counted(answer, task):
     document = {"question_type": "open", "options": "[]"}  # MMMU's parser takes any part of it
     found = content_of(load_task(task), document, answer, "red", None, lambda said: 1.0)
     assert found == (AMBIGUOUS, 0.0)
+
+
+def test_a_score_that_is_not_known_is_not_zero():
+    nan = float("nan")
+    said, worth = content_of(load_task("vqav2"), {}, "It is red.", "red", 0.0, lambda said: nan)
+    assert said == "red"
+    assert math.isnan(worth)
 
 
 @pytest.mark.parametrize("answer", ["choice: the band", "black or white", "I choose you", "_x_"])
