@@ -12,6 +12,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,24 +135,22 @@ def config_of(path: str | Path, **allowed: Any) -> tuple[Any, Path]:
     return AutoConfig.from_pretrained(str(whole), trust_remote_code=trusted), folder
 
 
-def student_of(recipe: Recipe, shapes: Shapes) -> tuple[Any, Any]:
-    """The student that a recipe starts from, as shapes; and its processor."""
+def student_of(recipe: Recipe, shapes: Shapes) -> tuple[Callable[[], Any], Any]:
+    """What makes the student that a recipe starts from, as shapes; and its processor."""
     from kd_bench.distill import build
 
     student = recipe.student
     if isinstance(student, StudentParts):
         config, processor = build.describe_student(student)
-        return shapes.model(config), processor
-    if student.startswith(NEW):
-        size = build.size_of(student)
+    elif student.startswith(NEW):
         processor = build.build_processor()
         with shapes.making():
-            model = build.build_model(size, processor, 0).eval()
-            model.tie_weights()
-        return model, processor
-    config, folder = config_of(student, **recipe.allowed)
-    trusted = recipe.trust_remote_code
-    return shapes.model(config), models.load_processor(folder, trust_remote_code=trusted)
+            config = build.build_model(build.size_of(student), processor, 0).config
+    else:
+        config, folder = config_of(student, **recipe.allowed)
+        trusted = recipe.trust_remote_code
+        processor = models.load_processor(folder, trust_remote_code=trusted)
+    return partial(shapes.model, config), processor
 
 
 # Counting

@@ -655,7 +655,8 @@ def _needs(
 ) -> Iterator[tuple[StagePlan, Maker, list[dict[str, Any]]]]:
     """Of each stage its memory, a maker of its distiller as shapes, and typical micro-batches."""
     recipe, shapes = run.recipe, Shapes()
-    student, run.processor = student_of(recipe, shapes)
+    new_student, run.processor = student_of(recipe, shapes)
+    student = new_student()
     if recipe.prompt_template is not None or recipe.chat_template_kwargs:
         use_template(run.processor, recipe.prompt_template, recipe.chat_template_kwargs)
     limit = this_device() if card is None else int(card.memory)
@@ -684,17 +685,17 @@ def _needs(
             stage: Stage = stage,
             taught: bool = taught,
             vocabulary: int | None = vocabulary,
-            batches: list[dict[str, Any]] = longest,
+            batch: dict[str, Any] = longest,
         ) -> Distiller:
-            fresh, _ = student_of(recipe, shapes)
+            fresh = new_student()
             teacher = shapes.model(described, dtype) if taught else None
             with torch.random.fork_rng(devices=[]):
                 distiller = _distiller(
                     stage, fresh, teacher, checkpointing=(ours, theirs), vocabulary=vocabulary
                 )
             shapes.empty(distiller)
-            if has_images(batches[0]):
-                distiller.freeze_unreached(batches[0])
+            if has_images(batch):
+                distiller.freeze_unreached(batch)
             return distiller.train()
 
         sharding = Sharding(
@@ -704,14 +705,14 @@ def _needs(
             teacher_bytes=quantized,
         )
         steps = _steps(stage, dataset.conversations.epoch_size)
-        plan = plan_memory(stage, make, longest[0], steps=steps, sharding=sharding, limit=limit)
+        plan = plan_memory(stage, make, longest, steps=steps, sharding=sharding, limit=limit)
         yield plan, make, typical
 
 
 def _met(
     dataset: ConversationDataset, size: int, stage: Stage, collator: Collator
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The longest micro-batch of the data, in a list; and typical ones, sorted by length.
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The longest micro-batch of the data; and typical ones, sorted by length.
 
     Of large data a sample is read, and of all rows those with the most characters.
     """
@@ -743,7 +744,7 @@ def _met(
     first = sorted(samples.values(), key=_length)[-1]
     others = [samples[index] for index in top if index in samples and samples[index] is not first]
     longest = [first, *others, *reversed(groups[-1])][:size]
-    return [collator(longest)], [collator(group) for group in chosen[: len(groups)]]
+    return collator(longest), [collator(group) for group in chosen[: len(groups)]]
 
 
 def _length(sample: Mapping[str, Any]) -> int:
