@@ -62,8 +62,8 @@ class _Job:
     @property
     def short(self) -> str:
         """What it works on, in a word or two."""
-        outputs = [word.partition("=")[2] for word in self.command if word.startswith("output=")]
-        places = [Path(word) for word in (outputs or self.command[1:]) if "/" in word]
+        made = _output(self.command)
+        places = [made] if made else [Path(word) for word in self.command[1:] if "/" in word]
         name = places[0].parent.name if places and places[0].name == "final" else ""
         return name or (places[0].name if places else self.command[0])
 
