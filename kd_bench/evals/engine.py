@@ -40,6 +40,8 @@ from kd_bench.evals.decoding import (
     worth_sharing,
 )
 from kd_bench.evals.inputs import (
+    MOST_VALUES,
+    VALUES_AT_A_TIME,
     FixedRows,
     GeneralRows,
     ImageStore,
@@ -325,6 +327,8 @@ class MemoryBudget:
         # A layer's widest moment: its input, the two branches of the MLP, and copies of them.
         wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
         self._working_token = (6 * config.hidden_size + 3 * wide) * size
+        self._working_pixel = _tower_width(model.config) * size
+        self._most_pixels = VALUES_AT_A_TIME.get(device, MOST_VALUES)
         self._embedding = config.hidden_size * size
         self._scores = 3 * 4 * heads
         self._logits = 3 * config.vocab_size * 4
@@ -358,13 +362,25 @@ class MemoryBudget:
         kept = len(prefixes) * before + len(batch) * room
         rows = min(len(batch), self._at_once)
         widest = max(min(len(prefixes), self._at_once) * before, rows * own)
+        pixels = sum({item.key: item.pixels for item in batch}.values())
+        tower = int(min(pixels, self._most_pixels) * self._working_pixel)
         return (
             kept * self._cache_token
-            + widest * self._working_token
+            + max(tower, widest * self._working_token)
             + (rows * own * (before + own) * self._scores if prefixes else 0)  # of `cache.attend`
             + sum(lengths) * self._embedding
             + len(batch) * self._logits
         )
+
+
+def _tower_width(config: Any) -> float:
+    """Widest moment of a vision tower, as `MemoryBudget` counts it, for each value of a pixel."""
+    vision = getattr(config, "vision_config", None)
+    width: int = getattr(vision, "embed_dim", None) or getattr(vision, "hidden_size", None) or 0
+    wide: int = getattr(vision, "intermediate_size", None) or 4 * width
+    patch: Any = getattr(vision, "patch_size", None) or 14
+    side = patch if isinstance(patch, int) else patch[0]
+    return (6 * width + 3 * wide) / (3 * side**2)
 
 
 def _linux_bytes(file: str, field: str) -> int | None:

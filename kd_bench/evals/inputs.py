@@ -230,6 +230,12 @@ class Ready:
         unknown = len(self.prompt.encode()) + 1024 * len(self.images)
         return len(self.ids) or unknown
 
+    @property
+    def pixels(self) -> int:
+        """Values that the tower is given."""
+        own = self.inputs.get("pixel_values")
+        return sum(i.pixels.numel() for i in self.images) + (0 if own is None else own.numel())
+
     @cached_property
     def key(self) -> str:
         """Equal for questions about the same images."""
