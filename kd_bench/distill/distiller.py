@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 from kd_bench.distill import losses, objective
@@ -231,7 +230,7 @@ class Distiller(nn.Module):
         if switches:
             with seeing_with(self.teacher, self.parts, kept):
                 passes.hidden["switch"] = self.teacher.answer_states(batch)
-        elif needs_switch(self.terms) and isinstance(self.teacher.layers[0], FSDPModule):
+        elif needs_switch(self.terms) and hasattr(self.teacher.layers[0], "unshard"):  # FSDP2's
             states = passes.hidden["student"]
             passes.hidden["student"] = states + self._zero_of_switch(self.teacher, batch)
         return passes
