@@ -203,11 +203,10 @@ def _subject(model: Model, suite: Suite, settings: EvalSettings) -> tuple[Checkp
         ENGINE,
         settings.quantize,
         read_template(template) if template else "",
-        settings.reasoning_tags,
+        Thinking(settings.reasoning_tags).tags,
         json.dumps(variables, sort_keys=True) if variables else "",
         settings.images,
     )
-    Thinking(settings.reasoning_tags)
     if told := [each for each in (protocol.prompt_template, protocol.chat_template_kwargs) if each]:
         setup = digest_text(known.setup_digest, *told)  # other answers than under its own
         known = replace(known, setup_digest=setup)

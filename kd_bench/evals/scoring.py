@@ -11,6 +11,7 @@ there is none, and no reading is a wrong answer.
 """
 
 import ast
+import json
 import re
 import string
 import unicodedata
@@ -53,6 +54,8 @@ class Thinking:
                     f"--reasoning-tags {tags!r} is no list of [open, close] pairs.",
                     """Write none, or e.g. '[["<think>", "</think>"]]'.""",
                 ) from None
+        # One writing for each meaning: runs are told apart by it.
+        self.tags = json.dumps(self.pairs, ensure_ascii=False) if self.pairs else "none"
 
     def answer(self, text: str) -> str:
         """The text without its thoughts, as lmms_eval/api/reasoning.py leaves them out."""

@@ -131,6 +131,19 @@ def test_tags_that_are_no_pairs_are_refused(tags):
         Thinking(tags)
 
 
+@pytest.mark.parametrize(
+    "tags, same",
+    [
+        ('[["<think>","</think>"],["<analysis>","</analysis>"]]', REASONING_TAGS),
+        (REASONING_TAGS, REASONING_TAGS),
+        ("[]", "none"),
+        ('[["◁think▷", "◁/think▷"]]', '[["◁think▷", "◁/think▷"]]'),
+    ],
+)
+def test_tags_of_one_meaning_are_one_protocol(tags, same):
+    assert Thinking(tags).tags == same
+
+
 def test_thoughts_are_found_as_upstream_finds_them():
     thinking = Thinking(REASONING_TAGS)
     assert thinking.answer("<think>a</think> yes") == "yes"
