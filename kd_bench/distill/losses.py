@@ -127,6 +127,8 @@ def dbild(
     if ids == "union":
         if direction == "led":
             raise UsageError("A union of ids has one leader.", "Set ids to each, or a direction.")
+        if limits is not None:  # one side's ids, cut off, may be no more than the union's
+            limits.note(torch.cat([top.k for top in tops]), teacher.new_zeros(()))
         tops = (_union(teacher.detach(), tops[0], tops[1], limits),)
     elif ids != "each":
         raise UsageError(f"ids is {ids!r}.", "Choose each or union.")

@@ -190,6 +190,18 @@ def test_rows_that_break_the_limits_are_computed_again_without(sides, broken):
     )
 
 
+def test_a_union_that_is_cut_off_on_one_side_is_computed_again():
+    """The other side's ids lie among those that are left of the teacher's."""
+    teacher = torch.arange(30.0, 0, -1)[None].square()  # its knee lies far behind the fourth id
+    student = torch.tensor([[20.0, 10.0, *[0.0] * 28]])
+    assert knees.knee(teacher) > 4 >= knees.knee(student)
+    heads, hidden = Heads(lambda x: x, lambda x: x), {"student": student, "teacher": teacher}
+    work = ([Term(loss="dbild", ids="union")], heads, hidden, torch.zeros(1, dtype=torch.long), 1)
+    expected, _ = token_terms(*work)
+    found, _ = token_terms(*work, limits=losses.Limits(4))
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("method", ["sft", "kl", "bild", "dbild", "switch-kd"])
 def test_an_objective_waits_for_its_device_once_however_many_the_chunks(sides, method):
     heads, hidden, targets = sides
