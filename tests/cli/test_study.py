@@ -42,7 +42,7 @@ def test_every_method_gets_the_same_number_of_trials_and_none_is_a_reported_seed
 @pytest.mark.parametrize("method", ["kl", "switch-kd"])
 def test_the_trial_of_weight_one_is_the_method(method: str) -> None:
     experiment = study.trials()
-    tried = settings(experiment, f"{method}-rate1.5e-3-weight1")["stages"][0]  # type: ignore[index]
+    tried = settings(experiment, f"{method}-rate0.4e-3-weight1")["stages"][0]  # type: ignore[index]
     plain = load_recipe("mini", [f"method={method}"]).model_dump()["stages"][0]
     terms = [term.model_dump() for term in METHODS[method]]
     assert {**tried, "method": method, "terms": None} == plain
