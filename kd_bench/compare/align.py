@@ -39,7 +39,7 @@ from kd_bench.stats import (
     two_sided,
     unit_seed,
 )
-from kd_bench.store import Run, catalogue
+from kd_bench.store import Run, catalogue, seeds_without_blank
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -464,7 +464,7 @@ def _blank_runs(runs: Sequence[Run]) -> tuple[dict[int, Run], list[str]]:
         if blank is not None:
             found[place] = blank
         notes += [reason] if reason else []
-    return found, notes
+    return found, notes + seeds_without_blank(runs, {runs[place].path.name for place in found})
 
 
 def _without_content(runs: Sequence[Run], tasks: Sequence[Resampled]) -> list[str]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from kd_bench.errors import KdBenchError, UsageError, closest
 from kd_bench.records import AVERAGE, Cost, Interval, RunManifest, TaskResult
 from kd_bench.registry import SKILLS, TaskSpec, load_tasks
-from kd_bench.store import Catalogue, Run, catalogue, cautions
+from kd_bench.store import Catalogue, Run, catalogue, cautions, seeds_without_blank
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -361,7 +361,8 @@ def _blank_runs(there: Catalogue, chosen: Sequence[Listed]) -> tuple[dict[str, R
     """The run with blank images of each chosen run that has one, and why others are not used."""
     found = {run.path.name: there.blank_of(run, manifest) for run, manifest in chosen}
     unused = [reason for _, reason in found.values() if reason]
-    return {name: blank for name, (blank, _) in found.items() if blank is not None}, unused
+    blanks = {name: blank for name, (blank, _) in found.items() if blank is not None}
+    return blanks, unused + seeds_without_blank([run for run, _ in chosen], blanks)
 
 
 def _verified(run: Run, manifest: RunManifest) -> Loaded:

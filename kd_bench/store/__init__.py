@@ -9,7 +9,7 @@ A damaged run may hide the one that was meant: it is named, and nothing older ta
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
@@ -38,6 +38,7 @@ __all__ = [
     "list_runs",
     "missing_tasks",
     "runs_elsewhere",
+    "seeds_without_blank",
     "set_baseline",
     "shortcomings",
     "suite_tasks",
@@ -203,6 +204,23 @@ class Catalogue:
             if _is_of(run, name) and run.path.name[:8] >= best[0].path.name[:8]:
                 return run, error
         return None
+
+
+def seeds_without_blank(runs: Sequence[Run], found: Collection[str]) -> list[str]:
+    """A line for each run without its blank run where another seed of its method has one.
+
+    Args:
+        found: folder names of the runs that have one.
+    """
+    models = {run.path.name: run.manifest.model for run in runs}
+    told = {(models[name].method, models[name].role) for name in found if models[name].method}
+    return [
+        f"{model.name} ({run.path.name}) has no run with blank images and other seeds of {model.method} have: no "
+        "sight over all of them."
+        for run in runs
+        if (model := models[run.path.name]) and run.path.name not in found
+        if (model.method, model.role) in told and not run.manifest.protocol.images
+    ]
 
 
 def catalogue(results: Path) -> Catalogue:

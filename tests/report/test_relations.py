@@ -156,6 +156,17 @@ def test_form_gap_and_sight_of_every_model_by_hand(tmp_path: Path) -> None:
         assert parts[2] + parts[3] == pytest.approx(kd.differences[key].value)
 
 
+def test_a_seed_without_its_blank_run_is_named_where_others_have_one(tmp_path: Path) -> None:
+    for seed in range(3):
+        model = Model(f"kl-seed{seed}", "kd", "kl", 0.1, seed)
+        run = add_run(tmp_path, model, tasks=TWO)
+        if seed < 2:
+            add_run(tmp_path, model, tasks=TWO, images="blank")
+    add_run(tmp_path, Model("sft-seed0", "sft", "sft", 0.0, 0), tasks=TWO)
+    (told,) = [line for line in load_board(tmp_path).left_out if "seeds of kl" in line]
+    assert told.startswith(f"kl-seed2 ({run.path.name}) has no run with blank images")
+
+
 def test_a_run_without_its_images_is_a_row_only_where_it_was_named(tmp_path: Path) -> None:
     add_run(tmp_path, FORMED[0], tasks=TWO)
     blind = add_run(tmp_path, FORMED[0], tasks=TWO, images="blank")
