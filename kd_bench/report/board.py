@@ -351,7 +351,7 @@ def load_board(
     left_out += [problem for members in groups for *_, problem in members if problem]
     tasks = task_infos(task for _, manifest in chosen for task in manifest.tasks)
     blanks, unused = _blank_runs(there, chosen)
-    left_out += unused
+    left_out += [reason.rstrip(".") for reason in unused]  # joined into one sentence
     entries = _name([_entry(members, tasks, blanks) for members in rows])
     entries = _mark_protocols(entries, tasks)
     return Board(suite, tasks, tuple(entries), left_out=tuple(left_out))

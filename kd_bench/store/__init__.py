@@ -215,8 +215,8 @@ def seeds_without_blank(runs: Sequence[Run], found: Collection[str]) -> list[str
     models = {run.path.name: run.manifest.model for run in runs}
     told = {(models[name].method, models[name].role) for name in found if models[name].method}
     return [
-        f"{model.name} ({run.path.name}) has no run with blank images and other seeds of {model.method} have: no "
-        "sight over all of them."
+        f"{model.name} ({run.path.name}) has no run with blank images and other seeds of "
+        f"{model.method} have: no sight over all of them."
         for run in runs
         if (model := models[run.path.name]) and run.path.name not in found
         if (model.method, model.role) in told and not run.manifest.protocol.images

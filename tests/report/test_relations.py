@@ -164,6 +164,7 @@ def test_a_seed_without_its_blank_run_is_named_where_others_have_one(tmp_path: P
             add_run(tmp_path, model, tasks=TWO, images="blank")
     add_run(tmp_path, Model("sft-seed0", "sft", "sft", 0.0, 0), tasks=TWO)
     (told,) = [line for line in load_board(tmp_path).left_out if "seeds of kl" in line]
+    assert not told.endswith(".")
     assert told.startswith(f"kl-seed2 ({run.path.name}) has no run with blank images")
 
 
