@@ -102,7 +102,7 @@ _STATED = re.compile(
     re.IGNORECASE | re.VERBOSE | re.MULTILINE,
 )
 _DENIED = re.compile(  # "I don't think the answer is", "the wrong answer is", "不应选"
-    r"(?:\b(?:not|never|cannot|wrong|incorrect)\b|n't|[不别勿没]|错误)"
+    r"(?:\b(?:not|never|cannot|wrong|incorrect|least|worst)\b|n't|[不别勿没]|错误)"
     r"(?:(?!\b(?:so|but|thus|hence|therefore)\b)[^,.;:!?\n])*$",
     re.IGNORECASE,
 )
@@ -249,7 +249,10 @@ def _choice_at(text: str, options: Mapping[str, str]) -> str | None:
         return None if not by_text else without_letter  # "A or B"
     is_closed = is_alone or rest.lstrip(" \t").startswith(tuple(")]}】」.:,、-–—=\n\"'"))
     is_confirmed = re.match(
-        r"\s*(?:选项|是?正确|is (?:correct|right|the)\b|because\b)", rest, re.IGNORECASE
+        r"\s*(?:选项(?![错不是])|(?:选项)?是?正确|is (?:correct|right|the (?:correct|right|best))\b"
+        r"|because\b)",
+        rest,
+        re.IGNORECASE,
     )
     if not is_closed and not is_confirmed:
         return without_letter  # "A dog", "A is wrong"
