@@ -715,29 +715,32 @@ def compute_states(
     teacher: VisionLanguageModel,
     samples: Sequence[Mapping[str, Tensor]],
     collate: Callable[[Sequence[Any]], dict[str, Any]],
-    cache: TeacherCache,
+    cache: TeacherCache | None,
 ) -> TeacherStates:
     """The teacher's states of all samples, from the cache where it has them, which keeps the rest.
 
     Args:
         samples: in the order of their indices.
         collate: makes a batch of some of them.
+        cache: None where there is no room for one.
     """
+    width, dtype = teacher.hidden_size, teacher.whole.dtype
     device = next(teacher.model.parameters()).device
     counts = torch.tensor([int((each["labels"][1:] != -100).sum()) for each in samples])
     first = counts.cumsum(0) - counts
-    states = torch.empty(int(counts.sum()), cache.width, dtype=cache.dtype)
+    states = torch.empty(int(counts.sum()), width, dtype=dtype)
     order = sorted(range(len(samples)), key=lambda index: (len(samples[index]["input_ids"]), index))
     for start in range(0, len(order), STATES_TOGETHER):
         group = order[start : start + STATES_TOGETHER]
         answered = counts[group].tolist()
-        known = cache.get(group, answered)
+        known = cache.get(group, answered) if cache else None
         if known is None:
             batch = collate([samples[index] for index in group])
             moved = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in batch.items()}
-            known = teacher.answer_states(teacher_inputs(moved)).to("cpu", cache.dtype)
-            with contextlib.suppress(OSError):  # no room to share them
-                cache.put(group, answered, known)
+            known = teacher.answer_states(teacher_inputs(moved)).to("cpu", dtype)
+            if cache:
+                with contextlib.suppress(OSError):  # no room to share them
+                    cache.put(group, answered, known)
         for index, part in zip(group, known.split(answered), strict=True):
             states[first[index] : first[index] + len(part)] = part
     return TeacherStates(states.to(device), first.to(device))

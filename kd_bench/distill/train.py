@@ -539,8 +539,9 @@ def _teacher_states(
         "threads": torch.get_num_threads() if device == "cpu" else 0,
         "together": STATES_TOGETHER,
     }
-    cache = _cache(run, stage, teacher.whole, dataset, root, **own)
-    assert cache is not None
+    cache = None
+    with contextlib.suppress(OSError):  # a folder that is full, or another user's
+        cache = _cache(run, stage, teacher.whole, dataset, root, **own)
     with trainer.accelerator.autocast():
         return compute_states(teacher, samples, trainer.data_collator, cache)
 

@@ -333,6 +333,12 @@ def test_teacher_states_are_computed_once_for_all_epochs_and_seeds(place, monkey
     assert found[0] == found[1] != found[2]
     train(recipe_in(place, "met-once", "method=kl", "steps=6", "seed=5"))
     assert sum(size > 0 for size in passes) == 6
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "teacher-states").write_text("no folder can be made here")
+    monkeypatch.setenv("KD_BENCH_CACHE", str(elsewhere))
+    final = train(recipe_in(place, "not-kept", "method=kl", "steps=12", "seed=5"))
+    assert weights_digest(final) == found[0]
 
 
 @pytest.mark.slow
