@@ -181,7 +181,9 @@ def _plan_lines(plan: "StagePlan", card: str | None, utilisation: float) -> "Ite
     for name, count in plan.parameters.items():
         table.add_row(f"weights: {name.replace('_', ' ')}", f"{count:,}")
     for name, size in (*plan.memory.items(), ("in all, on each device", plan.needed)):
-        table.add_row(f"memory: {name}", f"{size / 1e9:,.2f} GB")
+        table.add_row(
+            f"memory: {name}", f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:,.2f} MB"
+        )
     for name, flops in (*plan.flops.items(), ("in all", sum(plan.flops.values()))):
         table.add_row(f"operations of a step: {name}", f"{flops / 1e12:,.3g} TFLOP")
     if plan.hours is not None:
