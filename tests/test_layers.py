@@ -34,8 +34,9 @@ LEVEL = {package: level for level, packages in enumerate(ORDER) for package in p
 INSIDE = {
     "world": "__init__ scenes questions benchmarks training build",
     "store": "run __init__ damage",
-    "distill": "__init__ recipe checkpoints data chat vision_language models build processes "
-    "conversations encoding knee losses objective distiller trainer plan train switch_kd",
+    "distill": "__init__ recipe checkpoints data chat vision_language compatibility models build "
+    "processes conversations encoding knee losses objective teacher_states distiller trainer plan "
+    "train switch_kd",
     "compare": "estimates align methods __init__",
     "evals": "__init__ documents fetch checkpoint benchmark cache decoding inputs engine models "
     "scoring run importing",

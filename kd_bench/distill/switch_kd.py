@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from kd_bench.config import validate
+from kd_bench.distill.compatibility import check_pair
 from kd_bench.distill.distiller import Distiller
 from kd_bench.distill.objective import count_items
 from kd_bench.distill.recipe import OPTIONS, Stage, Term, needs_switch
-from kd_bench.distill.vision_language import check_pair
 from kd_bench.errors import UsageError
 
 

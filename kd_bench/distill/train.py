@@ -24,18 +24,9 @@ from kd_bench import provenance
 from kd_bench.distill import checkpoints, models, processes
 from kd_bench.distill.build import add_lora, build_start, lora_layers, merge_lora
 from kd_bench.distill.chat import read_template, use_template
+from kd_bench.distill.compatibility import check_pair, check_terms, image_difference
 from kd_bench.distill.conversations import Conversations, Stream, data_digest, read_conversations
-from kd_bench.distill.distiller import (
-    STATES_BUDGET,
-    STATES_TOGETHER,
-    Distiller,
-    TeacherCache,
-    TeacherStates,
-    cache_folder,
-    compute_states,
-    digest_samples,
-    states_bytes,
-)
+from kd_bench.distill.distiller import Distiller
 from kd_bench.distill.encoding import (
     BatchOrder,
     Collator,
@@ -59,6 +50,16 @@ from kd_bench.distill.plan import (
     this_device,
 )
 from kd_bench.distill.recipe import NEW, DataSource, Recipe, Stage, needs_teacher, recipe_yaml
+from kd_bench.distill.teacher_states import (
+    STATES_BUDGET,
+    STATES_TOGETHER,
+    TeacherCache,
+    TeacherStates,
+    cache_folder,
+    compute_states,
+    digest_samples,
+    states_bytes,
+)
 from kd_bench.distill.trainer import (
     DistillationTrainer,
     ProgressReport,
@@ -67,13 +68,7 @@ from kd_bench.distill.trainer import (
     spent,
     trainer_arguments,
 )
-from kd_bench.distill.vision_language import (
-    VisionLanguageModel,
-    check_pair,
-    check_terms,
-    has_images,
-    image_difference,
-)
+from kd_bench.distill.vision_language import VisionLanguageModel, has_images
 from kd_bench.errors import KdBenchError, TrainingError, UsageError, explained
 from kd_bench.files import atomic_folder, digest_text, write_json, write_text
 from kd_bench.world.build import cache_folder as user_cache

@@ -17,10 +17,11 @@ from PIL import Image
 
 from kd_bench.distill import processes
 from kd_bench.distill.chat import use_template
+from kd_bench.distill.compatibility import check_pair
 from kd_bench.distill.models import check_image_token, load_model, load_processor
 from kd_bench.distill.models import quiet as silence
 from kd_bench.distill.recipe import Term
-from kd_bench.distill.vision_language import VisionLanguageModel, check_pair, put_vision
+from kd_bench.distill.vision_language import VisionLanguageModel, put_vision
 from kd_bench.errors import IncompleteRunError, UsageError, closest, explained, one_line
 from kd_bench.evals.benchmark import Answer, Question, Settings, lmms_eval, quiet
 from kd_bench.evals.checkpoint import Checkpoint, StockModel, best_device, chosen_dtype

@@ -5,15 +5,10 @@ import copy
 import pytest
 import torch
 
+from kd_bench.distill.compatibility import check_pair, check_terms
 from kd_bench.distill.distiller import Distiller, self_divergence, switch_gap
 from kd_bench.distill.recipe import METHODS, Term
-from kd_bench.distill.vision_language import (
-    VisionLanguageModel,
-    answer_positions,
-    check_pair,
-    check_terms,
-    seeing_with,
-)
+from kd_bench.distill.vision_language import VisionLanguageModel, answer_positions, seeing_with
 from kd_bench.errors import TrainingError, UsageError
 from tests.support import tiny
 

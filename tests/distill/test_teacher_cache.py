@@ -6,9 +6,14 @@ import pytest
 import torch
 
 from kd_bench.distill.conversations import read_conversations
-from kd_bench.distill.distiller import TeacherCache, cache_folder, compute_states, digest_samples
 from kd_bench.distill.encoding import Collator, Encoder
 from kd_bench.distill.recipe import DataSource
+from kd_bench.distill.teacher_states import (
+    TeacherCache,
+    cache_folder,
+    compute_states,
+    digest_samples,
+)
 from kd_bench.distill.vision_language import VisionLanguageModel, answer_positions, places_of
 from kd_bench.errors import UsageError
 from tests.support import tiny

@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from kd_bench.distill.compatibility import check_pair, image_difference
 from kd_bench.distill.conversations import read_conversations
 from kd_bench.distill.data import Unreadable
 from kd_bench.distill.distiller import Distiller
 from kd_bench.distill.encoding import Collator, Encoder, PairEncoder
 from kd_bench.distill.recipe import METHODS, DataSource, load_recipe
 from kd_bench.distill.train import train
-from kd_bench.distill.vision_language import answer_positions, check_pair, image_difference
+from kd_bench.distill.vision_language import answer_positions
 from kd_bench.errors import UsageError
 from tests.support import public_families, tiny
 

@@ -147,7 +147,7 @@ def a_checkpoint_is_damaged(folder: Path, number: int) -> None:
 
 @fault("teacher cache: bits flipped", tries=500)
 def a_flipped_bit_in_the_teacher_cache(folder: Path, number: int) -> None:
-    from kd_bench.distill.distiller import TeacherCache
+    from kd_bench.distill.teacher_states import TeacherCache
 
     counts = (3, 1, 4)
     kept = torch.arange(64, dtype=torch.float32).reshape(8, 8)
