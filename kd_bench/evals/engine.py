@@ -219,8 +219,12 @@ def path_of(parts: VisionLanguageModel | None) -> str:
 
 
 def takes_features(parts: VisionLanguageModel) -> bool:
-    """Whether `generate` can be given encoded images instead of pixels (transformers 5.2x)."""
-    return "mm_encoder_outputs" in inspect.signature(parts.whole.forward).parameters
+    """Whether `generate` can be given encoded images instead of pixels (transformers 5.2x).
+
+    Families want them in unlike forms: these two as one tensor, LLaVA's as a tuple of tensors.
+    """
+    known = inspect.signature(parts.whole.forward).parameters
+    return parts.architecture in LOOKING_BACK and "mm_encoder_outputs" in known
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -22,17 +22,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kd_bench.distill.checkpoints import locate
 from kd_bench.distill.conversations import read_conversations
-from kd_bench.distill.distiller import (
-    Distiller,
-    TeacherCache,
-    TeacherStates,
-    compute_states,
-    default_chunk,
-)
+from kd_bench.distill.distiller import Distiller, default_chunk
 from kd_bench.distill.encoding import BatchOrder, Collator, ConversationDataset, Encoder
 from kd_bench.distill.models import load_model, load_processor
 from kd_bench.distill.objective import Heads, count_items, token_terms
 from kd_bench.distill.recipe import METHODS, load_recipe
+from kd_bench.distill.teacher_states import TeacherCache, TeacherStates, compute_states
 from kd_bench.distill.vision_language import (
     VisionLanguageModel,
     answer_positions,

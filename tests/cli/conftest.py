@@ -1,5 +1,6 @@
 """Commands in this process, by the same entry point."""
 
+import signal
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
@@ -18,6 +19,13 @@ class Told(NamedTuple):
 
 
 Call = Callable[..., Told]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _heed_interrupts() -> None:
+    """A suite in the background of a shell ignores SIGINT, and commands would inherit that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

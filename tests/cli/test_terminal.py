@@ -118,7 +118,10 @@ def test_a_signal_is_one_line_and_the_training_can_go_on(
     while not lineage.exists() and time.monotonic() < end:
         time.sleep(0.05)
     process.send_signal(number)
-    _, told = process.communicate(timeout=60)
+    try:
+        _, told = process.communicate(timeout=60)
+    finally:
+        process.kill()  # nothing of a failed test goes on
     assert process.returncode == 128 + number
     assert told.count("error ") == 1
     assert "the same command continues" in told

@@ -59,7 +59,8 @@ def without_meaning(source: Path, folder: Path) -> Path:
 
 def taught(name: str, data: Path, folder: Path, steps: int, rows: int) -> None:
     """Train a student, then evaluate it with its images and with blank ones."""
-    settings = ["method=sft", f"steps={steps}", f"output={folder / name}", f"data.path={data}",
+    settings = ["method=sft", "learning_rate=1.5e-3", f"steps={steps}",
+                f"output={folder / name}", f"data.path={data}",
                 f"data.images={data.parent}", f"data.limit={rows}"]  # fmt: skip
     final = train(load_recipe("mini", settings), console=Console(quiet=True))
     for images in ("", "blank"):
