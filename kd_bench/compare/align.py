@@ -39,7 +39,7 @@ from kd_bench.stats import (
     two_sided,
     unit_seed,
 )
-from kd_bench.store import Run, catalogue, seeds_without_blank
+from kd_bench.store import Run, blank_runs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -232,29 +232,45 @@ def content_statistics(aggregator: str, samples: "pd.DataFrame") -> UnitStatisti
     return unit_statistics(aggregator, by_content(samples))
 
 
-def _with_columns(aligned: AlignedTask, blanks: Mapping[int, Run]) -> tuple[AlignedTask, list[str]]:
-    """The same with the runs' columns by content and of blank images, where they are known.
+def _with_columns(
+    aligned: AlignedTask, blanks: Sequence[Run | None]
+) -> tuple[AlignedTask, list[str]]:
+    """The same with the runs' further columns, and why a blank run is not used.
 
     Args:
         aligned: read with `CONTENT_READ`.
-        blanks: by a run's position, `Catalogue.blank_of` it.
+        blanks: of each run, as `blank_runs` finds them.
+    """
+    further: dict[str, Array] = {}
+    notes = []
+    for place, (frame, blank) in enumerate(zip(aligned.samples, blanks, strict=True)):
+        found, unused = further_columns(aligned.aggregator, aligned.task, str(place), frame, blank)
+        further |= found
+        notes += [unused] if unused else []
+    return replace(aligned, further=further), notes
+
+
+def further_columns(
+    aggregator: str, task: str, name: str, samples: "pd.DataFrame", blank: Run | None
+) -> tuple[dict[str, Array], str]:
+    """Statistics [units, m] of a run's columns by content and with blank images, where known.
+
+    Args:
+        name: of the run, which `beside` makes the columns' keys of.
 
     Returns:
-        Also why a blank run is not used.
+        Also why its blank run is not used, if it is not.
     """
-    further, notes = {}, []
-    for place, frame in enumerate(aligned.samples):
-        content = content_statistics(aligned.aggregator, frame)
-        if content is not None:
-            further[beside(CONTENT, str(place))] = content.values
-        if place in blanks and blanks[place].done(aligned.task):
-            try:
-                values = blank_statistics(aligned.aggregator, frame, blanks[place], aligned.task)
-            except KdBenchError as error:
-                notes.append(error.problem)
-            else:
-                further[beside(BLANK, str(place))] = values
-    return replace(aligned, further=further), notes
+    found = {}
+    content = content_statistics(aggregator, samples)
+    if content is not None:
+        found[beside(CONTENT, name)] = content.values
+    if blank is not None and blank.done(task):
+        try:
+            found[beside(BLANK, name)] = blank_statistics(aggregator, samples, blank, task)
+        except KdBenchError as error:
+            return found, error.problem
+    return found, ""
 
 
 def blank_statistics(aggregator: str, samples: "pd.DataFrame", run: Run, task: str) -> Array:
@@ -444,27 +460,15 @@ def resample_columns(
     Raises:
         NotComparableError, IncompleteRunError: as `align`.
     """
-    blanks, notes = _blank_runs(runs)
+    blanks, notes = blank_runs([(run, run.manifest) for run in runs])
     sampled = []
     for task in tasks:
         aligned = align(runs, task, allow_different=allow_different, columns=CONTENT_READ)
-        aligned, unused = _with_columns(aligned, blanks)
+        aligned, unused = _with_columns(aligned, [blanks.get(run.path) for run in runs])
         sampled.append(resample(aligned, resamples, seed))
         notes += [*aligned.notes, *unused]
     scored = [one for one in sampled if not np.isnan(one.scores).any()]
     return sampled, notes + _without_content(runs, scored) + ambiguous(runs, scored)
-
-
-def _blank_runs(runs: Sequence[Run]) -> tuple[dict[int, Run], list[str]]:
-    """`Catalogue.blank_of` every run, by its position, and why others are not used."""
-    stores = {store: catalogue(store) for store in {run.path.parents[1] for run in runs}}
-    found, notes = {}, []
-    for place, run in enumerate(runs):
-        blank, reason = stores[run.path.parents[1]].blank_of(run, run.manifest)
-        if blank is not None:
-            found[place] = blank
-        notes += [reason] if reason else []
-    return found, notes + seeds_without_blank(runs, {runs[place].path.name for place in found})
 
 
 def _without_content(runs: Sequence[Run], tasks: Sequence[Resampled]) -> list[str]:

@@ -562,15 +562,16 @@ def plan_time(
     every = [count(distiller, batch, mixed=mixed).flops for batch in batches]
     middle = batches[len(batches) // 2]
     whole = every[len(batches) // 2]
-    parts = {"student": whole}
+    taught = alone = whole
     if needs_switch(distiller.terms):
-        rest = count(_without_switch(distiller), middle, mixed=mixed).flops
-        parts = {"student": rest, "switch": whole - rest}
+        taught = count(_without_switch(distiller), middle, mixed=mixed).flops
     if distiller.teacher is not None:
         alone = count(_alike(distiller, [Term(loss="ce")]), middle, mixed=mixed).flops
-        parts = {"student": alone, "teacher": parts["student"] - alone, **parts} | {
-            "student": alone
-        }
+    parts = {"student": alone}
+    if distiller.teacher is not None:
+        parts["teacher"] = taught - alone
+    if needs_switch(distiller.terms):
+        parts["switch"] = whole - taught
     a_step = sum(every) / len(every) * plan.gradient_accumulation * plan.devices
     flops = {name: a_step * part / max(whole, 1) for name, part in parts.items()}
     hours = None

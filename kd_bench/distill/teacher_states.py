@@ -162,9 +162,14 @@ class TeacherStates:
         return self.states.index_select(0, first + places.slots % places.table.shape[1])
 
 
-def states_bytes(labels: Iterable[Tensor], width: int, dtype: torch.dtype) -> int:
-    """Size of the teacher's states at the answers of samples with these labels [length]."""
-    return sum(int((each[1:] != -100).sum()) for each in labels) * width * dtype.itemsize
+def answer_counts(samples: Iterable[Mapping[str, Tensor]]) -> list[int]:
+    """Answer positions of each sample."""
+    return [int((sample["labels"][1:] != -100).sum()) for sample in samples]
+
+
+def states_bytes(samples: Iterable[Mapping[str, Tensor]], width: int, dtype: torch.dtype) -> int:
+    """Size of the teacher's states at the answers of samples."""
+    return sum(answer_counts(samples)) * width * dtype.itemsize
 
 
 def digest_samples(samples: Iterable[Mapping[str, Tensor]]) -> str:
@@ -193,7 +198,7 @@ def compute_states(
     """
     width, dtype = teacher.hidden_size, teacher.whole.dtype
     device = next(teacher.model.parameters()).device
-    counts = torch.tensor([int((each["labels"][1:] != -100).sum()) for each in samples])
+    counts = torch.tensor(answer_counts(samples))
     first = counts.cumsum(0) - counts
     states = torch.empty(int(counts.sum()), width, dtype=dtype)
     order = sorted(range(len(samples)), key=lambda index: (len(samples[index]["input_ids"]), index))

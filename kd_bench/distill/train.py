@@ -518,7 +518,7 @@ def _teacher_states(
     if run.recipe.teacher_sharding is not None:  # a device that finds states would not run along
         return None
     width, dtype = teacher.hidden_size, teacher.whole.dtype
-    if states_bytes((each["labels"] for each in samples), width, dtype) > STATES_BUDGET:
+    if states_bytes(samples, width, dtype) > STATES_BUDGET:
         return None
     root = run.recipe.teacher_cache or user_cache() / "teacher-states"
     device = trainer.args.device.type

@@ -299,7 +299,6 @@ class FixedRows:
 
     def rows(self, ready: Sequence[Ready]) -> list[Row]:
         """One row a question, in order."""
-        ready = [item if item.ids else self.prepare([item])[0] for item in ready]
         device = self._embed.weight.device
         images = {image.digest: image for item in ready for image in item.images}
         pixels = {key: {"pixel_values": image.pixels[None]} for key, image in images.items()}

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from kd_bench.errors import KdBenchError, UsageError, closest
 from kd_bench.records import AVERAGE, Cost, Interval, RunManifest, TaskResult
 from kd_bench.registry import SKILLS, TaskSpec, load_tasks
-from kd_bench.store import Catalogue, Run, catalogue, cautions, seeds_without_blank
+from kd_bench.store import Run, blank_runs, catalogue, cautions
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -93,7 +93,7 @@ class Entry:
     `runs`, `manifests` and `results` are parallel, one a seed, ordered by seed.
 
     Attributes:
-        blanks: by a run's folder name, the run of the same model with blank images.
+        blanks: by a run's folder, the run of the same model with blank images.
     """
 
     key: str
@@ -109,7 +109,7 @@ class Entry:
     differences: dict[str, Score] = field(default_factory=dict)
     retentions: dict[str, Score] = field(default_factory=dict)
     gap_closed: Score = MISSING
-    blanks: dict[str, Run] = field(default_factory=dict)
+    blanks: dict[Path, Run] = field(default_factory=dict)
 
     @property
     def training_tokens(self) -> float | None:
@@ -350,19 +350,11 @@ def load_board(
     rows = [members for members in groups if not all(problem for *_, problem in members)]
     left_out += [problem for members in groups for *_, problem in members if problem]
     tasks = task_infos(task for _, manifest in chosen for task in manifest.tasks)
-    blanks, unused = _blank_runs(there, chosen)
+    blanks, unused = blank_runs(chosen, there)
     left_out += [reason.rstrip(".") for reason in unused]  # joined into one sentence
     entries = _name([_entry(members, tasks, blanks) for members in rows])
     entries = _mark_protocols(entries, tasks)
     return Board(suite, tasks, tuple(entries), left_out=tuple(left_out))
-
-
-def _blank_runs(there: Catalogue, chosen: Sequence[Listed]) -> tuple[dict[str, Run], list[str]]:
-    """The run with blank images of each chosen run that has one, and why others are not used."""
-    found = {run.path.name: there.blank_of(run, manifest) for run, manifest in chosen}
-    unused = [reason for _, reason in found.values() if reason]
-    blanks = {name: blank for name, (blank, _) in found.items() if blank is not None}
-    return blanks, unused + seeds_without_blank([run for run, _ in chosen], blanks)
 
 
 def _verified(run: Run, manifest: RunManifest) -> Loaded:
@@ -399,7 +391,7 @@ def _fold(runs: Sequence[Loaded]) -> list[list[Loaded]]:
     ]
 
 
-def _entry(members: list[Loaded], tasks: tuple[TaskInfo, ...], blanks: dict[str, Run]) -> Entry:
+def _entry(members: list[Loaded], tasks: tuple[TaskInfo, ...], blanks: dict[Path, Run]) -> Entry:
     """Fold one group's results into scores by benchmark, and their average."""
     manifests = tuple(manifest for _, manifest, _, _ in members)
     results = tuple(found for _, _, found, _ in members)
@@ -425,7 +417,7 @@ def _entry(members: list[Loaded], tasks: tuple[TaskInfo, ...], blanks: dict[str,
         cost=cost,
         health=tuple(health),
         scores=scores,
-        blanks={name: blanks[name] for run, *_ in members if (name := run.path.name) in blanks},
+        blanks={run.path: blanks[run.path] for run, *_ in members if run.path in blanks},
     )
 
 

@@ -5,8 +5,7 @@ board it may be asked about.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,23 +15,19 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from kd_bench.aggregators import Aggregator, get_aggregator, unit_statistics
-from kd_bench.compare.align import CONTENT_READ, blank_statistics, content_statistics
+from kd_bench.compare.align import CONTENT_READ, further_columns
 from kd_bench.compare.estimates import (
-    BLANK,
-    CONTENT,
     PART_NAMES,
     Estimate,
     Evidence,
     TaskEvidence,
-    beside,
     headline,
 )
-from kd_bench.errors import KdBenchError, UsageError, closest
+from kd_bench.errors import UsageError, closest
 from kd_bench.records import AVERAGE
 from kd_bench.report.board import MISSING, Board, Entry, Score, TaskInfo, load_board
 from kd_bench.report.tables import Cell, Column, Row, Table, clean
 from kd_bench.stats import RESAMPLES
-from kd_bench.store import Run
 
 SCORED = ("document_id", "unit_id", "category", "target", "parsed", "score")
 READ = (*SCORED, *CONTENT_READ)
@@ -90,25 +85,12 @@ def _task_evidence(
             first = next(iter(by_run.values()), statistics.values)
             if np.array_equal(units, statistics.units) and first.shape == statistics.values.shape:
                 by_run[run.path.name] = statistics.values
-                if columns:
-                    by_run |= _columns(aggregator.name, task, run, frame, entry.blanks)
+                if columns:  # a damaged blank run costs its column, not the report
+                    named = (aggregator.name, task, run.path.name)
+                    by_run |= further_columns(*named, frame, entry.blanks.get(run.path))[0]
     if units is None or len(units) == 0:
         return None
     return TaskEvidence.of(aggregator.name, units, by_run, resamples)
-
-
-def _columns(
-    aggregator: str, task: str, run: Run, frame: pd.DataFrame, blanks: Mapping[str, Run]
-) -> dict[str, NDArray[np.float64]]:
-    """A run's further columns, by content and with blank images, where they are known."""
-    name, found = run.path.name, {}
-    if (content := content_statistics(aggregator, frame)) is not None:
-        found[beside(CONTENT, name)] = content.values
-    if name in blanks and blanks[name].done(task):
-        with suppress(KdBenchError):  # a damaged file costs its column, not the report
-            blank = blank_statistics(aggregator, frame, blanks[name], task)
-            found[beside(BLANK, name)] = blank
-    return found
 
 
 def aggregator_of(board: Board, task: TaskInfo) -> Aggregator:

@@ -9,7 +9,7 @@ A damaged run may hide the one that was meant: it is named, and nothing older ta
 import json
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
@@ -30,6 +30,7 @@ __all__ = [
     "baseline_moves",
     "baseline_run",
     "baselines",
+    "blank_runs",
     "catalogue",
     "cautions",
     "find_run",
@@ -38,7 +39,6 @@ __all__ = [
     "list_runs",
     "missing_tasks",
     "runs_elsewhere",
-    "seeds_without_blank",
     "set_baseline",
     "shortcomings",
     "suite_tasks",
@@ -206,21 +206,36 @@ class Catalogue:
         return None
 
 
-def seeds_without_blank(runs: Sequence[Run], found: Collection[str]) -> list[str]:
-    """A line for each run without its blank run where another seed of its method has one.
+def blank_runs(
+    chosen: Sequence[Listed], there: Catalogue | None = None
+) -> tuple[dict[Path, Run], list[str]]:
+    """`Catalogue.blank_of` each run, by the run's folder, and a line for each that is missed.
+
+    A run lacks one where another seed of its method has one, or where one is there that is of
+    something else.
 
     Args:
-        found: folder names of the runs that have one.
+        there: the store of all of them; None looks each run's own up.
     """
-    models = {run.path.name: run.manifest.model for run in runs}
-    told = {(models[name].method, models[name].role) for name in found if models[name].method}
-    return [
-        f"{model.name} ({run.path.name}) has no run with blank images and other seeds of "
-        f"{model.method} have: no sight over all of them."
-        for run in runs
-        if (model := models[run.path.name]) and run.path.name not in found
-        if (model.method, model.role) in told and not run.manifest.protocol.images
-    ]
+    stores = {} if there else {s: catalogue(s) for s in {run.path.parents[1] for run, _ in chosen}}
+    found: dict[Path, Run] = {}
+    notes = []
+    for run, manifest in chosen:
+        blank, reason = (there or stores[run.path.parents[1]]).blank_of(run, manifest)
+        if blank is not None:
+            found[run.path] = blank
+        notes += [reason] if reason else []
+    models = {run.path: manifest.model for run, manifest in chosen}
+    told = {(models[path].method, models[path].role) for path in found if models[path].method}
+    for run, manifest in chosen:
+        model = manifest.model
+        asked = (model.method, model.role) in told and not manifest.protocol.images
+        if asked and run.path not in found:
+            notes.append(
+                f"{model.name} ({run.path.name}) has no run with blank images and other seeds of "
+                f"{model.method} have: no sight over all of them."
+            )
+    return found, notes
 
 
 def catalogue(results: Path) -> Catalogue:

@@ -36,14 +36,9 @@ from kd_bench.evals.benchmark import Question, Settings
 from kd_bench.evals.engine import Engine
 from tests.benchmarks.figures import Figure, print_table
 from tests.benchmarks.training import QWEN_HALF, QWEN_THREE, SIGLIP, llava
+from tests.support import tiny
 
 TIED = {"tie_word_embeddings": True}
-TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] }} : {% for p in m['content'] %}"
-    "{% if p['type'] == 'image' %}<image> {% else %}{{ p['text'] }}{% endif %}{% endfor %}"
-    "{% if m['role'] == 'assistant' %}{{ '</s>' }}{% endif %}{{ ' ' }}{% endfor %}"
-    "{% if add_generation_prompt %}assistant : {% endif %}"
-)
 
 
 @dataclass(frozen=True)
@@ -304,29 +299,9 @@ def answering(sizes: Sizes, device: torch.device) -> list[Work]:
 
 def processor_of(sizes: Sizes) -> Any:
     """A processor of as many words as the model has rows."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlavaProcessor, PreTrainedTokenizerFast, SiglipImageProcessor
-
-    special = ["<pad>", "</s>", "<unk>", "<image>", "user", "assistant", ":"]
-    words = [*special, *(f"w{number}" for number in range(sizes.vocabulary - len(special)))]
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        padding_side="left",
-        extra_special_tokens={"image_token": "<image>"},
-    )
-    side = sizes.vision["image_size"]
-    return LlavaProcessor(
-        image_processor=SiglipImageProcessor(size={"height": side, "width": side}),
-        tokenizer=tokenizer,
-        patch_size=sizes.vision["patch_size"],
-        vision_feature_select_strategy="full",
-        chat_template=TEMPLATE,
-    )
+    words = (f"w{number}" for number in range(sizes.vocabulary - len(tiny.SPECIAL)))
+    side, patch = sizes.vision["image_size"], sizes.vision["patch_size"]
+    return tiny.processor(side, patch, words, padding_side="left")
 
 
 def _questions(sizes: Sizes, images: int, per_image: int) -> list[Question]:

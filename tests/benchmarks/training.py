@@ -36,6 +36,7 @@ from kd_bench.distill.vision_language import (
 )
 from tests.benchmarks.figures import Figure, peak_memory, print_table, seconds
 from tests.benchmarks.losses import VOCABULARY, pair_list_dbild
+from tests.support import tiny
 from tests.support.counting import counted
 
 SWITCH_KD = METHODS["switch-kd"]
@@ -113,7 +114,7 @@ def llava(language: dict[str, Any], vision: dict[str, Any], **more: Any) -> Any:
     config = LlavaConfig(
         vision_config=SiglipVisionConfig(vision_use_head=False, **vision),
         text_config=text,
-        image_token_id=3,
+        image_token_id=tiny.SPECIAL.index("<image>"),
         image_seq_length=side * side,
         vision_feature_select_strategy="full",
         vision_feature_layer=-1,

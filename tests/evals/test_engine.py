@@ -143,7 +143,8 @@ def test_pictures_inside_the_question_stand_where_they_are_named(model: Any) -> 
         images = store.prepared(question.image_key, question.images, processor().image_processor)
         ready.append(Ready(question, images, prompts.render(question.text, len(images))))
     with torch.inference_mode():
-        rows = FixedRows(parts, prompts, model.get_input_embeddings()).rows(ready)
+        fixed = FixedRows(parts, prompts, model.get_input_embeddings())
+        rows = fixed.rows(fixed.prepare(ready))
     image, each = parts.image_token_id, parts.image_token_count
     for row, pictures in zip(rows, (2, 2, 0, 2), strict=True):
         assert list(row.ids).count(image) == pictures * each

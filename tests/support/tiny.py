@@ -1,6 +1,7 @@
 """Tiny real models, pictures and conversations for the tests of training."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,17 @@ TEMPLATE = (
 )
 
 
-def processor(side: int = 16) -> Any:
+SPECIAL = ("<pad>", "</s>", "<image>", "<unk>", "user", "assistant", "system", ":")
+
+
+def processor(
+    side: int = 16, patch: int = 8, words: Iterable[str] = WORDS, **of_tokenizer: Any
+) -> Any:
     """A word-level tokenizer, 16 x 16 pictures in patches of 8 (4 image tokens)."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlavaProcessor, PreTrainedTokenizerFast, SiglipImageProcessor
 
-    names = ["<pad>", "</s>", "<image>", "<unk>", "user", "assistant", "system", ":", *WORDS]
-    vocabulary = {name: index for index, name in enumerate(names)}
+    vocabulary = {name: index for index, name in enumerate((*SPECIAL, *words))}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
@@ -31,11 +36,12 @@ def processor(side: int = 16) -> Any:
         eos_token="</s>",
         unk_token="<unk>",
         extra_special_tokens={"image_token": "<image>"},
+        **of_tokenizer,
     )
     return LlavaProcessor(
         image_processor=SiglipImageProcessor(size={"height": side, "width": side}),
         tokenizer=tokenizer,
-        patch_size=8,
+        patch_size=patch,
         vision_feature_select_strategy="full",
         chat_template=TEMPLATE,
     )
