@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.support.memory import peak_memory
+
 WORDS = [f"word{number}" for number in range(3_000)]
 
 
@@ -46,8 +48,6 @@ def private_memory() -> int:
 
 def start(path: Path) -> None:
     """What a training does before its first batch, and what a worker adds over an epoch."""
-    import resource
-
     begun = time.perf_counter()
     from kd_bench.distill.conversations import Conversations, data_digest, read_conversations
     from kd_bench.distill.recipe import DataSource
@@ -59,8 +59,7 @@ def start(path: Path) -> None:
     first = [found[int(index)] for index in np.random.default_rng(0).permutation(len(found))[:32]]
     assert len(first) == 32
     seconds = time.perf_counter() - begun
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-    told = {"seconds": seconds, "peak": peak, "private": private_memory()}
+    told = {"seconds": seconds, "peak": peak_memory(), "private": private_memory()}
     reader, writer = os.pipe()
     for part in range(8):
         if os.fork() == 0:

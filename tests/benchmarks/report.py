@@ -5,7 +5,6 @@ Writes a store of 259,000 samples a model, renders it in a process of its own, p
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ import pandas as pd
 
 from kd_bench.files import digest_text
 from kd_bench.records import SAMPLE_COLUMNS
+from tests.support.memory import peak_memory
 from tests.support.report_store import ROWS_PER_UNIT, TASKS, Model, add_run
 
 # Documents of the real benchmarks, in the order of the paper.
@@ -69,11 +69,10 @@ def render(results: str, destination: str) -> None:
 
     start, busy = time.perf_counter(), time.process_time()
     page = render_report(Path(results), Path(destination))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     figures = {
         "seconds": round(time.perf_counter() - start, 1),
         "processor seconds": round(time.process_time() - busy, 1),
-        "peak memory GB": round(peak / 1e9, 2),
+        "peak memory GB": round(peak_memory() / 1e9, 2),
         "page MB": round(page.stat().st_size / 1e6, 2),
         "samples.parquet MB": round((page.parent / "samples.parquet").stat().st_size / 1e6, 1),
     }

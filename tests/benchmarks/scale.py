@@ -6,7 +6,6 @@ scores, the journal, the store. The pictures are tiny; decoding real ones is the
 
 import argparse
 import io
-import resource
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from rich.console import Console
+
+from tests.support.memory import peak_memory
 
 ROWS, PICTURES = 214_354, 40_504
 WORDS = tuple(
@@ -123,12 +124,12 @@ def main(rows: int, wrapped: bool) -> None:
         run = runs.evaluate(resolve("embedded:weights/student"), settings)
         elapsed = time.perf_counter() - start
         result = run.result("vqav2")
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak = peak_memory()
         stored = sum(file.stat().st_size for file in run.path.rglob("*") if file.is_file())
     Console(width=120).print(
         f"VQAv2, {result.documents:,} documents ({result.units:,} pictures), synthetic answers, "
         f"score {result.score:.1f}: {elapsed:.0f} s, {elapsed / result.documents * 1e3:.2f} ms a "
-        f"document, peak memory {peak * 1024 / 1e9:.2f} GB, {stored / 1e6:.0f} MB stored "
+        f"document, peak memory {peak / 1e9:.2f} GB, {stored / 1e6:.0f} MB stored "
         f"(to reach: 180 s, 2 GB). Of that {spent[0]:.1f} s for the score by content, "
         f"{spent[0] / (elapsed - spent[0]):.1%} more than without (to reach: 10 %).",
         highlight=False,

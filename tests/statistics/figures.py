@@ -6,7 +6,6 @@ python -m tests.statistics.figures --quick    a tenth of that
 
 import argparse
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -45,6 +44,7 @@ from tests.statistics.simulate import (
     true_score,
     write_run,
 )
+from tests.support.memory import measure_command
 
 MU = 0.4  # about 66 % of documents right
 Array = NDArray[np.float64]
@@ -378,14 +378,8 @@ def check_at_real_size(folder: Path) -> tuple[float, float, float, int]:
         write_run(folder, name, frames)
     command = ["check", "candidate", "--against", "baseline", "--results", str(folder)]
     started = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "kd_bench", *command], stdout=subprocess.DEVNULL
-    )
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - started
-    unit = 1 if sys.platform == "darwin" else 1024
-    busy = usage.ru_utime + usage.ru_stime
-    return seconds, busy, usage.ru_maxrss * unit / 1e9, os.waitstatus_to_exitcode(status)
+    found = measure_command([sys.executable, "-m", "kd_bench", *command])
+    return time.perf_counter() - started, found.busy, found.peak / 1e9, found.code
 
 
 # --- the table -------------------------------------------------------------------------------
