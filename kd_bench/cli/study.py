@@ -353,7 +353,8 @@ def write_arms(experiment: Experiment) -> None:
 
     `arms.csv` has a row an arm: its mean of ten, the differences from SFT and from Switch-KD with
     95 % intervals and p corrected by Holm over all arms, the vision and language gap (the
-    teacher less the visual switch, the visual switch less the student), and seconds a step.
+    teacher less the visual switch, the visual switch less the student), seconds a step, and the
+    memory of its training in MB as `kd-bench train --plan` counts it.
     """
     import pandas as pd
 
@@ -383,7 +384,9 @@ def write_arms(experiment: Experiment) -> None:
         if len(eyes) == len(both) and "teacher" in switched:
             row |= _columns("vision_gap", compare_methods(eyes, [switched["teacher"]])[AVERAGE])
             row |= _columns("language_gap", compare_methods(own, eyes)[AVERAGE])
-        row["seconds_a_step"] = sum(map(_seconds_a_step, experiment.students(arm))) / len(own)
+        students = experiment.students(arm)
+        row["seconds_a_step"] = sum(map(_seconds_a_step, students)) / len(own)
+        row["memory_mb"] = _memory_mb(students[0])
         rows.append(row)
     table = pd.DataFrame(rows)
     for floor in (FLOOR, SWITCHED):
@@ -403,3 +406,12 @@ def _seconds_a_step(student: Student) -> float:
     """Of a finished training, on whatever shared its processors."""
     (stage,) = read_json(student.folder / "lineage.json")["stages"].values()
     return float(stage["device_seconds"] / stage["steps"])
+
+
+def _memory_mb(student: Student) -> float:
+    """Counted: a CPU's own peak would be the libraries'."""
+    from kd_bench.distill.recipe import load_recipe
+    from kd_bench.distill.train import plan_training
+
+    (plan,) = plan_training(load_recipe("mini", student.train()[2:]))
+    return plan.needed / 1e6

@@ -122,6 +122,7 @@ def test_arms_are_compared_with_both_floors_as_compare_methods_does(
     assert float(rows["kl"]["above_sft"]) == pytest.approx(found.value, rel=1e-3)
     assert float(rows["kl"]["p_sft"]) >= found.p * (1 - 1e-3)
     assert rows["sft"]["above_sft"] == ""
+    assert 0 < float(rows["sft"]["memory_mb"]) < float(rows["switch-kd"]["memory_mb"])
     shutil.rmtree(experiment.results)
     assert len(list(experiment._evaluations())) == 4
 
