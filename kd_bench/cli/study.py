@@ -279,25 +279,29 @@ def write_map() -> None:
 
 def _map_plot(found: "pd.DataFrame") -> "Plot":
     """Points above SFT by number of conversations: a panel an error rate, a line a method."""
-    from kd_bench.report.style import GRID, canvas, legend, marker, plotting, series, to_plot
+    from kd_bench.report.style import INK, canvas, legend, marker, plotting, series, to_plot
 
     errors = sorted({cell.error for cell in cells()})
     methods = sorted(found[found["above_sft"].notna()]["method"].unique())
     points = found.fillna({"above_sft": 0.0, "low": 0.0, "high": 0.0})
     with plotting():
         figure, grid = canvas(7.2, 2.6, 1, len(errors))
+        reach = min(points["low"].min(), 0) - 0.3, max(points["high"].max(), 0) + 0.3
         for axes, error in zip(grid[0], errors, strict=True):
             axes.set_title(f"{error} % wrong")
-            axes.axhline(0, color=GRID)
-            axes.set(xscale="log", xlim=(90, 1600), xticks=COUNTS, xticklabels=COUNTS)
+            axes.axhline(0, color=INK, linewidth=0.9)
+            axes.set(xscale="log", xlim=(90, 1600), xticks=COUNTS, ylim=reach)
+            axes.set_xticklabels([f"{count:,}" for count in COUNTS])
             axes.minorticks_off()
+            if axes is not grid[0][0]:
+                axes.set_yticklabels([])
             for number, method in enumerate(methods):
                 rows = points[(points["wrong_percent"] == error) & (points["method"] == method)]
-                heights = rows["above_sft"]
+                heights, side = rows["above_sft"], number - (len(methods) - 1) / 2
                 axes.errorbar(
-                    rows["conversations"] * 1.06**number, heights,
-                    yerr=(heights - rows["low"], rows["high"] - heights), color=series(number),
-                    marker=marker(number), capsize=2, label=method,
+                    rows["conversations"] * 1.14**side, heights,
+                    yerr=(heights - rows["low"], rows["high"] - heights), color=series(2 + number),
+                    marker=marker(2 + number), markersize=4, capsize=2, label=method,
                 )  # fmt: skip
         grid[0][0].set_ylabel("Points above SFT")
         figure.supxlabel("Labelled conversations", fontsize=8.5)
@@ -342,7 +346,7 @@ def arms() -> Experiment:
 
 
 def run_arms(workers: int) -> None:
-    """Run every arm, its visual switches, too; `arms.csv` and `arms_by_benchmark.csv`."""
+    """Run every arm, its visual switches, too; tables and `arms.svg`."""
     experiment = arms()
     experiment.run(workers, switched=True)
     write_arms(experiment)
@@ -395,6 +399,29 @@ def write_arms(experiment: Experiment) -> None:
             table.loc[asked, column] = holm(table.loc[asked, column].tolist())
     _write(table, "arms.csv")
     _write(pd.DataFrame(scores), "arms_by_benchmark.csv")
+    if f"above_{FLOOR}" in table and f"above_{SWITCHED}" in table:
+        write_text(TABLES / "arms.svg", _arms_plot(table).standalone())
+
+
+def _arms_plot(table: "pd.DataFrame") -> "Plot":
+    """Points above SFT and above Switch-KD: a panel each, a row an arm."""
+    from kd_bench.report.style import INK, canvas, marker, plotting, series, to_plot
+
+    floors = {FLOOR: "SFT", SWITCHED: "Switch-KD"}
+    with plotting():
+        figure, grid = canvas(7.2, 0.6 + 0.19 * len(table), 1, len(floors))
+        for number, (axes, (floor, title)) in enumerate(zip(grid[0], floors.items(), strict=True)):
+            value, low, high = (table[f"above_{floor}{end}"] for end in ("", "_low", "_high"))
+            axes.axvline(0, color=INK, linewidth=0.9)
+            axes.errorbar(
+                value, range(len(table)), xerr=(value - low, high - value), color=series(2),
+                marker=marker(number), markersize=4, linestyle="", capsize=2,
+            )  # fmt: skip
+            axes.set_yticks(range(len(table)), table["arm"] if number == 0 else [])
+            axes.set(ylim=(len(table) - 0.4, -0.6), xlabel=f"Points above {title}")
+        seeds = f"{table['seeds'].min()} seeds"
+        summary = f"Differences on the mean of ten, with 95 % intervals over {seeds} and documents."
+        return to_plot(figure, "arms", "What the paper left open", summary)
 
 
 def _columns(name: str, found: "Estimate") -> dict[str, float | None]:

@@ -123,6 +123,8 @@ def test_arms_are_compared_with_both_floors_as_compare_methods_does(
     assert float(rows["kl"]["p_sft"]) >= found.p * (1 - 1e-3)
     assert rows["sft"]["above_sft"] == ""
     assert 0 < float(rows["sft"]["memory_mb"]) < float(rows["switch-kd"]["memory_mb"])
+    drawn = (tmp_path / "tables" / "arms.svg").read_text(encoding="utf-8")
+    assert "Points above Switch-KD" in drawn
     shutil.rmtree(experiment.results)
     assert len(list(experiment._evaluations())) == 4
 
