@@ -5,7 +5,8 @@ each command; it runs no thread of its own. A command has an interpreter of its 
 than Linux and where there is an accelerator, whose driver does not survive a fork.
 
 Every command leads a process group. Whatever ends this process in an orderly way, an error of one
-command, Ctrl-C, SIGTERM or SIGHUP, ends all groups with all their children first.
+command, Ctrl-C, SIGTERM or SIGHUP, ends all groups with all their children first. If this process
+is killed, the server asks them to end.
 """
 
 import contextlib
@@ -342,22 +343,27 @@ def serve(entry: Callable[[], None]) -> NoReturn:
     os.write(replies, f"{json.dumps(forks)}\n".encode())
     if not forks:
         os._exit(0)
+    running: set[int] = set()
     unread = b""
     while True:
         readable = select.select([0], [], [], 0.05)[0]
         if readable:
             told = os.read(0, 1 << 16)
-            if not told:
+            if not told:  # who asks was killed: what ends in an orderly way kills this process
+                for pid in running:
+                    _signal(pid, signal.SIGTERM)
                 os._exit(0)
             *lines, unread = (unread + told).split(b"\n")
             for line in lines:
                 sys.stdout.flush()
                 sys.stderr.flush()
-                if os.fork() == 0:
+                if (pid := os.fork()) == 0:
                     _become(entry, replies, **json.loads(line))
+                running.add(pid)
         with contextlib.suppress(ChildProcessError, BrokenPipeError):
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
                 code = os.waitstatus_to_exitcode(ended[1])
+                running.discard(ended[0])
                 os.write(replies, f"[{ended[0]}, {code}]\n".encode())
 
 
