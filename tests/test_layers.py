@@ -42,7 +42,8 @@ INSIDE = {
     "scoring run importing",
     "report": "board tables relations samples style verdicts leaderboard papers plots page history "
     "model_card __init__",
-    "cli": "options process jobs compare demo study evaluate report runs tasks train __init__",
+    "cli": "options process jobs compare demo findings study evaluate report runs tasks train "
+    "__init__",
 }
 # What stands inside a function on purpose: (module, what it imports).
 LATER = {

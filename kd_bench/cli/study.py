@@ -8,21 +8,26 @@ not run again; the tables are of what is there so far.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
 from kd_bench.cli.demo import FLOOR, SWITCHED, TEACHER, Student, evaluation, seconds_of
+from kd_bench.cli.findings import (
+    GAPS,
+    Arm,
+    MapCell,
+    difference,
+    scores_of,
+    write_arms,
+    write_map,
+    write_scores,
+)
 from kd_bench.cli.jobs import run_jobs
 from kd_bench.errors import UsageError, closest
-from kd_bench.files import read_json, write_text
-from kd_bench.records import AVERAGE
+from kd_bench.files import read_json
 
 if TYPE_CHECKING:
-    import pandas as pd
-
-    from kd_bench.compare.estimates import Estimate
-    from kd_bench.report.style import Plot
     from kd_bench.store import Run
 
 CHECKPOINTS = Path("checkpoints/study")
@@ -138,12 +143,6 @@ def run_study(
         known[part]()
 
 
-def _write(table: "pd.DataFrame", name: str) -> None:
-    text = table.to_csv(index=False, float_format="%.4g", lineterminator="\n")
-    write_text(TABLES / name, text)
-    typer.echo(f"Table: {TABLES / name}")
-
-
 # --- trials: as many for each method ------------------------------------------------------------
 
 TRIAL_SEED = 5
@@ -179,28 +178,24 @@ def trials() -> Experiment:
 
 
 def run_trials(workers: int) -> None:
-    """Run every trial; `trials.csv` has a row each: its arm, the ten benchmarks and their mean."""
-    import pandas as pd
-
+    """Run every trial; `trials` has a row each, the best first."""
     experiment = trials()
     experiment.run(workers)
-    rows = []
-    for (arm, _), run in experiment.runs().items():
-        scores = {key: result.score for key, result in run.results().items()}
-        rows.append({"arm": arm, **scores, "mean": sum(scores.values()) / len(scores)})
-    table = pd.DataFrame(rows).sort_values("mean", ascending=False)
-    _write(table, "trials.csv")
+    found = [Arm(arm, scores_of([run])) for (arm, _), run in experiment.runs().items()]
+    found.sort(key=lambda arm: -arm.mean)
+    write_scores(found, TABLES / "trials", "Trials on validation scenes")
 
 
 # --- the map: when does a teacher pay? -----------------------------------------------------------
 
 COUNTS = (120, 300, 600, 1200)
-COLUMNS = ("wrong_percent", "conversations", "method", "seeds", "mean", "above_sft", "low", "high")
+FLOORS = {SWITCHED: (FLOOR, "kl")}
+"""What a method is compared with where that is not SFT alone."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One place of the map."""
+    """One cell of the map."""
 
     error: int  # wrong labels in percent
     count: int  # labelled conversations
@@ -224,93 +219,29 @@ def cells() -> list[Cell]:
 
 
 def draw_map(methods: Sequence[str], seeds: Sequence[int], workers: int) -> None:
-    """Fill the map cell by cell; `map.csv` and `map.svg` are written anew after each."""
+    """Fill the map cell by cell; `map` and `map.svg` are written anew after each."""
     from kd_bench.world.build import world_folder
 
     world_folder(study=True)
+    found: list[MapCell] = []
     for cell in cells():
-        cell.experiment(methods, seeds).run(workers)
-        typer.echo(_line(cell))
-        write_map()
+        experiment = cell.experiment(methods, seeds)
+        experiment.run(workers)
+        found.append(look_at(cell, experiment))
+        typer.echo(str(found[-1]))
+        write_map(found, TABLES, [(each.error, each.count) for each in cells()])
 
 
-def findings(*chosen: Cell) -> "pd.DataFrame":
-    """A row a cell and method, in points; none of cells that are empty yet.
-
-    Columns: wrong_percent, conversations, method, seeds, mean of ten, above_sft with the ends
-    low and high of its 95 % interval, NaN where there is none.
-    """
-    import pandas as pd
-
-    from kd_bench.report.relations import read_board
-
-    rows: list[tuple[int | float | str | None, ...]] = []
-    for cell in chosen:
-        results = cell.experiment((), ()).results
-        if not results.exists():
-            continue
-        board, _ = read_board(results)
-        for entry in board.entries:
-            mean, above = entry.score(AVERAGE), entry.differences.get(AVERAGE)
-            if mean.known:
-                points = above.value if above is not None and above.known else None
-                ends = above.interval if above is not None else None
-                low, high = (ends.low, ends.high) if ends else (None, None)
-                known = (cell.error, cell.count, entry.method, len(entry.runs), mean.value)
-                rows.append((*known, points, low, high))
-    return pd.DataFrame(rows, columns=list(COLUMNS)).astype(dict.fromkeys(COLUMNS[4:], float))
-
-
-def _line(cell: Cell) -> str:
-    parts = []
-    for row in findings(cell).itertuples():
-        ends = f"{row.low:+.1f} to {row.high:+.1f}"
-        above = "" if ends == "+nan to +nan" else f" ({row.above_sft:+.1f}, {ends})"
-        parts.append(f"{row.method} {row.mean:.1f}{above}")
-    return f"{cell.error} % wrong, {cell.count} conversations: {'; '.join(parts)}"
-
-
-def write_map() -> None:
-    """`map.csv`, a row a cell and method, in points; and `map.svg`, which shows the rows."""
-    found = findings(*sorted(cells(), key=lambda cell: (cell.error, cell.count)))
-    _write(found, "map.csv")
-    write_text(TABLES / "map.svg", _map_plot(found).standalone())
-
-
-def _map_plot(found: "pd.DataFrame") -> "Plot":
-    """Points above SFT by number of conversations: a panel an error rate, a line a method."""
-    from kd_bench.report.style import INK, canvas, legend, marker, plotting, series, to_plot
-
-    errors = sorted({cell.error for cell in cells()})
-    methods = sorted(found[found["above_sft"].notna()]["method"].unique())
-    points = found.fillna({"above_sft": 0.0, "low": 0.0, "high": 0.0})
-    with plotting():
-        figure, grid = canvas(7.2, 2.6, 1, len(errors))
-        reach = min(points["low"].min(), 0) - 0.3, max(points["high"].max(), 0) + 0.3
-        for axes, error in zip(grid[0], errors, strict=True):
-            axes.set_title(f"{error} % wrong")
-            axes.axhline(0, color=INK, linewidth=0.9)
-            axes.set(xscale="log", xlim=(90, 1600), xticks=COUNTS, ylim=reach)
-            axes.set_xticklabels([f"{count:,}" for count in COUNTS])
-            axes.minorticks_off()
-            if axes is not grid[0][0]:
-                axes.set_yticklabels([])
-            for number, method in enumerate(methods):
-                rows = points[(points["wrong_percent"] == error) & (points["method"] == method)]
-                heights, side = rows["above_sft"], number - (len(methods) - 1) / 2
-                axes.errorbar(
-                    rows["conversations"] * 1.14**side, heights,
-                    yerr=(heights - rows["low"], rows["high"] - heights), color=series(2 + number),
-                    marker=marker(2 + number), markersize=4, capsize=2, label=method,
-                )  # fmt: skip
-        grid[0][0].set_ylabel("Points above SFT")
-        figure.supxlabel("Labelled conversations", fontsize=8.5)
-        legend(figure, *grid[0][0].get_legend_handles_labels())
-        summary = (
-            f"Points above SFT on the mean of ten, with 95 % intervals, in "
-            f"{len(found.drop_duplicates(list(COLUMNS[:2])))} of {len(cells())} cells."
-        )
-        return to_plot(figure, "map", "When does a teacher pay?", summary)
+def look_at(cell: Cell, experiment: Experiment) -> MapCell:
+    """Compare the methods of a cell that has been run."""
+    runs = experiment.runs()
+    groups = {arm: [runs[arm, seed] for seed in experiment.seeds] for arm in experiment.arms}
+    arms = []
+    for method, own in groups.items():
+        floors = [floor for floor in FLOORS.get(method, (FLOOR,)) if floor in groups]
+        above = {floor: difference(groups[floor], own) for floor in floors if floor != method}
+        arms.append(Arm(method, scores_of(own), above))
+    return MapCell(cell.error, cell.count, arms)
 
 
 # --- the arms: what the paper left open ----------------------------------------------------------
@@ -346,87 +277,33 @@ def arms() -> Experiment:
 
 
 def run_arms(workers: int) -> None:
-    """Run every arm, its visual switches, too; tables and `arms.svg`."""
+    """Run every arm, its visual switches, too; see `write_arms`."""
     experiment = arms()
     experiment.run(workers, switched=True)
-    write_arms(experiment)
+    write_arms(arms_of(experiment), TABLES)
 
 
-def write_arms(experiment: Experiment) -> None:
-    """Write the tables of arms with a run of each seed.
-
-    `arms.csv` has a row an arm: its mean of ten, the differences from SFT and from Switch-KD with
-    95 % intervals and p corrected by Holm over all arms, the vision and language gap (the
-    teacher less the visual switch, the visual switch less the student), seconds a step, and the
-    memory of its training in MB as `kd-bench train --plan` counts it.
-    """
-    import pandas as pd
-
-    from kd_bench.compare.methods import compare_methods
-    from kd_bench.stats import holm
-
+def arms_of(experiment: Experiment) -> list[Arm]:
+    """Compare the arms that have a run of each seed with SFT and with Switch-KD."""
     runs, switched = experiment.runs(), experiment.switched_runs()
     whole = {
         arm: [runs[arm, seed] for seed in experiment.seeds]
         for arm in experiment.arms
         if all((arm, seed) in runs for seed in experiment.seeds)
     }
-    rows: list[dict[str, Any]] = []
-    scores: list[dict[str, Any]] = []
+    arms = []
     for arm, own in whole.items():
-        results = [run.results() for run in own]
-        by_task = {t: sum(r[t].score for r in results) / len(own) for t in results[0]}
-        mean = sum(by_task.values()) / len(by_task)
-        scores.append({"arm": arm, **by_task, "mean": mean})
-        row = {"arm": arm, "seeds": len(own), "mean": mean}
-        for floor in (FLOOR, SWITCHED):
-            if floor in whole and arm != floor:
-                found = compare_methods(whole[floor], own)[AVERAGE]
-                row |= _columns(f"above_{floor}", found) | {f"p_{floor}": found.p}
-        both = [switched.get(switched_name(arm, seed)) for seed in experiment.seeds]
-        eyes = [run for run in both if run is not None]
-        if len(eyes) == len(both) and "teacher" in switched:
-            row |= _columns("vision_gap", compare_methods(eyes, [switched["teacher"]])[AVERAGE])
-            row |= _columns("language_gap", compare_methods(own, eyes)[AVERAGE])
+        floors = [floor for floor in (FLOOR, SWITCHED) if floor in whole and floor != arm]
+        found = {floor: difference(whole[floor], own) for floor in floors}
+        names = [switched_name(arm, seed) for seed in experiment.seeds]
+        if {"teacher", *names} <= set(switched):
+            eyes = [switched[name] for name in names]
+            gaps = difference(eyes, [switched["teacher"]]), difference(own, eyes)
+            found |= dict(zip(GAPS, gaps, strict=True))
         students = experiment.students(arm)
-        row["seconds_a_step"] = sum(map(_seconds_a_step, students)) / len(own)
-        row["memory_mb"] = _memory_mb(students[0])
-        rows.append(row)
-    table = pd.DataFrame(rows)
-    for floor in (FLOOR, SWITCHED):
-        if (column := f"p_{floor}") in table:
-            asked = table[column].notna()
-            table.loc[asked, column] = holm(table.loc[asked, column].tolist())
-    _write(table, "arms.csv")
-    _write(pd.DataFrame(scores), "arms_by_benchmark.csv")
-    if f"above_{FLOOR}" in table and f"above_{SWITCHED}" in table:
-        write_text(TABLES / "arms.svg", _arms_plot(table).standalone())
-
-
-def _arms_plot(table: "pd.DataFrame") -> "Plot":
-    """Points above SFT and above Switch-KD: a panel each, a row an arm."""
-    from kd_bench.report.style import INK, canvas, marker, plotting, series, to_plot
-
-    floors = {FLOOR: "SFT", SWITCHED: "Switch-KD"}
-    with plotting():
-        figure, grid = canvas(7.2, 0.6 + 0.19 * len(table), 1, len(floors))
-        for number, (axes, (floor, title)) in enumerate(zip(grid[0], floors.items(), strict=True)):
-            value, low, high = (table[f"above_{floor}{end}"] for end in ("", "_low", "_high"))
-            axes.axvline(0, color=INK, linewidth=0.9)
-            axes.errorbar(
-                value, range(len(table)), xerr=(value - low, high - value), color=series(2),
-                marker=marker(number), markersize=4, linestyle="", capsize=2,
-            )  # fmt: skip
-            axes.set_yticks(range(len(table)), table["arm"] if number == 0 else [])
-            axes.set(ylim=(len(table) - 0.4, -0.6), xlabel=f"Points above {title}")
-        seeds = f"{table['seeds'].min()} seeds"
-        summary = f"Differences on the mean of ten, with 95 % intervals over {seeds} and documents."
-        return to_plot(figure, "arms", "What the paper left open", summary)
-
-
-def _columns(name: str, found: "Estimate") -> dict[str, float | None]:
-    ends = (found.interval.low, found.interval.high) if found.interval else (None, None)
-    return {name: found.value, f"{name}_low": ends[0], f"{name}_high": ends[1]}
+        step = 1e3 * sum(map(_seconds_a_step, students)) / len(students)
+        arms.append(Arm(arm, scores_of(own), found, step, _memory(students[0])))
+    return arms
 
 
 def _seconds_a_step(student: Student) -> float:
@@ -435,10 +312,10 @@ def _seconds_a_step(student: Student) -> float:
     return float(stage["device_seconds"] / stage["steps"])
 
 
-def _memory_mb(student: Student) -> float:
-    """Counted: a CPU's own peak would be the libraries'."""
+def _memory(student: Student) -> int:
+    """Bytes, counted: a CPU's own peak would be the libraries'."""
     from kd_bench.distill.recipe import load_recipe
     from kd_bench.distill.train import plan_training
 
     (plan,) = plan_training(load_recipe("mini", student.train()[2:]))
-    return plan.needed / 1e6
+    return plan.needed

@@ -34,7 +34,8 @@ Gaps = Sequence[tuple[str, str, Mapping[str, Measure | Estimate]]]
 """Form gap and sight: a model's name, which of them, and its numbers by benchmark."""
 
 
-def _probability(p: float) -> str:
+def probability(p: float) -> str:
+    """As tables show it."""
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
@@ -93,7 +94,7 @@ def _against_first(comparison: Comparison, number: int, told: tuple[str, ...]) -
             Cell(difference.value, interval=difference.interval),
             difference.fixed,
             difference.broken,
-            _probability(difference.p_holm),
+            probability(difference.p_holm),
             difference.detectable,
             difference.units,
             section=section,
@@ -231,7 +232,7 @@ def method_tables(comparison: MethodsComparison) -> list[Table]:
                 f"{pair.second} - {pair.first}",
                 f"{counts[pair.second]} and {counts[pair.first]}",
                 Cell(pair.estimates[AVERAGE].value, interval=pair.estimates[AVERAGE].interval),
-                _probability(pair.p_holm[AVERAGE]),
+                probability(pair.p_holm[AVERAGE]),
             )
             for pair in comparison.pairs
         ),
@@ -265,7 +266,7 @@ def _pair_table(comparison: MethodsComparison, pair: MethodPair) -> Table:
                 comparison.scores[pair.first][key].value,
                 comparison.scores[pair.second][key].value,
                 Cell(found.value, interval=found.interval),
-                _probability(pair.p_holm[key]),
+                probability(pair.p_holm[key]),
                 found.units,
                 section="all" if key == AVERAGE else "",
             )
@@ -326,7 +327,7 @@ def verdict_table(report: GateReport) -> Table:
             verdict.non_inferiority.margin,
             verdict.verdict + " (advisory)" * verdict.advisory,
             verdict.decided_by,
-            _probability(verdict.difference.p_holm),
+            probability(verdict.difference.p_holm),
             f"{verdict.units:,}",
         )
         for verdict in report.verdicts

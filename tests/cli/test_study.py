@@ -85,16 +85,25 @@ def test_every_cell_finds_its_labels(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.slow
 def test_the_map_is_of_the_cells_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kd_bench.compare.methods import compare_methods, runs_of_method
+
     monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(study, "TABLES", tmp_path / "map")
-    make_store(study.Cell(25, 600).experiment((), ()).results, units=12)
-    study.write_map()
-    rows = table(tmp_path / "map" / "map.csv")
-    assert {(row["wrong_percent"], row["conversations"]) for row in rows} == {("25", "600")}
-    by_method = {row["method"]: row for row in rows}
-    assert by_method["sft"]["above_sft"] == ""
-    assert float(by_method["kl"]["low"]) < float(by_method["kl"]["above_sft"])
-    assert by_method["switch-kd"]["seeds"] == "3"
+    methods = ("sft", "kl", "switch-kd")
+    experiment = study.Cell(25, 600).experiment(methods, [0, 1, 2])
+    make_store(experiment.results, units=12)
+    found = study.look_at(study.Cell(25, 600), experiment)
+    study.write_map([found], tmp_path / "map", [(c.error, c.count) for c in study.cells()])
+    (row,) = table(tmp_path / "map" / "map.csv")
+    assert (row["wrong_percent"], row["conversations"]) == ("25", "600")
+    for method, floor in (("kl", "sft"), ("switch-kd", "sft"), ("switch-kd", "kl")):
+        pair = (runs_of_method(experiment.results, name) for name in (floor, method))
+        told, key = compare_methods(*pair)["average"], f"{method}_above_{floor}"
+        assert told.interval is not None
+        assert float(row[key]) == pytest.approx(told.value, rel=1e-4)
+        assert float(row[f"{key}_low"]) == pytest.approx(told.interval.low, rel=1e-4)
+        assert float(row[method]) - float(row[floor]) == pytest.approx(told.value, abs=1e-3)
+    assert f"kl {float(row['kl']):.1f} ({float(row['kl_above_sft']):+.1f} above sft" in str(found)
+    assert "| 25 | 600 |" in (tmp_path / "map" / "map.md").read_text(encoding="utf-8")
     drawn = (tmp_path / "map" / "map.svg").read_text(encoding="utf-8")
     assert "in 1 of 16 cells" in drawn
     assert all(f"{error} % wrong" in drawn for error in (0, 10, 25, 40))
@@ -105,26 +114,30 @@ def test_arms_are_compared_with_both_floors_as_compare_methods_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from kd_bench.compare.methods import compare_methods, runs_of_method
+    from kd_bench.stats import holm
 
     monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(study, "TABLES", tmp_path / "tables")
     monkeypatch.setattr(study, "_seconds_a_step", lambda student: 0.25)
     arms: dict[str, tuple[str, ...]] = {m: (f"method={m}",) for m in ("sft", "kl", "switch-kd")}
     experiment = study.Experiment("arms", {**arms, "jsd": ("method=jsd",)}, [0, 1])
     models = [model for model in demo_models((0, 1)) if model.method in arms]
     make_store(experiment.results, models, units=12)
     assert set(experiment.runs()) == {(arm, seed) for arm in arms for seed in (0, 1)}
-    study.write_arms(experiment)
-    rows = {row["arm"]: row for row in table(tmp_path / "tables" / "arms.csv")}
+    study.write_arms(study.arms_of(experiment), tmp_path)
+    rows = {row["arm"]: row for row in table(tmp_path / "arms.csv")}
     assert set(rows) == set(arms), "an arm without runs has no row"
-    pair = (runs_of_method(experiment.results, name) for name in ("sft", "kl"))
-    found = compare_methods(*pair)["average"]
-    assert float(rows["kl"]["above_sft"]) == pytest.approx(found.value, rel=1e-3)
-    assert float(rows["kl"]["p_sft"]) >= found.p * (1 - 1e-3)
-    assert rows["sft"]["above_sft"] == ""
-    assert 0 < float(rows["sft"]["memory_mb"]) < float(rows["switch-kd"]["memory_mb"])
-    drawn = (tmp_path / "tables" / "arms.svg").read_text(encoding="utf-8")
-    assert "Points above Switch-KD" in drawn
+    by_method = {name: runs_of_method(experiment.results, name) for name in arms}
+    others = ("kl", "switch-kd")
+    found = {m: compare_methods(by_method["sft"], by_method[m])["average"] for m in others}
+    assert float(rows["kl"]["above_sft"]) == pytest.approx(found["kl"].value, rel=1e-4)
+    corrected = holm([found["kl"].p, found["switch-kd"].p])[0]
+    assert rows["kl"]["p_sft"] == ("<0.001" if corrected < 0.001 else f"{corrected:.3f}")
+    assert rows["sft"]["above_sft"] == rows["sft"]["p_sft"] == ""
+    assert rows["kl"]["step_ms"] == "250"
+    assert 0 < float(rows["sft"]["memory_bytes"]) < float(rows["switch-kd"]["memory_bytes"])
+    scores = {row["arm"]: row for row in table(tmp_path / "arms_by_benchmark.csv")}
+    assert scores["kl"]["mean"] == rows["kl"]["mean"]
+    assert "Points above switch-kd" in (tmp_path / "arms.svg").read_text(encoding="utf-8")
     shutil.rmtree(experiment.results)
     assert len(list(experiment._evaluations())) == 4
 
