@@ -181,7 +181,35 @@ def parse_json(data: bytes, path: Path) -> Any:
     try:
         return json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+        form = foreign_form(data[:8])
+        why = f"it is {form}" if form else error
+        raise ValueError(f"{path} is not valid JSON: {why}") from None
+
+
+PACKED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK\x03\x04": "zip",
+}
+"""First bytes of compressed files."""
+
+
+def foreign_form(start: bytes) -> str:
+    r"""What a file of JSON is that is not plain UTF-8, by its first bytes; empty if it may be.
+
+    >>> foreign_form(b"\x1f\x8b\x08")
+    'compressed by gzip'
+    """
+    for mark, name in PACKED.items():
+        if start.startswith(mark):
+            return f"compressed by {name}"
+    encoding = json.detect_encoding(start)  # by a byte-order mark, or by where the zeros are
+    if encoding == "utf-8-sig":
+        return "text in UTF-8 behind a byte-order mark"
+    is_json = encoding != "utf-8" and start.strip(b"\0\xff\xfe")[:1] in (b"{", b"[")
+    return f"text in {encoding[:6].upper()}" if is_json else ""
 
 
 def digest_bytes(data: bytes) -> str:

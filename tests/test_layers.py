@@ -39,7 +39,7 @@ INSIDE = {
     "train switch_kd",
     "compare": "estimates align methods __init__",
     "evals": "__init__ documents fetch checkpoint benchmark cache decoding inputs engine models "
-    "scoring run importing",
+    "scoring run logs importing",
     "report": "board tables relations samples style verdicts leaderboard papers plots page history "
     "model_card __init__",
     "cli": "options process jobs compare demo findings study evaluate report runs tasks train "

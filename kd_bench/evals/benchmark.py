@@ -329,11 +329,16 @@ def unit_ids(spec: TaskSpec, documents: Documents) -> list[str]:
         return [str(number) for number in range(len(documents))]
     if spec.unit == "picture" and not spec.unit_columns:
         return list(documents.as_stored.image_digests("image"))
-    rows = ([document[column] for column in spec.unit_columns] for document in documents)
+    return [unit_of(spec, document) for document in documents]
+
+
+def unit_of(spec: TaskSpec, row: Mapping[str, Any]) -> str:
+    """The unit that a row's columns name."""
+    values = [row[column] for column in spec.unit_columns]
     if spec.unit == "circular":
         # Rotations of one question differ by multiples of a million (MMBench_Evaluator).
-        return [str(int(index) % 1_000_000) for (index,) in rows]
-    return ["/".join(str(value) for value in row) for row in rows]
+        return str(int(values[0]) % 1_000_000)
+    return "/".join(str(value) for value in values)
 
 
 def _first_units(spec: TaskSpec, documents: Documents, limit: int) -> list[int]:

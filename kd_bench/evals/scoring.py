@@ -76,6 +76,11 @@ class Thinking:
         ends = [text.rfind(end) + len(end) for _, end in self.pairs if end in text]
         return text[: max(ends, default=0)]
 
+    def share(self, text: str, tokens: int) -> int:
+        """Of a text's tokens those of its thoughts, by their share of the characters."""
+        thought = self.thought(text)
+        return round(tokens * len(thought) / len(text)) if thought else 0
+
 
 _BOXED = re.compile(r"\$?\\(?:boxed|fbox)\{((?:[^{}]|\{[^{}]*\})*)\}\$?")
 _LATEX_TEXT = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}")
@@ -449,11 +454,9 @@ def _thinking_tokens(
     answer: Answer, thinking: Thinking, count_tokens: Callable[[str], int] | None
 ) -> int:
     thought = thinking.thought(answer.text)
-    if not thought:
-        return 0
-    if count_tokens is not None:
-        return min(count_tokens(thought), answer.tokens)
-    return round(answer.tokens * len(thought) / len(answer.text))
+    if count_tokens is None or not thought:
+        return thinking.share(answer.text, answer.tokens)
+    return min(count_tokens(thought), answer.tokens)
 
 
 def rates(samples: "pd.DataFrame") -> dict[str, float]:

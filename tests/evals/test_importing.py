@@ -1,6 +1,10 @@
 """What `runs import` takes from another harness, and what it refuses by name."""
 
+import bz2
+import gzip
 import json
+import lzma
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -420,6 +424,42 @@ def test_a_folder_of_other_json_files_is_left_alone(tmp_path: Path) -> None:
     (folder / "results.json").write_text('{"mine": 2}')
     (run,) = import_results(folder, tmp_path / "results")
     assert run.manifest.tasks == ["gqa"]
+
+
+FOREIGN: dict[str, Callable[[bytes], bytes]] = {
+    "compressed by gzip": gzip.compress,
+    "compressed by bzip2": bz2.compress,
+    "compressed by xz": lzma.compress,
+    "text in UTF-16": lambda data: data.decode().encode("utf-16"),
+    "text in UTF-16 ": lambda data: data.decode().encode("utf-16-be"),
+    "text in UTF-32": lambda data: data.decode().encode("utf-32"),
+    "text in UTF-8 behind a byte-order mark": lambda data: data.decode().encode("utf-8-sig"),
+}
+
+
+@pytest.mark.parametrize("form", FOREIGN)
+@pytest.mark.parametrize("version, name", [
+    ("0.7", "results.json"), ("0.7", "gqa.jsonl"), ("0.2.0", "results.json"), ("0.2.0", "gqa.json"),
+])  # fmt: skip
+def test_a_file_that_is_no_plain_text_is_named_with_what_it_is(
+    tmp_path: Path, version: str, name: str, form: str
+) -> None:
+    """Under its own name, under one that says so, and given by itself."""
+    said = [({"exact_match": 1.0}, "a", "q")]
+    folder = logged(tmp_path / "log", version, "gqa", {"exact_match,none": 1.0}, said)
+    (file,) = folder.rglob(f"*{name}")
+    data = file.read_bytes()
+    file.write_bytes(FOREIGN[form](data))
+    told = refused(folder, tmp_path)
+    assert str(file) in told
+    assert f"is {form.strip()}" in told
+    packed = file.rename(file.with_name(f"{file.name}.gz"))
+    for given in (folder, packed) if name == "results.json" else (folder,):
+        told = refused(given, tmp_path)
+        assert str(packed) in told
+        assert f"is {form.strip()}" in told
+    file.write_bytes(data)  # a copy beside what is read is left alone
+    assert len(import_results(folder, tmp_path / "results")) == 1
 
 
 # --- several responses to a document -------------------------------------------------------------
