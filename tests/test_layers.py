@@ -35,8 +35,8 @@ INSIDE = {
     "world": "__init__ scenes questions benchmarks training build",
     "store": "run __init__ damage",
     "distill": "__init__ recipe checkpoints data chat vision_language compatibility models build "
-    "processes conversations encoding knee losses objective teacher_states distiller trainer plan "
-    "train switch_kd",
+    "processes conversations encoding knee losses objective teacher_states distiller trainer "
+    "counting stage plan train switch_kd",
     "compare": "estimates align methods __init__",
     "evals": "__init__ documents fetch checkpoint benchmark cache decoding inputs engine models "
     "scoring run logs importing",

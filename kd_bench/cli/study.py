@@ -314,8 +314,8 @@ def _seconds_a_step(student: Student) -> float:
 
 def _memory(student: Student) -> int:
     """Bytes, counted: a CPU's own peak would be the libraries'."""
+    from kd_bench.distill.plan import plan_training
     from kd_bench.distill.recipe import load_recipe
-    from kd_bench.distill.train import plan_training
 
     (plan,) = plan_training(load_recipe("mini", student.train()[2:]))
     return plan.needed

@@ -145,8 +145,7 @@ def show_plans(
 
     from rich.console import Console
 
-    from kd_bench.distill.plan import card_of
-    from kd_bench.distill.train import plan_training
+    from kd_bench.distill.plan import card_of, plan_training
 
     chosen = None if card is None else card_of(card)
     options: dict[str, Any] = {"devices": devices, "utilisation": utilisation}

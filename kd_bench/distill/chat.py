@@ -404,7 +404,7 @@ class ChatFormat:
 def use_template(
     processor: Any, template: str | None = None, variables: Mapping[str, Any] | None = None
 ) -> None:
-    """Set a prompt template in place of the checkpoint's own, or variables of either.
+    """Set a prompt template in place of the checkpoint's own, or variables of either, if given.
 
     Both are saved with the processor, so that a trained student is asked as it was taught.
 
@@ -415,6 +415,8 @@ def use_template(
     Raises:
         UsageError: there is no template, or it reads no such variable.
     """
+    if template is None and not variables:
+        return
     text = read_template(template) if template else _own_template(processor) or ""
     if text in TEMPLATES.values():
         text = text.replace("<image>", str(getattr(processor, "image_token", None) or "<image>"))

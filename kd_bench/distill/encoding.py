@@ -652,8 +652,7 @@ def preview_data(
         UsageError: data, checkpoint or template cannot be used.
     """
     processor = load_processor(student)
-    if prompt_template is not None or chat_template_kwargs:
-        use_template(processor, prompt_template, chat_template_kwargs)
+    use_template(processor, prompt_template, chat_template_kwargs)
     encoder = Encoder(processor, max_length, max_pixels=source.max_image_pixels)
     found, broken = indexed(source)
     preview = DataPreview(

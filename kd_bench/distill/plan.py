@@ -1,38 +1,41 @@
-"""What a training will need, counted before a model is loaded: `kd-bench train RECIPE --plan`.
+"""What a training will need, before a model is loaded: `kd-bench train RECIPE --plan`.
 
-Models are built as shapes without values, and the longest micro-batch of the real data goes through
-the very `Distiller` that will train, forward and backward, while operations, the bytes that are
-kept for the backward pass and the bytes alive are counted. So a plan follows the code: adapters,
-frozen parts, checkpointing, tied weights and mixed precision count as what they do.
-
-What depends on values (the objective's chunk of logits) is measured on a few random rows.
+A stage's distiller is made of shapes, and counted on the longest micro-batch of the real data for
+memory, and on typical ones for time.
 """
 
 import contextlib
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch import Tensor
 
-from kd_bench.distill import checkpoints, models, objective
-from kd_bench.distill.distiller import Distiller, Passes, default_chunk
-from kd_bench.distill.recipe import NEW, Recipe, Stage, StudentParts, Term, needs_switch
-from kd_bench.distill.vision_language import answer_positions
-from kd_bench.errors import UsageError, closest
+from kd_bench.distill import checkpoints, models, processes
+from kd_bench.distill.chat import use_template
+from kd_bench.distill.conversations import Stream
+from kd_bench.distill.counting import Shapes, config_of, count, objective_bytes, student_of
+from kd_bench.distill.distiller import Distiller
+from kd_bench.distill.encoding import Collator, ConversationDataset
+from kd_bench.distill.recipe import Recipe, Stage, Term, needs_switch, needs_teacher
+from kd_bench.distill.stage import (
+    Resources,
+    build_distiller,
+    micro_batch,
+    nothing_usable,
+    step_count,
+    teacher_dtype,
+)
+from kd_bench.distill.vision_language import answer_positions, has_images
+from kd_bench.errors import KdBenchError, UsageError, closest
 
 GB = 10**9
 RESERVED = 0.08  # of a device: driver, kernels and what the allocator cannot place
 UTILISATION = 0.4  # of the peak, as large models train at
-ROWS = (2, 4)  # of logits, on which the objective is measured
+TYPICAL = 3  # micro-batches by which a plan counts operations
+SAMPLED = 64  # conversations that a plan encodes at least
 
 
 @dataclass(frozen=True)
@@ -88,255 +91,6 @@ def card_of(text: str) -> Card:
 def this_device() -> int | None:
     """Bytes of memory of this process's accelerator; None on a CPU."""
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
-
-
-# Models as shapes
-
-
-@dataclass
-class Shapes:
-    """Makes models whose tensors have shapes and types, but no values."""
-
-    mode: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
-
-    @contextlib.contextmanager
-    def making(self) -> Iterator[None]:
-        """Inside, tensors get no values."""
-        from transformers.initialization import no_init_weights
-
-        with torch.random.fork_rng(devices=[]), self.mode, no_init_weights():
-            yield
-
-    def model(self, config: Any, dtype: torch.dtype = torch.float32) -> Any:
-        """A vision-language model of a config."""
-        from transformers import AutoModelForImageTextToText
-
-        with self.making():
-            model = AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
-            model.tie_weights()  # which is part of giving values
-        return model
-
-    def empty(self, model: nn.Module) -> None:
-        """Take the values from the weights of a model that have some, such as new adapters."""
-        for module in model.modules():
-            for name, weight in list(module._parameters.items()):
-                if weight is not None and not isinstance(weight, FakeTensor):
-                    fake = self.mode.from_tensor(weight.detach())
-                    module._parameters[name] = nn.Parameter(fake, weight.requires_grad)
-
-
-def config_of(path: str | Path, **allowed: Any) -> tuple[Any, Path]:
-    """A checkpoint's config and the folder of its processor; no weights are fetched."""
-    from transformers import AutoConfig
-
-    folder = checkpoints.locate(path, weights=False, **allowed)
-    whole = checkpoints.base_of(folder) or folder
-    trusted = bool(allowed.get("trust_remote_code"))
-    return AutoConfig.from_pretrained(str(whole), trust_remote_code=trusted), folder
-
-
-def student_of(recipe: Recipe, shapes: Shapes) -> tuple[Callable[[], Any], Any]:
-    """What makes the student that a recipe starts from, as shapes; and its processor."""
-    from kd_bench.distill import build
-
-    student = recipe.student
-    if isinstance(student, StudentParts):
-        config, processor = build.describe_student(student)
-    elif student.startswith(NEW):
-        processor = build.build_processor()
-        with shapes.making():
-            config = build.build_model(build.size_of(student), processor, 0).config
-    else:
-        config, folder = config_of(student, **recipe.allowed)
-        trusted = recipe.trust_remote_code
-        processor = models.load_processor(folder, trust_remote_code=trusted)
-    return partial(shapes.model, config), processor
-
-
-# Counting
-
-
-_INDEXED = (
-    torch.ops.aten.index.Tensor,
-    torch.ops.aten.index_put.default,
-    torch.ops.aten.index_put_.default,
-    torch.ops.aten._index_put_impl_.default,
-)
-
-
-class Counting(TorchDispatchMode):
-    """Bytes of all storages that operations made and that are alive; operations of products.
-
-    Also lets masks with values select from tensors without. `FlopCounterMode` counts operations by
-    the same registry, but its hooks hold on to what checkpointing would let go.
-
-    Args:
-        known: tensors that were there before.
-
-    Attributes:
-        now, peak: bytes.
-        flops: of matrix products, convolutions and attention.
-    """
-
-    def __init__(self, known: Iterable[Tensor] = ()) -> None:
-        super().__init__()
-        self.now = self.peak = self.flops = 0
-        self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func in _INDEXED and any(isinstance(leaf, FakeTensor) for leaf in tree_leaves(args)):
-            args = (args[0], [index for each in args[1] for index in _places(each)], *args[2:])
-        output = func(*args, **(kwargs or {}))
-        if (formula := flop_registry.get(func._overloadpacket)) is not None:
-            self.flops += formula(*args, **(kwargs or {}), out_val=output)
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, Tensor):
-                self._note(tensor.untyped_storage())
-        return output
-
-    def _note(self, storage: Any) -> None:
-        if storage._cdata in self._sizes:
-            return
-        self._sizes[storage._cdata] = storage.nbytes()
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._forget, storage._cdata)
-
-    def _forget(self, key: int) -> None:
-        self.now -= self._sizes.pop(key)
-
-
-def _places(index: Any) -> tuple[Any, ...]:
-    """An index as operations without values take it: places instead of a mask."""
-    if isinstance(index, Tensor) and index.dtype == torch.bool:
-        return index.nonzero(as_tuple=True)
-    return (index,)
-
-
-class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
-    """Bytes that autograd keeps for a backward pass, weights excluded; a storage counts once."""
-
-    def __init__(self, *modules: nn.Module) -> None:
-        super().__init__(self._keep, lambda tensor: tensor)
-        weights = (tensor for module in modules for tensor in module.parameters())
-        self._weights = {tensor.untyped_storage()._cdata for tensor in weights}
-        self._kept: dict[int, Any] = {}
-
-    def _keep(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._weights:
-            self._kept[storage._cdata] = storage
-        return tensor
-
-    def total(self) -> int:
-        """Bytes so far; storages are let go."""
-        kept, self._kept = self._kept, {}
-        return sum(storage.nbytes() for storage in kept.values())
-
-
-@dataclass(frozen=True)
-class Counts:
-    """One micro-batch through the models and the terms on images, without those on logits.
-
-    Attributes:
-        kept: bytes kept for the backward pass.
-        passing: bytes alive beyond those at the fullest moment, gradients excluded.
-        flops: operations of matrix products and attention, those computed again included.
-    """
-
-    kept: int
-    passing: int
-    flops: int
-
-
-def count(distiller: Distiller, batch: Mapping[str, Any], *, mixed: bool) -> Counts:
-    """Count one forward and backward pass of every model that the terms need.
-
-    Args:
-        batch: of the collator, with values: some models look for empty tiles.
-        mixed: under autocast to bfloat16.
-    """
-    owned = [distiller, *([distiller.teacher.model] if distiller.teacher else [])]
-    learning = [p for p in distiller.parameters() if p.requires_grad]
-    for parameter in learning:  # as they are from the second micro-batch on
-        parameter.grad = torch.empty_like(parameter)
-    there = [tensor for each in owned for tensor in (*each.parameters(), *each.buffers())]
-    there += [parameter.grad for parameter in learning if parameter.grad is not None]
-    counting, saved = Counting(there), SavedBytes(*owned)
-    try:
-        with counting:
-            with torch.autocast("cpu", torch.bfloat16, enabled=mixed), saved:
-                passes = distiller.run(batch)
-                items = objective.count_items(batch, distiller.parts.image_token_id)
-                of_images = [
-                    distiller.image_value(term, passes, batch, items)
-                    for term in distiller.image_terms
-                    if passes.embeddings
-                ]
-            kept = saved.total()
-            ends = [each for each in (*passes.hidden.values(), *of_images) if each.requires_grad]
-            if ends:
-                torch.autograd.backward(ends, [torch.ones_like(each) for each in ends])
-    finally:
-        for parameter in learning:
-            parameter.grad = None
-    return Counts(kept, max(counting.peak - kept, 0), counting.flops + _heads(distiller, passes))
-
-
-def _heads(distiller: Distiller, passes: Passes) -> int:
-    """Operations of the LM heads, forward and backward, of what the token terms look at."""
-    student = distiller.student.get_output_embeddings().weight  # type: ignore[operator]
-    total = 0
-    for name, hidden in passes.hidden.items():
-        vocabulary = distiller.parts.vocab_size
-        if name != "student" and distiller.teacher is not None:
-            vocabulary = distiller.teacher.vocab_size
-        times = 1 + hidden.requires_grad + (name == "student" and student.requires_grad)
-        total += 2 * hidden.numel() * vocabulary * times
-    return total
-
-
-def objective_bytes(distiller: Distiller, answers: int, *, mixed: bool) -> int:
-    """Bytes that the token terms need at most, beside the states that they are given.
-
-    Measured on a few random positions of the whole vocabulary and carried on to a chunk.
-
-    Args:
-        answers: positions of a micro-batch.
-    """
-    ours = distiller.parts.vocab_size
-    theirs = distiller.teacher.vocab_size if distiller.teacher else ours
-    generator = torch.Generator().manual_seed(0)
-    left, right = (torch.randn(size, 8, generator=generator) for size in (ours, theirs))
-    heads = objective.Heads(
-        lambda hidden: nn.functional.linear(hidden, left),
-        lambda hidden: nn.functional.linear(hidden, right),
-        vocabulary=distiller.vocabulary,
-    )
-    names = {"student"} | ({"teacher"} if distiller.teacher else set())
-    names |= {"switch"} if needs_switch(distiller.terms) else set()
-    few, more = (_peak_of_terms(distiller, heads, names, rows, mixed) for rows in ROWS)
-    a_row = (more - few) / (ROWS[1] - ROWS[0])
-    rows = min(distiller.head_chunk or default_chunk(ours), answers)  # more only where it is free
-    head = distiller.student.get_output_embeddings().weight  # type: ignore[operator]
-    # The sum of its gradients over chunks, and one chunk's.
-    own = 2 * head.numel() * head.element_size() if head.requires_grad else 0
-    return int(few + a_row * max(rows - ROWS[0], 0)) + own
-
-
-def _peak_of_terms(
-    distiller: Distiller, heads: objective.Heads, names: set[str], rows: int, mixed: bool
-) -> int:
-    generator = torch.Generator().manual_seed(0)
-    hidden = {name: torch.randn(rows, 8, generator=generator) for name in sorted(names)}
-    for name in names - {"teacher"}:
-        hidden[name].requires_grad_()
-    targets = torch.arange(rows)
-    with Counting() as counting, torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-        objective.token_terms(distiller.token_terms, heads, hidden, targets, rows, chunk=rows)
-    return counting.peak
 
 
 # A stage
@@ -479,15 +233,14 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 def _memory(
     stage: Stage, distiller: Distiller, batch: Mapping[str, Any], sharding: Sharding
 ) -> dict[str, int]:
-    mixed = stage.precision == "bfloat16"
-    counted = count(distiller, batch, mixed=mixed)
+    counted = count(distiller, batch, mixed=stage.mixed)
     learning = _bytes(p for p in distiller.parameters() if p.requires_grad)
     kept = {"student": counted.kept}
     if needs_switch(distiller.terms):
-        kept["student"] = count(_without_switch(distiller), batch, mixed=mixed).kept
+        kept["student"] = count(_without_switch(distiller), batch, mixed=stage.mixed).kept
         kept["switch"] = counted.kept - kept["student"]
     answers = int(answer_positions(batch["labels"]).sum())
-    logits = objective_bytes(distiller, answers, mixed=mixed)
+    logits = objective_bytes(distiller, answers, mixed=stage.mixed)
     found = {"student's weights": _bytes(distiller.parameters()) // sharding.student}
     if distiller.teacher is not None:
         layers = _bytes(p for each in distiller.teacher.layers for p in each.parameters())
@@ -544,20 +297,21 @@ def _hint(stage: Stage, plan: StagePlan, sharding: Sharding) -> str:
 
 def plan_time(
     plan: StagePlan,
+    stage: Stage,
     make: Maker,
     batches: Sequence[Mapping[str, Any]],
     *,
-    mixed: bool,
-    peak: float | None,
+    card: Card | None,
     utilisation: float = UTILISATION,
 ) -> StagePlan:
     """The plan with the operations of a step by pass, and its hours.
 
     Args:
         batches: typical micro-batches, one in the middle by length.
-        peak: operations a second of one device; None where it is not known.
-        utilisation: share of them that is reached; what is computed again counts as work.
+        card: None where it is not known.
+        utilisation: share of its peak that is reached; what is computed again counts as work.
     """
+    mixed = stage.mixed
     distiller = make(*plan.checkpointing.values())
     every = [count(distiller, batch, mixed=mixed).flops for batch in batches]
     middle = batches[len(batches) // 2]
@@ -575,6 +329,175 @@ def plan_time(
     a_step = sum(every) / len(every) * plan.gradient_accumulation * plan.devices
     flops = {name: a_step * part / max(whole, 1) for name, part in parts.items()}
     hours = None
-    if peak is not None:
+    if card is not None:
+        peak = card.bfloat16 if mixed else card.float32
         hours = a_step * plan.steps / (peak * utilisation * plan.devices) / 3600
     return replace(plan, flops=flops, hours=hours)
+
+
+# A recipe
+
+
+def plan_training(
+    recipe: Recipe,
+    *,
+    card: Card | None = None,
+    devices: int = 1,
+    utilisation: float = UTILISATION,
+) -> list[StagePlan]:
+    """What each stage needs, before anything but configs, tokenizers and data is loaded.
+
+    Args:
+        card: on which it shall run; its memory gives way to the recipe's `device_memory`.
+        devices: how many of them.
+        utilisation: share of the card's peak that is reached.
+
+    Raises:
+        UsageError: recipe, configs or data do not fit.
+    """
+    models.quiet()
+    shared = Resources(recipe)
+    shared.check_settings(recipe.stages, devices)
+    needs = _needs(shared, recipe.stages, _memory_limit(recipe, card), devices)
+    return [
+        plan_time(plan, stage, make, typical, card=card, utilisation=utilisation)
+        for stage, (plan, make, typical) in zip(recipe.stages, needs, strict=True)
+    ]
+
+
+def choose_checkpointing(
+    shared: Resources, stages: list[Stage], say: Callable[[str], None]
+) -> dict[str, tuple[bool, bool]]:
+    """Of each stage, whether student and teacher recompute their activations, so that it fits.
+
+    Args:
+        shared: the training's; nothing of it is changed.
+
+    Raises:
+        UsageError: a stage needs more than the device has.
+    """
+    chosen = {stage.name: choices(stage)[0] for stage in stages}
+    limit = _memory_limit(shared.recipe)
+    if limit is None:
+        return chosen
+    own = Resources(shared.recipe, read=shared.read)  # whose models have no values
+    try:
+        plans = [plan for plan, _, _ in _needs(own, stages, limit, processes.world_size())]
+    except KdBenchError:
+        raise
+    except Exception as error:  # an architecture of its own, say: no reason not to train it
+        say(f"The memory that it needs is not known ({type(error).__name__}).")
+        return chosen
+    for plan in plans:
+        if not plan.fits:
+            raise plan.refusal()
+        chosen[plan.stage] = (plan.checkpointing["student"], plan.checkpointing["teacher"])
+        recomputed = [name for name, on in plan.checkpointing.items() if on]
+        again = f"; activations of {' and '.join(recomputed)} computed again" if recomputed else ""
+        say(
+            f"{plan.stage}: about {plan.needed / GB:.1f} of {(plan.memory_limit or 0) / GB:.1f} GB"
+            f" a device{again}"
+        )
+    return chosen
+
+
+def _memory_limit(recipe: Recipe, card: Card | None = None) -> int | None:
+    """Bytes of a device that a training must fit into; None where nothing says."""
+    if recipe.device_memory is not None:
+        return int(recipe.device_memory * GB) or None
+    return this_device() if card is None else int(card.memory)
+
+
+def _needs(
+    shared: Resources, stages: list[Stage], limit: int | None, devices: int
+) -> Iterator[tuple[StagePlan, Maker, list[dict[str, Any]]]]:
+    """Of each stage its memory, a maker of its distiller as shapes, and typical micro-batches."""
+    recipe, shapes = shared.recipe, Shapes()
+    new_student, shared.processor = student_of(recipe, shapes)
+    student = new_student()
+    use_template(shared.processor, recipe.prompt_template, recipe.chat_template_kwargs)
+    new_teacher, quantized = None, None
+    if recipe.teacher is not None and any(needs_teacher(each.objective) for each in stages):
+        described, folder = config_of(recipe.teacher, **recipe.allowed)
+        new_teacher = partial(shapes.model, described, teacher_dtype(recipe))
+        trusted = recipe.trust_remote_code
+        shared.teacher_processor = models.load_processor(folder, trust_remote_code=trusted)
+        if checkpoints.quantization_of(checkpoints.read_config(folder)):
+            quantized = sum(file.stat().st_size for file in folder.glob("*.safetensors")) or None
+    sharding = Sharding(
+        devices=devices,
+        student=devices if processes.shards_student() else 1,
+        teacher=devices if recipe.teacher_sharding else 1,
+        teacher_bytes=quantized,
+    )
+    for stage in stages:
+        taught_by = new_teacher if needs_teacher(stage.objective) else None
+        shared.teacher = taught_by() if taught_by else None
+        vocabulary = shared.check_models(stage, student)
+        dataset, size = shared.dataset(stage, student), micro_batch(stage, devices)
+        longest, typical = _met(dataset, size, stage, shared.collator(dataset, student))
+        make = _maker(shapes, stage, new_student, taught_by, vocabulary, longest)
+        steps = step_count(stage, dataset.conversations.epoch_size)
+        plan = plan_memory(stage, make, longest, steps=steps, sharding=sharding, limit=limit)
+        yield plan, make, typical
+
+
+def _maker(
+    shapes: Shapes,
+    stage: Stage,
+    new_student: Callable[[], Any],
+    new_teacher: Callable[[], Any] | None,
+    vocabulary: int | None,
+    batch: Mapping[str, Any],
+) -> Maker:
+    def make(ours: bool, theirs: bool) -> Distiller:
+        student, teacher = new_student(), new_teacher() if new_teacher else None
+        with torch.random.fork_rng(devices=[]):
+            distiller = build_distiller(
+                stage, student, teacher, checkpointing=(ours, theirs), vocabulary=vocabulary
+            )
+        shapes.empty(distiller)
+        if has_images(batch):
+            distiller.freeze_unreached(batch)
+        return distiller.train()
+
+    return make
+
+
+def _met(
+    dataset: ConversationDataset, size: int, stage: Stage, collator: Collator
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The longest micro-batch of the data; and typical ones, sorted by length.
+
+    Of large data a sample is read, and of all rows those with the most characters.
+    """
+    rows = len(dataset)
+    spread = torch.linspace(0, rows - 1, min(rows, max(TYPICAL * size, SAMPLED))).long().tolist()
+    if isinstance(dataset.conversations, Stream):  # only read forward
+        spread, top = list(range(len(spread))), []
+    else:
+        characters, images = dataset.lengths(), dataset.conversations.images
+        alike = size if stage.group_by_length else 1  # others meet the longest one at a time
+        top = sorted(range(rows), key=lambda i: (images[i] > 0, characters[i]))[-alike:]
+    samples = {
+        index: sample
+        for index in dict.fromkeys([*top, *spread])
+        if isinstance(sample := dataset[index], dict)
+    }
+    if not samples:
+        raise nothing_usable(stage, [])
+    drawn = [samples[index] for index in spread if index in samples] or list(samples.values())
+    drawn = drawn * -(-size // len(drawn))
+    if stage.group_by_length:
+        drawn.sort(key=_length)
+    groups = [drawn[start : start + size] for start in range(0, len(drawn) - size + 1, size)]
+    groups.sort(key=lambda group: max(map(_length, group)))
+    chosen = [groups[int((part + 0.5) * len(groups) / TYPICAL)] for part in range(TYPICAL)]
+    first = sorted(samples.values(), key=_length)[-1]
+    others = [samples[index] for index in top if index in samples and samples[index] is not first]
+    longest = [first, *others, *reversed(groups[-1])][:size]
+    return collator(longest), [collator(group) for group in chosen[: len(groups)]]
+
+
+def _length(sample: Mapping[str, Any]) -> int:
+    return len(sample["input_ids"])

@@ -334,6 +334,11 @@ class Stage(StrictModel):
         return tuple(self.terms) if self.terms is not None else METHODS[self.method or "sft"]
 
     @property
+    def mixed(self) -> bool:
+        """Whether it computes in mixed precision."""
+        return self.precision == "bfloat16"
+
+    @property
     def method_name(self) -> str:
         """The method's name; `custom` where the terms are spelled out."""
         return self.method or "custom"

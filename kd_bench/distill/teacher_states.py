@@ -13,9 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kd_bench.distill.conversations import data_digest
+from kd_bench.distill.encoding import ConversationDataset, PairEncoder
+from kd_bench.distill.processes import rank
 from kd_bench.distill.vision_language import Places, VisionLanguageModel, teacher_inputs
 from kd_bench.errors import UsageError
 from kd_bench.files import digest_text, read_json, write_json
+from kd_bench.world.build import cache_folder as user_cache
 
 RECORD = np.dtype(
     [("sample", "<i8"), ("row", "<i8"), ("rows", "<i8"), ("values", "<u4"), ("check", "<u4")]
@@ -216,3 +220,71 @@ def compute_states(
         for index, part in zip(group, known.split(answered), strict=True):
             states[first[index] : first[index] + len(part)] = part
     return TeacherStates(states.to(device), first.to(device))
+
+
+def open_cache(
+    root: Path, teacher: Any, weights: str, dataset: ConversationDataset, **own: Any
+) -> TeacherCache:
+    """The cache below `root` of a teacher's states on a dataset.
+
+    Args:
+        teacher: the model, as transformers loads it.
+        weights: digest of the teacher's.
+        own: what else decides the states.
+    """
+    if isinstance(encoder := dataset.encoder, PairEncoder):  # images of its own decide, too
+        own["images"] = encoder.teacher.processor.image_processor.to_json_string()
+    folder = cache_folder(
+        root,
+        teacher=weights,
+        data=data_digest(dataset.conversations)["sha256"],
+        max_length=encoder.max_length,
+        template=encoder.chat.template,
+        dtype=teacher.dtype,
+        **own,
+    )
+    width = teacher.get_input_embeddings().weight.shape[1]
+    return TeacherCache(folder, width, teacher.dtype, rank())
+
+
+def states_of_stage(
+    teacher: VisionLanguageModel,
+    weights: str,
+    dataset: ConversationDataset,
+    collate: Callable[[Sequence[Any]], dict[str, Any]],
+    *,
+    met: int,
+    precision: str,
+    root: str | None,
+) -> TeacherStates | None:
+    """The teacher's states of all samples, where they are few and met more than once.
+
+    Args:
+        weights: digest of the teacher's.
+        met: samples that the stage goes through.
+        precision: that it computes in.
+        root: folder of caches; by default the user's own.
+    """
+    samples, dtype = dataset.kept, teacher.whole.dtype
+    if not samples or met <= len(samples):
+        return None
+    if states_bytes(samples, teacher.hidden_size, dtype) > STATES_BUDGET:
+        return None
+    device = next(teacher.model.parameters()).device.type
+    own = {
+        # All that the teacher is given, whatever it was made of, and how it reads that.
+        "samples": digest_samples(samples),
+        "config": teacher.whole.config.to_json_string(),
+        # What rounding may depend on.
+        "attention": teacher.whole.config._attn_implementation,
+        "precision": precision,
+        "torch": torch.__version__,
+        "device": device,
+        "threads": torch.get_num_threads() if device == "cpu" else 0,
+        "together": STATES_TOGETHER,
+    }
+    cache = None
+    with contextlib.suppress(OSError):  # a folder that is full, or another user's
+        place = Path(root or user_cache() / "teacher-states")
+        cache = open_cache(place, teacher.whole, weights, dataset, **own)
+    return compute_states(teacher, samples, collate, cache)

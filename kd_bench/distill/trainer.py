@@ -85,7 +85,7 @@ def trainer_arguments(
         adam_beta1=stage.betas[0],
         adam_beta2=stage.betas[1],
         max_grad_norm=stage.max_grad_norm,
-        bf16=stage.precision == "bfloat16",
+        bf16=stage.mixed,
         use_cpu=not torch.accelerator.is_available(),
         logging_steps=stage.log_every,
         logging_nan_inf_filter=False,
@@ -512,7 +512,7 @@ class DistillationTrainer(Trainer):
             shutil.copyfile(self.lineage, written / self.lineage.name)
         write_digests(written)
         replace_folder(written, checkpoint)
-        before = [p for p in checkpoints(checkpoint.parent) if _step(p) < _step(checkpoint)]
+        before = [p for p in checkpoints(checkpoint.parent) if step_of(p) < step_of(checkpoint)]
         # Later steps can only be those of a checkpoint that was found unsound.
         for old in checkpoints(checkpoint.parent):
             if old not in (checkpoint, *before[-1:]):
@@ -541,10 +541,11 @@ class DistillationTrainer(Trainer):
 def checkpoints(folder: Path) -> list[Path]:
     """A stage's checkpoints, oldest first."""
     found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()]
-    return sorted(found, key=_step)
+    return sorted(found, key=step_of)
 
 
-def _step(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step that a checkpoint was written at."""
     return int(checkpoint.name[11:])
 
 

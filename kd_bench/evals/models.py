@@ -94,8 +94,8 @@ class KdBench(_Generative):
             model = load_model(pretrained, dtype=kind, quantize=quantize, **where)
             processor = load_processor(pretrained)
             check_image_token(pretrained, model, processor)
-        if prompt_template or chat_template_kwargs:
-            use_template(processor, prompt_template, json.loads(chat_template_kwargs or "{}"))
+        variables = json.loads(chat_template_kwargs or "{}")
+        use_template(processor, prompt_template or None, variables)
         size = None if batch_size in (None, "auto") else int(batch_size)
         self._tokenizer = processor.tokenizer
         self.engine = Engine(model, processor, batch_size=size, share=share, images=images)

@@ -28,6 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from kd_bench.distill import plan as planning
+from kd_bench.distill.counting import Shapes, count
 from kd_bench.distill.distiller import Distiller
 from kd_bench.distill.encoding import Collator
 from kd_bench.distill.models import checkpoint_activations
@@ -177,7 +178,7 @@ def _batch(sizes: Sizes, device: torch.device | None) -> dict[str, Any]:
 
 def _step_figures(method: str, sizes: Sizes, device: torch.device) -> list[Figure]:
     stage = Stage(method=method, steps=1, precision="bfloat16")
-    shapes = planning.Shapes()
+    shapes = Shapes()
     estimate, flops = _plan(stage, shapes, sizes, device)
     recomputes = estimate.checkpointing
     student = model_of(sizes.student, sizes, device, torch.float32)
@@ -235,7 +236,7 @@ def _step_figures(method: str, sizes: Sizes, device: torch.device) -> list[Figur
 
 
 def _plan(
-    stage: Stage, shapes: planning.Shapes, sizes: Sizes, device: torch.device
+    stage: Stage, shapes: Shapes, sizes: Sizes, device: torch.device
 ) -> tuple[planning.StagePlan, int]:
     """The estimate, and operations of a step without those computed again."""
 
@@ -262,7 +263,7 @@ def _plan(
     limit = planning.this_device() if device.type == "cuda" else None
     sharding = planning.Sharding()
     plan = planning.plan_memory(stage, make, batch, steps=1, sharding=sharding, limit=limit)
-    return plan, planning.count(make(False, False), batch, mixed=True).flops
+    return plan, count(make(False, False), batch, mixed=True).flops
 
 
 def _card(device: torch.device) -> planning.Card | None:

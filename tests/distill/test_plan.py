@@ -12,11 +12,12 @@ from typer.testing import CliRunner  # noqa: E402
 from kd_bench.cli import app  # noqa: E402
 from kd_bench.distill import plan as planning  # noqa: E402
 from kd_bench.distill import trainer as training  # noqa: E402
+from kd_bench.distill.counting import Counting, Shapes, count  # noqa: E402
 from kd_bench.distill.distiller import Distiller  # noqa: E402
 from kd_bench.distill.models import parameter_counts  # noqa: E402
-from kd_bench.distill.plan import Counting, card_of, choices  # noqa: E402
+from kd_bench.distill.plan import card_of, choices, plan_training  # noqa: E402
 from kd_bench.distill.recipe import METHODS, load_recipe  # noqa: E402
-from kd_bench.distill.train import plan_training, train  # noqa: E402
+from kd_bench.distill.train import train  # noqa: E402
 from kd_bench.distill.vision_language import VisionLanguageModel  # noqa: E402
 from kd_bench.errors import UsageError  # noqa: E402
 from tests.distill.test_vision_language import token_counts  # noqa: E402
@@ -101,13 +102,13 @@ def test_every_family_is_counted_without_values_as_with_them(family):
     batch = batch_for(family, tokens)
     batch |= kinds_for(family, batch)
     found = []
-    for shapes in (None, planning.Shapes()):
+    for shapes in (None, Shapes()):
         pair = [make(family, width) for width in (32, 64)]
         if shapes is not None:
             pair = [shapes.model(model.config) for model in pair]
         distiller = Distiller(*pair, METHODS["switch-kd"]).train()
         distiller.freeze_unreached(batch)
-        counted = planning.count(distiller, batch, mixed=False)
+        counted = count(distiller, batch, mixed=False)
         found.append((counted, *map(parameter_counts, pair)))
     assert found[0] == found[1]
 
@@ -176,7 +177,7 @@ def test_a_full_size_pair_is_counted_in_seconds():
     from kd_bench.distill.models import checkpoint_activations
     from tests.benchmarks.training import QWEN_HALF, QWEN_THREE, SIGLIP, batch_of, llava
 
-    shapes = planning.Shapes()
+    shapes = Shapes()
     with shapes.making():
         student, teacher = llava(QWEN_HALF, SIGLIP), llava(QWEN_THREE, SIGLIP)
     batch = batch_of(student, 32, 771 - 96, 96)
@@ -187,7 +188,7 @@ def test_a_full_size_pair_is_counted_in_seconds():
         if recompute:
             checkpoint_activations(student)
             checkpoint_activations(teacher, frozen=True)
-        kept.append(planning.count(distiller, batch, mixed=True).kept)
+        kept.append(count(distiller, batch, mixed=True).kept)
     assert kept[0] > 250e9
     assert kept[1] < 25e9
 

@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset, Features, Image, Value
 from safetensors.torch import load_file, save_file
 
+from kd_bench.distill import teacher_states
 from kd_bench.distill import train as train_module
 from kd_bench.distill.checkpoints import weights_digest
 from kd_bench.distill.encoding import Collator
@@ -288,14 +289,14 @@ def test_adapters_resume_to_the_very_same_weights(place):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("budget", [0, train_module.STATES_BUDGET])
+@pytest.mark.parametrize("budget", [0, teacher_states.STATES_BUDGET])
 def test_a_cached_teacher_gives_the_same_losses(place, monkeypatch, budget):
     """Written as its states are met, or all of them before the first step."""
-    monkeypatch.setattr(train_module, "STATES_BUDGET", budget)
+    monkeypatch.setattr(teacher_states, "STATES_BUDGET", budget)
     cached = [f"teacher_cache={place / f'cache-{budget}'}", "log_every=1", "steps=12"]
     names = (f"{name}-{budget}" for name in ("first", "second"))
     folders = [train(recipe_in(place, name, *cached)).parent for name in names]
-    monkeypatch.setattr(train_module, "STATES_BUDGET", 0)
+    monkeypatch.setattr(teacher_states, "STATES_BUDGET", 0)
     plain = train(recipe_in(place, f"plain-{budget}", "log_every=1", "steps=12")).parent
     logs = [
         [json.loads(line) for line in (folder / "train_log.jsonl").open()]
