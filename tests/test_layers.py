@@ -38,8 +38,8 @@ INSIDE = {
     "processes conversations encoding knee losses objective teacher_states distiller trainer "
     "counting stage plan train switch_kd",
     "compare": "estimates align methods __init__",
-    "evals": "__init__ documents fetch checkpoint benchmark cache decoding inputs engine models "
-    "scoring run logs importing",
+    "evals": "__init__ content documents fetch checkpoint benchmark cache decoding inputs engine "
+    "models scoring run logs importing",
     "report": "board tables relations samples style verdicts leaderboard papers plots page history "
     "model_card __init__",
     "cli": "options process jobs compare demo findings study evaluate report runs tasks train "

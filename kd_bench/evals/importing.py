@@ -26,6 +26,7 @@ from kd_bench.aggregators import aggregate, by_content
 from kd_bench.errors import IncompleteRunError, KdBenchError, UsageError, one_line
 from kd_bench.evals.benchmark import Answer, mmmu_right, prepare, task_config, unit_of
 from kd_bench.evals.checkpoint import trained_name
+from kd_bench.evals.content import CONTENT_SCORE, Thinking, content_of
 from kd_bench.evals.logs import (
     THOUGHTS,
     Entry,
@@ -37,16 +38,7 @@ from kd_bench.evals.logs import (
     results_files,
     valid_text,
 )
-from kd_bench.evals.scoring import (
-    CONTENT_SCORE,
-    JUDGES,
-    Thinking,
-    content_of,
-    points_of,
-    rates,
-    samples_frame,
-    tokens,
-)
+from kd_bench.evals.scoring import JUDGES, points_of, rates, samples_frame, tokens
 from kd_bench.files import digest_files, digest_text
 from kd_bench.provenance import collect
 from kd_bench.records import (

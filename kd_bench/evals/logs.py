@@ -20,7 +20,7 @@ from typing import Any
 
 from kd_bench.errors import IncompleteRunError, UsageError, one_line
 from kd_bench.evals.benchmark import REASONING_TAGS, mmmu_right, upstream_metrics
-from kd_bench.evals.scoring import Thinking
+from kd_bench.evals.content import Thinking
 from kd_bench.files import foreign_form, read_json
 from kd_bench.records import Status
 from kd_bench.registry import TaskSpec, load_tasks

@@ -39,8 +39,9 @@ from kd_bench.evals.benchmark import (
     upstream_metrics,
 )
 from kd_bench.evals.checkpoint import Checkpoint, Model, chosen_dtype, inspect_model
+from kd_bench.evals.content import Thinking
 from kd_bench.evals.documents import IMAGES, load_documents
-from kd_bench.evals.scoring import Thinking, headline, rates, score, submission, tokens
+from kd_bench.evals.scoring import headline, rates, score, submission, tokens
 from kd_bench.files import Journal, digest_text, write_json
 from kd_bench.provenance import collect
 from kd_bench.records import Cost, Protocol, Role, RunManifest, RunStatus, TaskResult

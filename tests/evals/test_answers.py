@@ -10,8 +10,9 @@ from kd_bench.compare.align import content_statistics
 from kd_bench.compare.estimates import CONTENT, Evidence, TaskEvidence, beside
 from kd_bench.errors import UsageError
 from kd_bench.evals.benchmark import REASONING_TAGS, prepare
+from kd_bench.evals.content import Thinking
 from kd_bench.evals.run import answer_keys, ask
-from kd_bench.evals.scoring import Thinking, headline, rates, tokens
+from kd_bench.evals.scoring import headline, rates, tokens
 from kd_bench.records import AMBIGUOUS
 from kd_bench.registry import load_task
 from tests.support.eval_world import TEN, Parrot, oracle, write_replicas

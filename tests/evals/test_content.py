@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kd_bench.evals.scoring import content_of, read_choice, read_short, read_yes_no
+from kd_bench.evals.content import content_of, read_choice, read_short, read_yes_no
 from kd_bench.records import AMBIGUOUS
 from kd_bench.registry import load_task
 
