@@ -47,3 +47,30 @@ def test_the_demos_last_question(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     both = f"{row.difference:+.1f}", f"{row.low:+.1f} to {row.high:+.1f}"
     assert f"{both[0]} ({both[1]})" in text or f"({both[0]}, {both[1]})" in text
+
+
+@pytest.mark.slow
+def test_what_a_demo_of_three_seeds_says() -> None:
+    """`make demo` has the first three of the example's seeds."""
+    from kd_bench.compare.methods import compare_methods, runs_of_method
+
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    first = {method: runs_of_method(STORE, method)[:3] for method in ("sft", "kl", "switch-kd")}
+    kl, switch_kd, between = (
+        compare_methods(first[floor], first[method])["average"]
+        for floor, method in (("sft", "kl"), ("sft", "switch-kd"), ("kl", "switch-kd"))
+    )
+    assert f"KL is {kl.value:.1f} and Switch-KD {switch_kd.value:.1f} above SFT" in text
+    assert between.interval is not None
+    ends = f"{between.interval.low:+.1f} to {between.interval.high:+.1f}"
+    assert f"({between.value:+.1f} apart, {ends})" in text
+
+
+@pytest.mark.parametrize("name", ["map"])
+def test_the_studys_tables(name: str) -> None:
+    """The page has what `kd-bench demo --study` wrote, row by row."""
+    page = (ROOT / "docs" / "study.md").read_text(encoding="utf-8").split("\n")
+    written = (ROOT / "reports" / "study" / f"{name}.md").read_text(encoding="utf-8")
+    rows = [line for line in written.split("\n") if line.startswith("|")]
+    assert len(rows) > 10
+    assert not set(rows) - set(page)
