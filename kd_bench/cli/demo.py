@@ -176,7 +176,7 @@ def introduction() -> str:
         f"Embedded world {VERSION}. Students learn from {source.limit} conversations whose "
         f"annotators give a wrong answer {ERROR:.0%} of the time (a neighbouring colour, another "
         f"letter, a count off by one), {stage.steps} steps of {stage.batch_size}, every method "
-        "with the same settings. The answers of the ten test sets are right."
+        "with the same settings. The targets of the ten test sets are the truth."
     )
 
 

@@ -57,7 +57,7 @@ def test_the_first_lines_say_what_is_learnt_from() -> None:
     told = demo.introduction()
     assert f"{ERROR:.0%}" in told
     assert "600 conversations" in told
-    assert "test sets are right" in told
+    assert "test sets are the truth" in told
 
 
 @pytest.mark.slow
