@@ -80,12 +80,15 @@ def run_jobs(
     One that names something below another's `output=` waits for that; those behind it go first.
 
     Args:
-        groups: commands by the first part of their logs' names.
+        groups: commands by the first part of their logs' names; without any, nothing is started.
         expected: seconds that a command may take; those that have ended correct the time left.
 
     Raises:
         IncompleteRunError: one ended with an error; its last lines are shown, the others ended.
     """
+    groups = {title: commands for title, commands in groups.items() if commands}
+    if not groups:
+        return
     logs.mkdir(parents=True, exist_ok=True)
     waiting = [
         (command, logs / f"{title}-{number}.log", expected(command) if expected else 0.0)

@@ -31,6 +31,14 @@ def test_commands_run_in_order_and_are_told(
     assert "vqav2" in (tmp_path / "logs" / "list-0.log").read_text(encoding="utf-8")
 
 
+def test_without_commands_nothing_is_started(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_jobs({"train": [], "eval": []}, 2, tmp_path / "logs", lambda command: 1.0)
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "logs").exists()
+
+
 def children() -> set[psutil.Process]:
     return set(psutil.Process().children(recursive=True))
 
