@@ -11,6 +11,7 @@ import typer
 
 from kd_bench.cli.jobs import run_jobs
 from kd_bench.cli.options import comma_separated, this_program, whole_numbers
+from kd_bench.errors import UsageError, closest
 
 RESULTS = Path("results/demo")
 CHECKPOINTS = Path("checkpoints/demo")
@@ -38,18 +39,26 @@ def demo(
         bool, typer.Option(help="The study of docs/study.md instead; hours, in parts.")
     ] = False,
     parts: Annotated[
-        str, typer.Option(help="Of the study: trials, map, arms.")
-    ] = "trials,map,arms",
+        str | None,
+        typer.Option(
+            help="Of the study: trials, map, arms; default: all. "
+            "--methods and --seeds are the map's."
+        ),
+    ] = None,
 ) -> None:
     """Train, evaluate and report on the embedded world; a second call continues the first."""
     start = time.monotonic()
+    names, numbers = methods_of(methods), whole_numbers(seeds, "--seeds")
+    if not numbers:
+        raise UsageError("--seeds names no seed.", "Write 0,1,2.")
+    if parts is not None and not study:
+        raise UsageError("--parts is of the study.", "Add --study.")
     typer.echo("Train, evaluate, report. Ctrl-C stops; the same command goes on from there.")
     workers = processes or os.cpu_count() or 1
-    names, numbers = comma_separated(methods) or [], whole_numbers(seeds, "--seeds")
     if study:
         from kd_bench.cli.study import run_study
 
-        run_study(comma_separated(parts) or [], names, numbers, workers)
+        run_study(comma_separated(parts), names, numbers, workers)
         return
     students = [Student(method, seed) for method in names for seed in numbers]
     groups = commands_of(students)
@@ -57,6 +66,25 @@ def demo(
     run_jobs(groups, workers, CHECKPOINTS / "logs", seconds_of)
     tell_report(names, time.monotonic() - start)
     tell_next(names)
+
+
+def methods_of(text: str) -> list[str]:
+    """The methods that --methods names.
+
+    Raises:
+        UsageError: none, one that there is not, or one twice.
+    """
+    from kd_bench.distill.recipe import METHODS
+
+    names, known = comma_separated(text) or [], f"Known: {', '.join(METHODS)}."
+    if not names:
+        raise UsageError("--methods names no method.", known)
+    for name in names:
+        if name not in METHODS:
+            raise UsageError(f"There is no method {name!r}.{closest(name, list(METHODS))}", known)
+    if len(set(names)) < len(names):
+        raise UsageError(f"--methods {text}: a method stands twice.", "Name each once.")
+    return names
 
 
 def commands_of(students: Sequence["Student"]) -> dict[str, list[list[str]]]:

@@ -119,27 +119,31 @@ def switched_name(arm: str, seed: int) -> str:
 
 
 def run_study(
-    parts: Sequence[str], methods: Sequence[str], seeds: Sequence[int], workers: int
+    parts: Sequence[str] | None, methods: Sequence[str], seeds: Sequence[int], workers: int
 ) -> None:
-    """Run parts of the study one after the other; `methods` and `seeds` are the map's.
+    """Run parts of the study one after the other, by default all.
+
+    Args:
+        methods, seeds: the map's; trials and arms have their own.
 
     Raises:
-        UsageError: no methods, no seeds, or no such part.
+        UsageError: no part, or one that there is not.
     """
-    if not methods or not seeds:
-        raise UsageError("The study needs methods and seeds.", "For example --seeds 0,1,2.")
     known = {
         "trials": lambda: run_trials(workers),
         "map": lambda: draw_map(methods, seeds, workers),
         "arms": lambda: run_arms(workers),
     }
-    for part in parts:
+    asked = list(known) if parts is None else list(dict.fromkeys(parts))
+    if not asked:
+        raise UsageError("--parts names no part of the study.", f"Known: {', '.join(known)}.")
+    for part in asked:
         if part not in known:
             raise UsageError(
-                f"The study needs parts that it has: {part!r} is none.{closest(part, list(known))}",
+                f"The study has no part {part!r}.{closest(part, list(known))}",
                 f"Known: {', '.join(known)}.",
             )
-    for part in parts:
+    for part in asked:
         known[part]()
 
 

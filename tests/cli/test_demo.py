@@ -9,6 +9,7 @@ pytest.importorskip("PIL")
 from kd_bench.cli import demo, jobs
 from kd_bench.cli.demo import Student
 from kd_bench.distill.recipe import load_recipe
+from kd_bench.errors import UsageError
 from kd_bench.world.build import ERROR
 from tests.support.report_store import demo_models, make_store
 
@@ -51,6 +52,25 @@ def test_every_student_is_evaluated_once_after_its_training() -> None:
         waiting = [line for line in others if line not in able]
         assert waiting
         assert all(jobs._next([line], [student.train()]) is None for line in waiting)
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        ({"methods": "sft,kll"}, "no method 'kll'"),
+        ({"methods": "kl,kl"}, "a method stands twice"),
+        ({"methods": " , "}, "names no method"),
+        ({"seeds": ""}, "names no seed"),
+        ({"parts": "map"}, "Add --study"),
+    ],
+)
+def test_what_it_cannot_do_is_refused_before_anything_runs(
+    options: dict[str, str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UsageError) as error:
+        demo.demo(**{"methods": "sft", "seeds": "0", "parts": None, "study": False} | options)  # type: ignore[arg-type]
+    assert told in str(error.value)
+    assert capsys.readouterr().out == ""
 
 
 def test_the_first_lines_say_what_is_learnt_from() -> None:

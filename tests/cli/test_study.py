@@ -142,6 +142,18 @@ def test_arms_are_compared_with_both_floors_as_compare_methods_does(
     assert len(list(experiment._evaluations())) == 4
 
 
-def test_a_part_that_it_does_not_have_is_refused() -> None:
-    with pytest.raises(UsageError, match="'arm' is none"):
-        study.run_study(["arm"], ["sft"], [0], 1)
+@pytest.mark.parametrize("parts, told", [(["map", "arm"], "no part 'arm'"), ([], "names no part")])
+def test_a_part_that_it_does_not_have_is_refused_before_anything_runs(
+    parts: list[str], told: str
+) -> None:
+    with pytest.raises(UsageError, match=told):
+        study.run_study(parts, ["sft"], [0], 1)
+
+
+def test_parts_run_in_the_order_asked_for_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    for name, part in (("run_trials", "trials"), ("draw_map", "map"), ("run_arms", "arms")):
+        monkeypatch.setattr(study, name, lambda *_, part=part: ran.append(part))
+    study.run_study(["arms", "map", "arms"], ["sft"], [0], 1)
+    study.run_study(None, ["sft"], [0], 1)
+    assert ran == ["arms", "map", "trials", "map", "arms"]
