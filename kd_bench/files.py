@@ -208,7 +208,7 @@ def foreign_form(start: bytes) -> str:
     encoding = json.detect_encoding(start)  # by a byte-order mark, or by where the zeros are
     if encoding == "utf-8-sig":
         return "text in UTF-8 behind a byte-order mark"
-    is_json = encoding != "utf-8" and start.strip(b"\0\xff\xfe")[:1] in (b"{", b"[")
+    is_json = encoding != "utf-8" and start.strip(b"\0\xff\xfe \t\r\n")[:1] in (b"{", b"[")
     return f"text in {encoding[:6].upper()}" if is_json else ""
 
 

@@ -120,17 +120,19 @@ def read_results(file: Path) -> Results:
 def results_files(folder: Path) -> list[Path]:
     """Results files at any depth; one without a time is taken where its logs are there.
 
-    Where there are none, those that are compressed, for `read_results` to refuse by name.
+    Where there are none, those under a further ending (`.gz`) that are compressed or in another
+    encoding, for `read_results` to refuse by name.
     """
     # MMBench's own aggregation leaves a file of that name, too.
     found = {
         file
         for pattern in ("*_results.json", "results_*.json", "results.json")
         for file in folder.rglob(pattern)
-        if file.parent.name != "submissions"
+        if file.parent.name != "submissions" and file.is_file()
     }
     taken = sorted(file for file in found if file.match("*_results.json") or _sample_logs(file))
-    return taken or [file for file in sorted(folder.rglob("*results*.json.*")) if _form_of(file)]
+    packed = (file for file in sorted(folder.rglob("*results*.json.*")) if file.is_file())
+    return taken or [file for file in packed if _form_of(file)]
 
 
 def _sample_logs(file: Path) -> dict[str, Path]:
@@ -151,7 +153,7 @@ def _sample_logs(file: Path) -> dict[str, Path]:
     foreign: dict[str, Path] = {}
     for log in sorted(each for folder in folders for each in folder.glob("*.json*")):
         match = named.fullmatch(log.name)
-        if match is None or log == file:
+        if match is None or log == file or not log.is_file():
             continue
         task = match[1] or match[2]
         if match[3] or (log.suffix == ".json" and not _is_log(log)):

@@ -432,6 +432,7 @@ FOREIGN: dict[str, Callable[[bytes], bytes]] = {
     "compressed by xz": lzma.compress,
     "text in UTF-16": lambda data: data.decode().encode("utf-16"),
     "text in UTF-16 ": lambda data: data.decode().encode("utf-16-be"),
+    "text in UTF-16  ": lambda data: ("\r\n" + data.decode()).encode("utf-16"),
     "text in UTF-32": lambda data: data.decode().encode("utf-32"),
     "text in UTF-8 behind a byte-order mark": lambda data: data.decode().encode("utf-8-sig"),
 }
@@ -460,6 +461,21 @@ def test_a_file_that_is_no_plain_text_is_named_with_what_it_is(
         assert f"is {form.strip()}" in told
     file.write_bytes(data)  # a copy beside what is read is left alone
     assert len(import_results(folder, tmp_path / "results")) == 1
+
+
+@pytest.mark.parametrize("version", ["0.7", "0.2.0"])
+@pytest.mark.parametrize(
+    "name", ["all_results.json", "results.json.d", "{log}.d", "{log}.gz", "notes.json"]
+)
+def test_a_folder_named_like_a_log_is_left_alone(tmp_path: Path, version: str, name: str) -> None:
+    said = [({"exact_match": 1.0}, "a", "q")]
+    folder = logged(tmp_path / "log", version, "gqa", {"exact_match,none": 1.0}, said)
+    (log,) = folder.rglob("*gqa.json*")
+    log.with_name(name.format(log=log.name)).mkdir()
+    assert len(import_results(folder, tmp_path / "results")) == 1
+    (file,) = (each for each in folder.rglob("*results.json") if each.is_file())
+    file.unlink()
+    assert "holds no *_results.json" in refused(folder, tmp_path / "other")
 
 
 # --- several responses to a document -------------------------------------------------------------
