@@ -2,7 +2,7 @@
 
 Three parts: `trials` of learning rates and weights, on validation scenes; the `map`, which asks
 when a teacher pays, and the `arms`, which vary Switch-KD, on the test sets. What is finished is
-not run again; the tables are of what is there so far.
+not run again. The map is written anew after each cell, the other tables once all runs are there.
 """
 
 from collections.abc import Iterator, Sequence
@@ -59,8 +59,8 @@ class Experiment:
         root, settings = CHECKPOINTS / self.name, self.arms[arm]
         return [Student(arm, seed, root, settings) for seed in self.seeds]
 
-    def run(self, workers: int, *, switched: bool = False) -> None:
-        """Train and evaluate what is missing.
+    def run(self, workers: int, *, switched: bool = False) -> bool:
+        """Train and evaluate what is missing; whether anything was.
 
         Args:
             switched: evaluate the teacher, and every student's vision before the teacher's
@@ -71,6 +71,7 @@ class Experiment:
         asked = [*self._evaluations(), *(self._switched() if switched else ())]
         groups = {f"{self.name}-train": training, f"{self.name}-eval": asked}
         run_jobs(groups, workers, CHECKPOINTS / "logs", seconds_of)
+        return any(groups.values())
 
     def runs(self) -> "dict[tuple[str, int], Run]":
         """Its students' complete runs by arm and seed."""
@@ -223,17 +224,23 @@ def cells() -> list[Cell]:
 
 
 def draw_map(methods: Sequence[str], seeds: Sequence[int], workers: int) -> None:
-    """Fill the map cell by cell; `map` and `map.svg` are written anew after each."""
+    """Fill the map cell by cell; `map` and `map.svg` are written anew after each.
+
+    Cells that were there before are written with the first one that was not, so that what an
+    earlier call has written is never cut short.
+    """
     from kd_bench.world.build import world_folder
 
     world_folder(study=True)
     found: list[MapCell] = []
-    for cell in cells():
+    every = cells()
+    for cell in every:
         experiment = cell.experiment(methods, seeds)
-        experiment.run(workers)
+        is_new = experiment.run(workers)
         found.append(look_at(cell, experiment))
         typer.echo(str(found[-1]))
-        write_map(found, TABLES, [(each.error, each.count) for each in cells()])
+        if is_new or cell == every[-1]:
+            write_map(found, TABLES, [(each.error, each.count) for each in every])
 
 
 def look_at(cell: Cell, experiment: Experiment) -> MapCell:
@@ -301,8 +308,8 @@ def arms_of(experiment: Experiment) -> list[Arm]:
         found = {floor: difference(whole[floor], own) for floor in floors}
         names = [switched_name(arm, seed) for seed in experiment.seeds]
         if {"teacher", *names} <= set(switched):
-            eyes = [switched[name] for name in names]
-            gaps = difference(eyes, [switched["teacher"]]), difference(own, eyes)
+            hybrids = [switched[name] for name in names]
+            gaps = difference(hybrids, [switched["teacher"]]), difference(own, hybrids)
             found |= dict(zip(GAPS, gaps, strict=True))
         students = experiment.students(arm)
         step = 1e3 * sum(map(_seconds_a_step, students)) / len(students)
@@ -311,7 +318,7 @@ def arms_of(experiment: Experiment) -> list[Arm]:
 
 
 def _seconds_a_step(student: Student) -> float:
-    """Of a finished training, on whatever shared its processors."""
+    """Of a finished training, on whatever shared its CPU."""
     (stage,) = read_json(student.folder / "lineage.json")["stages"].values()
     return float(stage["device_seconds"] / stage["steps"])
 

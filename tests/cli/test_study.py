@@ -3,14 +3,16 @@
 import csv
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("PIL")
 
-from kd_bench.cli import study
+from kd_bench.cli import jobs, study
 from kd_bench.distill.recipe import METHODS, load_recipe
 from kd_bench.errors import UsageError
+from kd_bench.files import write_text
 from kd_bench.world.build import ERROR, LABELLED, STUDY_ERRORS
 from tests.support.report_store import demo_models, make_store
 
@@ -107,6 +109,43 @@ def test_the_map_is_of_the_cells_so_far(tmp_path: Path, monkeypatch: pytest.Monk
     drawn = (tmp_path / "map" / "map.svg").read_text(encoding="utf-8")
     assert "in 1 of 16 cells" in drawn
     assert all(f"{error} % wrong" in drawn for error in (0, 10, 25, 40))
+
+
+@pytest.mark.slow
+def test_a_study_goes_on_behind_what_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is started for finished cells, and an earlier table is not cut short."""
+    for name in ("RESULTS", "CHECKPOINTS", "TABLES"):
+        monkeypatch.setattr(study, name, tmp_path / name)
+    monkeypatch.setattr("kd_bench.world.build.world_folder", lambda study=False: tmp_path)
+    cells = [study.Cell(25, count) for count in (600, 120, 300)]
+    monkeypatch.setattr(study, "cells", lambda: cells)
+    models = [model for model in demo_models((0,)) if model.method == "sft"]
+
+    def finish(cell: study.Cell) -> None:
+        experiment = cell.experiment(["sft"], [0])
+        make_store(experiment.results, models, units=4)
+        for student in experiment.students("sft"):
+            Path(student.checkpoint).mkdir(parents=True)
+
+    def interrupted(groups: dict[str, list[list[str]]], *rest: Any) -> None:
+        if any(groups.values()):
+            raise KeyboardInterrupt
+        jobs.run_jobs(groups, *rest)
+
+    monkeypatch.setattr(study, "run_jobs", interrupted)
+    finish(cells[0])
+    finish(cells[1])
+    before = tmp_path / "TABLES" / "map.md"
+    write_text(before, "of two cells")
+    with pytest.raises(KeyboardInterrupt):
+        study.draw_map(["sft"], [0], 1)
+    assert before.read_text(encoding="utf-8") == "of two cells"
+    finish(cells[2])
+    study.draw_map(["sft"], [0], 1)
+    assert len(table(tmp_path / "TABLES" / "map.csv")) == 3
+    assert not (tmp_path / "CHECKPOINTS" / "logs").exists()
 
 
 @pytest.mark.slow
