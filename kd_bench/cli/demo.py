@@ -176,6 +176,11 @@ class Student:
         """The finished student."""
         return str(self.folder / "final")
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether the finished student is there."""
+        return Path(self.checkpoint).exists()
+
     def train(self) -> list[str]:
         """The command that trains it."""
         settings = self.settings or (f"method={self.method}",)

@@ -67,7 +67,7 @@ class Experiment:
                 language model, too.
         """
         students = [student for arm in self.arms for student in self.students(arm)]
-        training = [s.train() for s in students if not Path(s.checkpoint).exists()]
+        training = [student.train() for student in students if not student.is_trained]
         asked = [*self._evaluations(), *(self._switched() if switched else ())]
         groups = {f"{self.name}-train": training, f"{self.name}-eval": asked}
         run_jobs(groups, workers, CHECKPOINTS / "logs", seconds_of)
@@ -93,24 +93,28 @@ class Experiment:
         return [run for run in found if run.manifest.status == "complete"]
 
     def _evaluations(self) -> Iterator[list[str]]:
-        """What the store lacks of the students, a command an arm."""
+        """What the store lacks of the students, or has of one to be trained again."""
         from kd_bench.world.build import world_folder
 
         data = [] if self.data == "test" else ["--data", str(world_folder() / self.data)]
         done = self.runs()
         for arm in self.arms:
-            missing = [s.checkpoint for s in self.students(arm) if (arm, s.seed) not in done]
+            missing = [
+                s for s in self.students(arm) if not s.is_trained or (arm, s.seed) not in done
+            ]
             if missing:
-                yield evaluation(missing, self.results, "--method", arm, *data)
+                checkpoints = [student.checkpoint for student in missing]
+                yield evaluation(checkpoints, self.results, "--method", arm, *data)
 
     def _switched(self) -> Iterator[list[str]]:
-        """What the store lacks of the teacher and of the visual switches."""
+        """The same of the teacher and of the visual switches."""
         done = self.switched_runs()
         if "teacher" not in done:
             yield evaluation([TEACHER], self.results, "--role", "teacher", "--name", "teacher")
         for arm in self.arms:
             for student in self.students(arm):
-                if (name := switched_name(arm, student.seed)) not in done:
+                name = switched_name(arm, student.seed)
+                if not student.is_trained or name not in done:
                     yield student.hybrid(self.results, "--name", name)
 
 

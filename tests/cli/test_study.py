@@ -149,6 +149,28 @@ def test_a_study_goes_on_behind_what_is_finished(
 
 
 @pytest.mark.slow
+def test_a_student_that_is_trained_again_is_evaluated_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(study, "CHECKPOINTS", tmp_path / "checkpoints")
+    asked: list[dict[str, list[list[str]]]] = []
+    monkeypatch.setattr(study, "run_jobs", lambda groups, *_: asked.append(groups))
+    experiment = study.Cell(25, 600).experiment(["sft"], [0, 1])
+    models = [model for model in demo_models((0, 1)) if model.method == "sft"]
+    make_store(experiment.results, models, units=4)
+    first, second = experiment.students("sft")
+    Path(first.checkpoint).mkdir(parents=True)
+    experiment.run(1)
+    ((training,), (evaluation,)) = asked[0].values()
+    assert training == second.train()
+    assert evaluation[1] == second.checkpoint
+    assert first.checkpoint not in evaluation
+    Path(second.checkpoint).mkdir(parents=True)
+    assert not experiment.run(1)
+
+
+@pytest.mark.slow
 def test_arms_are_compared_with_both_floors_as_compare_methods_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
