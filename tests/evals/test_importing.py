@@ -167,9 +167,10 @@ def test_a_gigabyte_of_nothing_is_refused_within_bounds(
         else:
             for _ in range(96):
                 stream.write(filling * (1 << 20))
+    import_results(written(tmp_path / "before"), tmp_path / "before")  # loads what is not yet there
     memory = MemoryMeter()
     assert name in refused(folder, tmp_path)
-    assert (memory.peak() or 0) < 300 << 20
+    assert (memory.peak() or 0) < 64 << 20  # less than the file, so that reading it whole is seen
 
 
 def test_two_imports_do_not_replace_each_other(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ _UNIT = 1 if sys.platform == "darwin" else 1024  # of `ru_maxrss`
 
 @dataclass(frozen=True)
 class Measured:
-    """What a command took: seconds of processors, bytes, exit code."""
+    """What a command took: CPU seconds, bytes, exit code."""
 
     busy: float
     peak: int
