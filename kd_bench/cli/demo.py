@@ -109,6 +109,8 @@ def seconds_of(command: Sequence[str]) -> float:
     """What a command of the demo may take on one core."""
     if command[0] == "train":
         method = next((w for w in command if w.startswith("method=")), "").partition("=")[2]
+        if method == "vsd" or any("of: switch" in word for word in command):
+            method = SWITCHED
         return TRAINING.get(method, TRAINING["kl"])
     return EVALUATION * max(1, sum(word.endswith("/final") for word in command[:-2]))
 
@@ -178,8 +180,13 @@ class Student:
 
     @property
     def is_trained(self) -> bool:
-        """Whether the finished student is there."""
-        return Path(self.checkpoint).exists()
+        """Whether the finished student of this recipe is there."""
+        from kd_bench.distill.recipe import load_recipe
+
+        recipe, kept = load_recipe("mini", self.train()[2:]), self.folder / "recipe.yaml"
+        if not (Path(self.checkpoint, "model.safetensors").exists() and kept.exists()):
+            return False
+        return load_recipe(kept).model_copy(update={"output": recipe.output}) == recipe
 
     def train(self) -> list[str]:
         """The command that trains it."""

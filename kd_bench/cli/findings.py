@@ -141,7 +141,7 @@ def _map_plot(known: Sequence[MapCell], cells: Sequence[tuple[int, int]]) -> "Pl
 def write_arms(arms: Sequence[Arm], folder: Path) -> None:
     """Write `arms`, `arms_by_benchmark` and, where there is what to compare with, `arms.svg`.
 
-    p is corrected by Holm over all arms.
+    p is corrected by Holm over all arms that are compared with the same one.
     """
     from kd_bench.report.tables import Column, Row, Table
     from kd_bench.report.verdicts import probability
@@ -156,9 +156,9 @@ def write_arms(arms: Sequence[Arm], folder: Path) -> None:
         Column("arm", "Arm", "text"),
         Column("mean", "Mean of ten"),
         Column(f"above_{FLOOR}", f"Above {FLOOR}", "difference"),
-        Column(f"p_{FLOOR}", "p (Holm)", "text"),
+        Column(f"p_{FLOOR}", f"p, {FLOOR} (Holm)", "text"),
         Column(f"above_{SWITCHED}", f"Above {SWITCHED}", "difference"),
-        Column(f"p_{SWITCHED}", "p (Holm)", "text"),
+        Column(f"p_{SWITCHED}", f"p, {SWITCHED} (Holm)", "text"),
         *(Column(gap, gap.replace("_", " ").capitalize(), "difference") for gap in GAPS),
         Column("step_ms", "A step", "milliseconds"),
         Column("memory_bytes", "Memory", "bytes"),

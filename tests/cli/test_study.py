@@ -10,7 +10,8 @@ import pytest
 pytest.importorskip("PIL")
 
 from kd_bench.cli import jobs, study
-from kd_bench.distill.recipe import METHODS, load_recipe
+from kd_bench.cli.demo import Student
+from kd_bench.distill.recipe import METHODS, load_recipe, recipe_yaml
 from kd_bench.errors import UsageError
 from kd_bench.files import write_text
 from kd_bench.world.build import ERROR, LABELLED, STUDY_ERRORS
@@ -111,6 +112,14 @@ def test_the_map_is_of_the_cells_so_far(tmp_path: Path, monkeypatch: pytest.Monk
     assert all(f"{error} % wrong" in drawn for error in (0, 10, 25, 40))
 
 
+def leave(student: Student, *changes: str) -> None:
+    """Leave what a training that has ended leaves."""
+    recipe = load_recipe("mini", [*student.train()[2:], *changes])
+    Path(student.checkpoint).mkdir(parents=True, exist_ok=True)
+    Path(student.checkpoint, "model.safetensors").touch()
+    (student.folder / "recipe.yaml").write_text(recipe_yaml(recipe), encoding="utf-8")
+
+
 @pytest.mark.slow
 def test_a_study_goes_on_behind_what_is_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -127,7 +136,7 @@ def test_a_study_goes_on_behind_what_is_finished(
         experiment = cell.experiment(["sft"], [0])
         make_store(experiment.results, models, units=4)
         for student in experiment.students("sft"):
-            Path(student.checkpoint).mkdir(parents=True)
+            leave(student)
 
     def interrupted(groups: dict[str, list[list[str]]], *rest: Any) -> None:
         if any(groups.values()):
@@ -160,14 +169,17 @@ def test_a_student_that_is_trained_again_is_evaluated_again(
     models = [model for model in demo_models((0, 1)) if model.method == "sft"]
     make_store(experiment.results, models, units=4)
     first, second = experiment.students("sft")
-    Path(first.checkpoint).mkdir(parents=True)
+    leave(first)
     experiment.run(1)
     ((training,), (evaluation,)) = asked[0].values()
     assert training == second.train()
     assert evaluation[1] == second.checkpoint
     assert first.checkpoint not in evaluation
-    Path(second.checkpoint).mkdir(parents=True)
+    leave(second)
     assert not experiment.run(1)
+    leave(second, "steps=5")
+    assert experiment.run(1), "a student of another recipe"
+    assert asked[-1] == asked[0]
 
 
 @pytest.mark.slow
