@@ -66,7 +66,7 @@ def test_what_a_demo_of_three_seeds_says() -> None:
     assert f"({between.value:+.1f} apart, {ends})" in text
 
 
-@pytest.mark.parametrize("name", ["map"])
+@pytest.mark.parametrize("name", ["map", "arms"])
 def test_the_studys_tables(name: str) -> None:
     """The page has what `kd-bench demo --study` wrote, row by row."""
     page = (ROOT / "docs" / "study.md").read_text(encoding="utf-8").split("\n")
