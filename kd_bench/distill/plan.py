@@ -283,9 +283,9 @@ def _hint(stage: Stage, plan: StagePlan, sharding: Sharding) -> str:
     recomputes = plan.checkpointing["student"], plan.checkpointing["teacher"]
     if recomputes != (True, needs_switch(stage.objective)):
         return "Set gradient_checkpointing=true, and leave teacher_gradient_checkpointing out."
-    for pieces in range(2, plan.micro_batch + 1):
-        if plan.micro_batch % pieces == 0 and fixed + kept / pieces <= limit:
-            return f"Set gradient_accumulation={stage.gradient_accumulation * pieces}."
+    for micro_batches in range(2, plan.micro_batch + 1):
+        if plan.micro_batch % micro_batches == 0 and fixed + kept / micro_batches <= limit:
+            return f"Set gradient_accumulation={stage.gradient_accumulation * micro_batches}."
     if sharding.devices > 1 and sharding.teacher == 1 and "teacher" in plan.parameters:
         return "Set teacher_sharding=fsdp2."
     if sharding.devices > 1 and sharding.student == 1:
