@@ -11,7 +11,7 @@ import typer
 
 from kd_bench.cli.jobs import run_jobs
 from kd_bench.cli.options import comma_separated, this_program, whole_numbers
-from kd_bench.errors import UsageError, closest
+from kd_bench.errors import UsageError
 
 RESULTS = Path("results/demo")
 CHECKPOINTS = Path("checkpoints/demo")
@@ -74,14 +74,13 @@ def methods_of(text: str) -> list[str]:
     Raises:
         UsageError: none, one that there is not, or one twice.
     """
-    from kd_bench.distill.recipe import METHODS
+    from kd_bench.distill.recipe import METHODS, check_method
 
-    names, known = comma_separated(text) or [], f"Known: {', '.join(METHODS)}."
+    names = comma_separated(text) or []
     if not names:
-        raise UsageError("--methods names no method.", known)
+        raise UsageError("--methods names no method.", f"Known: {', '.join(METHODS)}.")
     for name in names:
-        if name not in METHODS:
-            raise UsageError(f"There is no method {name!r}.{closest(name, list(METHODS))}", known)
+        check_method(name)
     if len(set(names)) < len(names):
         raise UsageError(f"--methods {text}: a method stands twice.", "Name each once.")
     return names
@@ -183,9 +182,10 @@ class Student:
         """Whether the finished student of this recipe is there."""
         from kd_bench.distill.recipe import load_recipe
 
-        recipe, kept = load_recipe("mini", self.train()[2:]), self.folder / "recipe.yaml"
+        kept = self.folder / "recipe.yaml"
         if not (Path(self.checkpoint, "model.safetensors").exists() and kept.exists()):
             return False
+        recipe = load_recipe("mini", self.train()[2:])
         return load_recipe(kept).model_copy(update={"output": recipe.output}) == recipe
 
     def train(self) -> list[str]:

@@ -67,8 +67,9 @@ class Experiment:
                 language model, too.
         """
         students = [student for arm in self.arms for student in self.students(arm)]
-        training = [student.train() for student in students if not student.is_trained]
-        asked = [*self._evaluations(), *(self._switched() if switched else ())]
+        untrained = [student for student in students if not student.is_trained]
+        training = [student.train() for student in untrained]
+        asked = [*self._evaluations(untrained), *(self._switched(untrained) if switched else ())]
         groups = {f"{self.name}-train": training, f"{self.name}-eval": asked}
         run_jobs(groups, workers, CHECKPOINTS / "logs", seconds_of)
         return any(groups.values())
@@ -92,21 +93,28 @@ class Experiment:
         found = list_runs(self.results) if self.results.exists() else []
         return [run for run in found if run.manifest.status == "complete"]
 
-    def _evaluations(self) -> Iterator[list[str]]:
+    def whole_arms(self) -> "dict[str, list[Run]]":
+        """The runs of each arm that has one of every seed."""
+        runs = self.runs()
+        return {
+            arm: [runs[arm, seed] for seed in self.seeds]
+            for arm in self.arms
+            if all((arm, seed) in runs for seed in self.seeds)
+        }
+
+    def _evaluations(self, untrained: Sequence[Student] = ()) -> Iterator[list[str]]:
         """What the store lacks of the students, or has of one to be trained again."""
         from kd_bench.world.build import world_folder
 
         data = [] if self.data == "test" else ["--data", str(world_folder() / self.data)]
         done = self.runs()
         for arm in self.arms:
-            missing = [
-                s for s in self.students(arm) if not s.is_trained or (arm, s.seed) not in done
-            ]
+            missing = [s for s in self.students(arm) if s in untrained or (arm, s.seed) not in done]
             if missing:
                 checkpoints = [student.checkpoint for student in missing]
                 yield evaluation(checkpoints, self.results, "--method", arm, *data)
 
-    def _switched(self) -> Iterator[list[str]]:
+    def _switched(self, untrained: Sequence[Student]) -> Iterator[list[str]]:
         """The same of the teacher and of the visual switches."""
         done = self.switched_runs()
         if "teacher" not in done:
@@ -114,7 +122,7 @@ class Experiment:
         for arm in self.arms:
             for student in self.students(arm):
                 name = switched_name(arm, student.seed)
-                if not student.is_trained or name not in done:
+                if student in untrained or name not in done:
                     yield student.hybrid(self.results, "--name", name)
 
 
@@ -249,8 +257,7 @@ def draw_map(methods: Sequence[str], seeds: Sequence[int], workers: int) -> None
 
 def look_at(cell: Cell, experiment: Experiment) -> MapCell:
     """Compare the methods of a cell that has been run."""
-    runs = experiment.runs()
-    groups = {arm: [runs[arm, seed] for seed in experiment.seeds] for arm in experiment.arms}
+    groups = experiment.whole_arms()
     arms = []
     for method, own in groups.items():
         floors = [floor for floor in FLOORS.get(method, (FLOOR,)) if floor in groups]
@@ -300,12 +307,7 @@ def run_arms(workers: int) -> None:
 
 def arms_of(experiment: Experiment) -> list[Arm]:
     """Compare the arms that have a run of each seed with SFT and with Switch-KD."""
-    runs, switched = experiment.runs(), experiment.switched_runs()
-    whole = {
-        arm: [runs[arm, seed] for seed in experiment.seeds]
-        for arm in experiment.arms
-        if all((arm, seed) in runs for seed in experiment.seeds)
-    }
+    whole, switched = experiment.whole_arms(), experiment.switched_runs()
     arms = []
     for arm, own in whole.items():
         floors = [floor for floor in (FLOOR, SWITCHED) if floor in whole and floor != arm]

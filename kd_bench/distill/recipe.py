@@ -584,6 +584,19 @@ def recipe_yaml(recipe: Recipe) -> str:
     return dump_yaml(recipe.model_dump(mode="json", exclude_none=True))
 
 
+def check_method(name: str, *others: str) -> None:
+    """Refuse a method that there is not; `others` are named as what could stand in its place.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if name not in METHODS:
+        raise UsageError(
+            f"There is no method {name!r}.{closest(name, list(METHODS))}",
+            f"Known: {', '.join([*METHODS, *others])}.",
+        )
+
+
 def plan(
     recipe: str | Path,
     overrides: Sequence[str] = (),
@@ -603,11 +616,7 @@ def plan(
     base = load_recipe(recipe, overrides)
     asked = list(METHODS) if methods and "all" in methods else list(methods or [])
     for name in asked:
-        if name not in METHODS:
-            raise UsageError(
-                f"There is no method {name!r}.{closest(name, list(METHODS))}",
-                f"Known: {', '.join(METHODS)}, all.",
-            )
+        check_method(name, "all")
     planned = []
     for seed in seeds or [base.seed]:
         for name in asked or [""]:
